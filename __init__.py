@@ -1,0 +1,15 @@
+"""ComfyUI-RoPeSLR: what ComfyUI imports. Nothing of ComfyUI is touched before comfy_entrypoint is called."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """The pack's extension; ComfyUI itself logs only one line of an error, so its traceback is logged here."""
+    try:
+        from .nodes.extension import RoPeSLRExtension
+    except Exception:
+        import logging
+
+        logging.getLogger(__name__).exception("ComfyUI-RoPeSLR could not be loaded; please report this traceback")
+        raise
+    return RoPeSLRExtension()

@@ -1,0 +1,56 @@
+"""What a call costs: FLOPs, counted as 2 per multiply-add, of dense attention and of every part that replaces it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """FLOPs of one replaced attention call, and the share of key blocks that it kept (a mean over rows and heads)."""
+
+    density: float
+    dense: float                            # what dense attention would have cost
+    sparse: float                           # scores and values of the kept blocks
+    routing: float = 0.0                    # pooling and block scores
+    background: float = 0.0                 # low rank, first order or pooled tail
+    calibration: float = 0.0                # exact rows, on the steps that calibrate
+
+    @property
+    def total(self) -> float:
+        return self.sparse + self.routing + self.background + self.calibration
+
+
+def dense_flops(tokens: int, width: int, heads: int) -> float:
+    """Dense self-attention: 4 L^2 D per head."""
+    return 4.0 * tokens * tokens * width * heads
+
+
+def sparse_flops(tokens: int, width: int, heads: int, density: float) -> float:
+    """The kept blocks: 4 L * density L * D per head."""
+    return dense_flops(tokens, width, heads) * density
+
+
+def routing_flops(tokens: int, width: int, heads: int, q_blocks: int, k_blocks: int) -> float:
+    """Block scores 2 Nq Nk D per head, and the means of q and k: one addition per element of both."""
+    return (2.0 * q_blocks * k_blocks * width + 2.0 * tokens * width) * heads
+
+
+def first_order_flops(tokens: int, width: int, heads: int, rank: int) -> float:
+    """First-order background: state and readout, 2 L r D each per head."""
+    return 4.0 * tokens * rank * width * heads
+
+
+def low_rank_flops(tokens: int, width: int, heads: int, rank: int) -> float:
+    """Learned low-rank branch: projections of q and k 4 L D r, state 2 L r D, readout 2 L r D per head."""
+    return 8.0 * tokens * rank * width * heads
+
+
+def pooled_tail_flops(tokens: int, width: int, heads: int, k_blocks: int) -> float:
+    """One pseudo-key per block and query: 4 L Nk D per head."""
+    return 4.0 * tokens * k_blocks * width * heads
+
+
+def calibration_flops(tokens: int, width: int, heads: int, rows: int) -> float:
+    """Exact attention of R rows: 4 R L D per head."""
+    return 4.0 * rows * tokens * width * heads

@@ -1,0 +1,77 @@
+"""The contract of a method, and the routing that all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ...kernels import ops
+from ..accounting import routing_flops
+from ..layout import BlockTables, TokenLayout
+from ..plan import SparsePlan
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Everything but the tensors that a method may know about one attention call.
+
+    layer: identity of the layer. step: step of the sampler. conditioning: (key, batch rows) in batch order, so that what
+    is learned for one conditioning is never used for another.
+    """
+
+    layer: Hashable
+    step: int
+    conditioning: tuple[tuple[Hashable, int], ...]
+    layout: TokenLayout
+    tables: BlockTables
+    scale: float
+
+
+class VideoOutput(NamedTuple):
+    """What a method returns for the video's queries."""
+
+    out: Tensor                             # (B, H, Lv, D)
+    density: float | Tensor                 # kept blocks / all blocks, mean over rows and heads
+    background: float                       # FLOPs of the background
+    calibration: float = 0.0                # FLOPs of calibration in this call
+
+
+class Method(Protocol):
+    """One instance serves one sampling run and owns whatever it remembers between calls."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
+        """q `(B, H, Lv, D)` of the video; k, v `(B, H, L, D)` of the whole sequence, all after RoPE."""
+        ...
+
+
+class Routing(NamedTuple):
+    """Kept key blocks of every query block, with the pooled tensors they were chosen by."""
+
+    indices: Tensor                         # (B, H, Nq, K) int32
+    counts: Tensor                          # (B, H, Nq) int32
+    tail: Tensor                            # (B, H, Nq): pooled log-mass of the blocks not kept
+    pooled_k: Tensor                        # (B, H, Nk, D)
+    density: float | Tensor
+
+
+def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan) -> Routing:
+    """Score blocks by their means and keep the best `1 - sparsity` of the video's, plus what the layout forces."""
+    tables = call.tables
+    pooled_q, _ = ops.block_pool(q, tables.video)
+    pooled_k, _ = ops.block_pool(k, tables.keys)
+    n_q, n_k = tables.video.shape[0], tables.keys.shape[0]
+    keep = plan.kept_blocks(n_q)
+    indices, counts, tail = ops.block_select(pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale)
+    density = counts.float().mean() / n_k if tables.forced is not None else min(keep, n_k) / n_k
+    return Routing(indices, counts, tail, pooled_k, density)
+
+
+def routing_cost(q: Tensor, call: LayerCall) -> float:
+    """FLOPs of `route` for all batch rows."""
+    batch, heads, _, width = q.shape
+    n_q, n_k = call.tables.video.shape[0], call.tables.keys.shape[0]
+    return batch * routing_flops(call.layout.tokens, width, heads, n_q, n_k)
+

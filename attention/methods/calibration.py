@@ -1,0 +1,107 @@
+"""Self-calibration of RoPeSLR: a few exactly computed rows tell how the tail's mass and the background must be scaled.
+
+T, the tail's log-mass taken from pooled keys, is biased low, and the bias is nearly one number per head. On R rows with
+exact attention (LSE, out) and sparse attention (LSE_s, out_s):
+
+    y = log(exp(LSE - LSE_s) - 1)          the true log-odds of the dropped mass
+    u = T - LSE_s                          its estimate
+    c = (cov(u, y) + .1) / (var(u) + .1),  b = mean(y) - c mean(u),  g = sigmoid(c u + b)
+    beta = ridge solution of  g (v_mean + (beta q) C) = out - (1 - g) out_s,  one number per RoPE pair, prior 1/sqrt D
+
+The normal equations of beta need no row-by-row design matrix: with p, p' RoPE pairs and a, b channels,
+G_pp' = sum over a in p, b in p' of (C C^T)_ab (sum_i g_i^2 q_ia q_ib), and likewise for the right-hand side.
+Source: our own (a reconstruction; see the README).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHRINK = 0.1                                # pulls the slope c to 1 where the rows hardly differ
+RIDGE = 0.05                                # of the mean diagonal of the normal equations
+MIN_LOG_ODDS_GAP = 1e-4                     # LSE - LSE_s below this is rounding, not mass
+MAX_LOG_ODDS = 30.0
+MAX_GATE_C = 4.0
+MAX_GATE_B = 20.0
+MAX_BETA = 4.0                              # times 1/sqrt D
+
+
+class Calibration(NamedTuple):
+    """What one layer knows for one conditioning: gate `(B, H)`, beta per channel `(B, H, R)`, channels `(B, H, R)`."""
+
+    gate_c: Tensor
+    gate_b: Tensor
+    beta: Tensor
+    features: Tensor | None
+
+
+class ExactRows(NamedTuple):
+    """Sampled query rows `(B, H, R, D)` with their exact and their sparse attention; log-masses `(B, H, R)`."""
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    sparse_out: Tensor
+    sparse_lse: Tensor
+    tail: Tensor
+
+
+def untrained(cov: Tensor, rank: int) -> Calibration:
+    """The first-order expansion itself: c = 1, b = 0, beta = 1/sqrt D, on the `rank` strongest channels (0 = all).
+
+    cov `(B, H, D, D)`. Channels are kept in RoPE pairs, strongest first by the norm of their two rows of cov.
+    """
+    batch, heads, width, _ = cov.shape
+    features = None
+    channels = width
+    if 0 < rank < width:
+        strength = cov.square().sum(dim=-1).view(batch, heads, width // 2, 2).sum(dim=-1)
+        pairs = strength.topk((rank + 1) // 2, dim=-1).indices
+        features = torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten(-2)
+        channels = features.shape[-1]
+    ones = cov.new_ones(batch, heads)
+    return Calibration(ones, torch.zeros_like(ones), cov.new_full((batch, heads, channels), width**-0.5), features)
+
+
+def calibrate(rows: ExactRows, v_mean: Tensor, cov: Tensor, start: Calibration) -> Calibration:
+    """Solve for gate and beta on the sampled rows; heads whose solution is not finite keep `start`.
+
+    v_mean `(B, H, D)`, cov `(B, H, D, D)`; everything in float32 or wider.
+    """
+    wide = cov.dtype
+    q, out, sparse_out = (x.to(wide) for x in (rows.q, rows.out, rows.sparse_out))
+    width = q.shape[-1]
+
+    y = torch.expm1((rows.lse - rows.sparse_lse).clamp(min=MIN_LOG_ODDS_GAP)).log()
+    u = (rows.tail - rows.sparse_lse).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)         # -inf where a row drops nothing
+    u_dev, y_dev = (x - x.mean(dim=-1, keepdim=True) for x in (u, y))
+    c = ((u_dev * y_dev).mean(dim=-1) + SHRINK) / (u_dev.square().mean(dim=-1) + SHRINK)
+    c = c.clamp(0.0, MAX_GATE_C)
+    b = (y.mean(dim=-1) - c * u.mean(dim=-1)).clamp(-MAX_GATE_B, MAX_GATE_B)
+
+    gate = torch.sigmoid(c[..., None] * u + b[..., None])[..., None]
+    picked, kept_rows = q, cov
+    if start.features is not None:
+        picked = q.gather(-1, start.features[:, :, None].expand(-1, -1, q.shape[2], -1))
+        kept_rows = cov.gather(2, start.features[..., None].expand(-1, -1, -1, width))
+    wanted = out - (1 - gate) * sparse_out - gate * v_mean[:, :, None]
+    weighted = gate * picked
+    normal = _pair_sums(_pair_sums((weighted.mT @ weighted) * (kept_rows @ kept_rows.mT), -1), -2)
+    right = _pair_sums((weighted * (wanted @ kept_rows.mT)).sum(dim=2), -1)
+    prior = width**-0.5
+    ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
+    solved, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * prior)
+    beta = solved.clamp(-MAX_BETA * prior, MAX_BETA * prior).repeat_interleave(2, dim=-1)
+
+    good = (failed == 0) & torch.isfinite(solved).all(dim=-1) & torch.isfinite(c) & torch.isfinite(b)
+    return Calibration(
+        torch.where(good, c, start.gate_c), torch.where(good, b, start.gate_b),
+        torch.where(good[..., None], beta, start.beta), start.features,
+    )
+
+
+def _pair_sums(x: Tensor, dim: int) -> Tensor:
+    return x.unflatten(dim, (-1, 2)).sum(dim=dim)                            # dim counts from the end

@@ -1,0 +1,107 @@
+"""RoPeSLR, training-free: block-sparse attention mixed by mass with a first-order background that calibrates itself.
+
+    O_i = (1 - g_i) O_s,i + g_i O_l,i                 O_s, LSE: softmax over the kept blocks
+    g_i = sigmoid(c_h (T_I - LSE_i) + b_h)            T_I: pooled log-mass of the blocks that query block I dropped
+    O_l = mean(v) + (beta_h * q_i) C                  C = mean((k - mean k)^T v) over the video's tokens
+    c, b, beta: solved in closed form on a few exactly computed rows (see calibration.py)
+
+Softmax attention IS such a mix of its kept and its dropped part, and the first-order term of the dropped part keeps
+relative position exactly, since q and k enter after RoPE. Source: RoPeSLR (arXiv 2605.20659) names the parts, its
+formulas are not public; this form is our reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from ...kernels import ops
+from ..accounting import calibration_flops, first_order_flops
+from ..plan import CALIBRATE_EVERY, SparsePlan
+from .base import LayerCall, Routing, VideoOutput, route
+from .calibration import Calibration, ExactRows, calibrate, untrained
+
+
+class RoPeSLR:
+    """Remembers, for each layer and conditioning of one run, its calibration and the step it was made at."""
+
+    def __init__(self, plan: SparsePlan) -> None:
+        self.plan = plan
+        self.memory: dict[tuple[Hashable, Hashable], tuple[int, Calibration]] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
+        """See `Method.attend`."""
+        routing = route(q, k, call, self.plan)
+        tables = call.tables
+        out, lse = ops.block_sparse_attention(
+            q, k, v, tables.video, tables.keys, routing.indices, routing.counts, scale=call.scale
+        )
+        if self.plan.kept_blocks(tables.video.shape[0]) >= tables.video.shape[0]:
+            return VideoOutput(out, routing.density, 0.0)                     # nothing was dropped
+
+        video = slice(call.layout.before, call.layout.before + call.layout.video_tokens)
+        v_mean, cov = ops.first_order_state(k[:, :, video], v[:, :, video])
+        known = self._recall(call)
+        calibration_cost = 0.0
+        if known is None:
+            known = untrained(cov, self.plan.rank)
+        if self._is_due(call):
+            rows = _exact_rows(q, k, v, out, lse, routing, call, self.plan.calibrate_rows)
+            known = calibrate(rows, v_mean, cov, known)
+            calibration_cost = q.shape[0] * calibration_flops(k.shape[2], q.shape[3], q.shape[1], rows.q.shape[2])
+        self._remember(call, known, made=calibration_cost > 0)
+
+        mixed = ops.mix_first_order(
+            q, out, lse, routing.tail, tables.video, v_mean, cov, known.gate_c, known.gate_b, known.beta, known.features
+        )
+        batch, heads, tokens, width = q.shape
+        background = batch * first_order_flops(tokens, width, heads, known.beta.shape[-1])
+        return VideoOutput(mixed, routing.density, background, calibration_cost)
+
+    def _is_due(self, call: LayerCall) -> bool:
+        """Whether any conditioning of this call needs new rows; one call calibrates all of its conditionings."""
+        if self.plan.calibrate == "off":
+            return False
+        made = [self.memory.get((call.layer, key), (None, None))[0] for key, _ in call.conditioning]
+        if any(step is None for step in made):
+            return True
+        every = {"first step": None, "every step": 1, "auto": CALIBRATE_EVERY}[self.plan.calibrate]
+        return every is not None and any(call.step - step >= every for step in made)
+
+    def _recall(self, call: LayerCall) -> Calibration | None:
+        parts = [self.memory.get((call.layer, key)) for key, _ in call.conditioning]
+        if any(part is None for part in parts):
+            return None
+        known = [part[1] for part in parts]
+        if [part.gate_c.shape[0] for part in known] != [rows for _, rows in call.conditioning]:
+            return None
+        return Calibration(*(None if field[0] is None else torch.cat(field) for field in zip(*known)))
+
+    def _remember(self, call: LayerCall, known: Calibration, made: bool) -> None:
+        start = 0
+        for key, rows in call.conditioning:
+            part = Calibration(*(None if field is None else field[start : start + rows] for field in known))
+            step = call.step if made else self.memory.get((call.layer, key), (None, None))[0]
+            self.memory[call.layer, key] = (step, part)
+            start += rows
+
+
+def _exact_rows(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, routing: Routing, call: LayerCall, wanted: int
+) -> ExactRows:
+    """Compute exact attention for rows spread evenly over the query blocks, the same ones for every head."""
+    table = call.tables.video
+    walk = table.flatten()[: q.shape[2]]                                      # only the last slots are empty
+    count = min(wanted, walk.numel())
+    generator = torch.Generator().manual_seed(call.step)
+    inside = torch.rand(count, generator=generator, dtype=torch.float64)
+    place = ((torch.arange(count) + inside) * (walk.numel() / count)).long().to(q.device)
+    rows = walk[place]
+    row_q = q.index_select(2, rows)
+    row_out, row_lse = ops.dense_attention(row_q, k, v, call.scale)
+    return ExactRows(
+        row_q, row_out, row_lse, out.index_select(2, rows), lse.index_select(2, rows),
+        routing.tail.index_select(2, place // table.shape[1]),
+    )

@@ -1,0 +1,107 @@
+"""What a person asked for: one frozen object, validated once, that everything below only reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+METHODS = ("auto", "ropeslr", "top-k", "top-k plain")
+CALIBRATE = ("auto", "first step", "every step", "off")
+BACKENDS = ("auto", "pytorch", "dense")
+BLOCK_ORDERS = ("auto", "raster", "cube")
+MAX_SPARSITY = 0.98
+MAX_RANK = 128
+MAX_CALIBRATE_ROWS = 4096
+CALIBRATE_EVERY = 5
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """Settings of sparse attention for one model.
+
+    sparsity: share of key blocks that is not computed. rank: channels of the first-order background per head, 0 = all.
+    start_percent, end_percent: the part of the sampling schedule that runs sparse. dense_first_steps,
+    dense_last_steps: steps of the whole schedule that stay dense. dense_layers: layers that stay dense.
+    Every field is checked on construction; a ValueError names the field, what was found and what was expected.
+    """
+
+    method: str = "auto"
+    sparsity: float = 0.90
+    rank: int = 0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+    dense_layers: frozenset[int] = field(default_factory=frozenset)
+    calibrate: str = "auto"
+    calibrate_rows: int = 128
+    backend: str = "auto"
+    block_order: str = "auto"
+    min_tokens: int = 4096
+    keep_diagonal: bool = False
+    keep_first_frame: bool = False
+    strict: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name, options in (
+            ("method", METHODS), ("calibrate", CALIBRATE), ("backend", BACKENDS), ("block_order", BLOCK_ORDERS),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(options)}.")
+        for name, low, high in (
+            ("sparsity", 0.0, MAX_SPARSITY), ("rank", 0, MAX_RANK), ("start_percent", 0.0, 1.0),
+            ("end_percent", 0.0, 1.0), ("dense_first_steps", 0, math.inf), ("dense_last_steps", 0, math.inf),
+            ("calibrate_rows", 1, MAX_CALIBRATE_ROWS), ("min_tokens", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:                                      # also catches NaN
+                bounds = f"from {low} to {high}" if high < math.inf else f"{low} or more"
+                raise ValueError(f"{name} is {value}; it must be {bounds}.")
+        if self.start_percent > self.end_percent:
+            raise ValueError(
+                f"start_percent is {self.start_percent} and end_percent {self.end_percent}: the window ends before it "
+                "starts, so no step would run sparse. Make start_percent the smaller one."
+            )
+        if any(layer < 0 for layer in self.dense_layers):
+            raise ValueError(f"dense_layers has {min(self.dense_layers)}; layers are counted from 0.")
+
+    @property
+    def resolved_method(self) -> str:
+        """The method that runs: without an adapter, auto is RoPeSLR in its training-free form."""
+        return "ropeslr" if self.method == "auto" else self.method
+
+    @property
+    def resolved_order(self) -> str:
+        """Training-free methods gain from compact blocks, so auto is cube."""
+        return "cube" if self.block_order == "auto" else self.block_order
+
+    def kept_blocks(self, blocks: int) -> int:
+        """Key blocks that each row keeps by score, out of `blocks`."""
+        return max(1, math.floor((1.0 - self.sparsity) * blocks + 1e-6))      # 1 - 0.9 is a little less than 0.1
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layer numbers from a list such as "0, 1, 38-39"; an empty text is no layer.
+
+    Raises ValueError naming every piece that cannot be read.
+    """
+    layers: set[int] = set()
+    unreadable: list[str] = []
+    for piece in (part.strip() for part in text.split(",")):
+        ends = [end.strip() for end in piece.split("-")]
+        if not piece:
+            continue
+        if len(ends) > 2 or not all(end.isascii() and end.isdigit() and len(end) <= 4 for end in ends):
+            unreadable.append(piece)
+        elif int(ends[0]) > int(ends[-1]):
+            unreadable.append(piece)
+        else:
+            layers.update(range(int(ends[0]), int(ends[-1]) + 1))
+    if unreadable:
+        raise ValueError(
+            f"dense_layers is {text!r}, where {', '.join(map(repr, unreadable))} cannot be read; "
+            'write layer numbers and rising ranges, as in "0, 1, 38-39".'
+        )
+    return frozenset(layers)

@@ -1,0 +1,69 @@
+"""One sampling run of sparse attention: the only object that lives from call to call, made anew for every run."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from .accounting import AttentionCost, dense_flops, sparse_flops
+from .layout import BlockTables, TokenLayout
+from .methods import LayerCall, create
+from .methods.base import routing_cost
+from .plan import SparsePlan
+
+
+class AttentionRun:
+    """Attends as a plan says; owns what the method remembers and the block tables. Drop it to free both."""
+
+    def __init__(self, plan: SparsePlan) -> None:
+        self.plan = plan
+        self.method = create(plan)
+        self._tables: dict[tuple[TokenLayout, torch.device], BlockTables] = {}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, layer: Hashable = 0, step: int = 0,
+        conditioning: tuple[tuple[Hashable, int], ...] | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, AttentionCost]:
+        """Sparse self-attention of one layer.
+
+        q, k, v `(B, H, L, D)` after RoPE, any strides, L = layout.tokens; layer and conditioning name what may be
+        remembered for whom (conditioning: (key, batch rows) in batch order, by default one for the whole batch).
+        -> out `(B, H, L, D)` in q's dtype and token order, and what it cost. Text and reference tokens attend densely.
+        Raises ValueError when the tensors do not fit the layout.
+        """
+        batch, heads, tokens, width = q.shape
+        if tokens != layout.tokens:
+            raise ValueError(f"q has {tokens} tokens; the layout {layout} has {layout.tokens}")
+        conditioning = conditioning or (("all", batch),)
+        if sum(rows for _, rows in conditioning) != batch:
+            raise ValueError(f"conditioning {conditioning} does not add up to a batch of {batch}")
+        call = LayerCall(
+            layer, step, conditioning, layout, self._block_tables(layout, q.device),
+            width**-0.5 if scale is None else scale,
+        )
+        start, end = layout.before, layout.before + layout.video_tokens
+        video = self.method.attend(q[:, :, start:end], k, v, call)
+        parts = [video.out]
+        if start:
+            parts.insert(0, ops.dense_attention(q[:, :, :start], k, v, call.scale)[0])
+        if end < tokens:
+            parts.append(ops.dense_attention(q[:, :, end:], k, v, call.scale)[0])
+        out = torch.cat(parts, dim=2) if len(parts) > 1 else video.out
+
+        video_share = layout.video_tokens / tokens
+        density = 1.0 - (1.0 - video.density) * video_share
+        dense = batch * dense_flops(tokens, width, heads)
+        cost = AttentionCost(
+            density, dense, batch * sparse_flops(tokens, width, heads, density),
+            routing_cost(q, call), video.background, video.calibration,
+        )
+        return out, cost
+
+    def _block_tables(self, layout: TokenLayout, device: torch.device) -> BlockTables:
+        key = (layout, device)
+        if key not in self._tables:
+            self._tables[key] = layout.tables(self.plan.keep_diagonal, self.plan.keep_first_frame, device)
+        return self._tables[key]

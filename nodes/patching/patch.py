@@ -1,0 +1,122 @@
+"""Installs the plan on a clone of a MODEL: one wrapper around a sampling run, one around each model call.
+
+The model itself is never touched, so bypassing or deleting the node leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...attention import SparsePlan
+from .override import CALL, SLOT, ModelCall, sparse_override
+from .recognise import recognise, unwrap
+from .report import RunReport
+from .sampling_run import SamplingRun, SparseNotPossible
+
+logger = logging.getLogger(__name__)
+
+KEY = "ropeslr"
+RUN = "ropeslr_run"
+
+
+class SparsePatch:
+    """A plan on one model, shared by the model's clones; remembers the report of the last run."""
+
+    def __init__(self, plan: SparsePlan, node_id: str | None) -> None:
+        self.plan = plan
+        self.node_id = node_id
+        self.last_report: RunReport | None = None
+        self.already_said: set[str] = set()
+
+    def outer_sample(self, executor, *args, **kwargs):
+        """OUTER_SAMPLE wrapper: args are (noise, latent image, sampler, sigmas, ...). A run begins and ends here."""
+        guider = executor.class_obj
+        patcher = guider.model_patcher
+        run = SamplingRun(
+            self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
+            patcher.get_model_object("model_sampling"), self.already_said,
+        )
+        before = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+        guider.model_options["transformer_options"][RUN] = run
+        completed = False
+        try:
+            result = executor(*args, **kwargs)
+            completed = True
+            return result
+        finally:
+            guider.model_options = before
+            self.last_report = run.report(completed)
+            logger.info(self.last_report.summary())
+            self.last_report.send(self.node_id)
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+    ):
+        """APPLY_MODEL wrapper: puts the override on top of the slot for the length of one model call."""
+        run = transformer_options.get(RUN)
+        if run is None:                     # not inside a sampling run of ours, a training node for example
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        run.tally.model_calls += 1
+        options = dict(transformer_options)
+        contexts = (c_crossattn, kwargs.get("clip_fea"))
+        call = options[CALL] = ModelCall(
+            run, float(options["sigmas"][0]), _conditioning(options, x.shape[0]),
+            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT),
+        )
+        options[SLOT] = sparse_override
+        if self.plan.verbose:
+            logger.info(
+                "RoPeSLR: sigma %.4f, step %d of %d: %s", float(options["sigmas"][0]), call.step + 1,
+                run.schedule.steps, call.dense_reason or "sparse",
+            )
+        result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if call.attention_calls == 0 and run.tally.model_calls == 1 and _is_compiled(executor.class_obj, options):
+            # Compiled before the node was added: torch.compile nodes drop the guards on transformer_options, so the
+            # old graph is used again and never asks the slot.
+            logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
+            torch.compiler.reset()
+            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return result
+
+
+def install(model, plan: SparsePlan, node_id: str | None = None):
+    """A clone of MODEL that samples as the plan says; a plan installed before by this node is replaced.
+
+    Raises SparseNotPossible when the plan is strict and the model cannot run sparse.
+    """
+    facts = recognise(model.model.diffusion_model)
+    if plan.strict and facts.unsupported:
+        raise SparseNotPossible(facts.unsupported)
+    patched = model.clone()
+    patch = SparsePatch(plan, node_id)
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    patched.set_attachments(KEY, patch)
+    return patched
+
+
+def last_report(model) -> RunReport | None:
+    """The report of the last sampling run of a patched MODEL or any of its clones; None before the first."""
+    patch = model.get_attachment(KEY)
+    return None if patch is None else patch.last_report
+
+
+def _conditioning(options: dict, batch: int) -> tuple[tuple[object, int], ...]:
+    """Which rows of the batch belong to which conditioning: ((key, rows), ...)."""
+    keys = options.get("uuids") or options.get("cond_or_uncond") or ["all"]
+    if batch % len(keys):
+        return (("all", batch),)
+    return tuple((key, batch // len(keys)) for key in keys)
+
+
+def _is_compiled(base_model: torch.nn.Module, options: dict) -> bool:
+    module = base_model.diffusion_model
+    if unwrap(module) is not module or "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+        return True
+    return any(unwrap(block) is not block for block in getattr(module, "blocks", ()))

@@ -1,0 +1,94 @@
+"""What happened in one sampling run: counted while it runs, told once at its end, in words, as an event, as an object."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from ...attention.accounting import AttentionCost
+
+logger = logging.getLogger(__name__)
+
+EVENT = "ropeslr.report"
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One sampling run in numbers.
+
+    dense_calls counts the self-attention calls that stayed dense by reason, other_calls the attention that is never
+    replaced (cross-attention). density is the mean share of key blocks kept by the sparse calls. FLOPs are those of all
+    self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
+    """
+
+    model: str
+    method: str
+    sparsity: float
+    block_order: str
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    other_calls: dict[str, int]
+    density: float
+    dense_tflop: float
+    spent_tflop: float
+    calibrations: int
+    model_calls: int
+    seconds: float
+    completed: bool
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the self-attention FLOPs that was not spent."""
+        return 1.0 - self.spent_tflop / self.dense_tflop if self.dense_tflop else 0.0
+
+    def summary(self) -> str:
+        """The one line for the log."""
+        dense = sum(self.dense_calls.values())
+        total = self.sparse_calls + dense
+        text = f"RoPeSLR {self.method} on {self.model}: {self.sparse_calls} of {total} self-attention calls sparse"
+        if self.sparse_calls:
+            text += f" (density {self.density:.3f}, {self.block_order} order, {self.calibrations} calibrated)"
+        text += f", attention FLOPs saved {100 * self.flops_saved:.1f} %"
+        if dense:
+            text += "; dense: " + ", ".join(f"{n} {why}" for why, n in sorted(self.dense_calls.items()))
+        return text + f"; {self.seconds:.1f} s" + ("" if self.completed else "; the run was cut short")
+
+    def send(self, node_id: str | None) -> None:
+        """Send the report to the browser that queued the run; does nothing where no server runs."""
+        server = sys.modules.get("server")
+        prompt_server = getattr(getattr(server, "PromptServer", None), "instance", None)
+        if prompt_server is None or node_id is None:
+            return
+        detail = asdict(self) | {"node": node_id, "flops_saved": self.flops_saved, "summary": self.summary()}
+        try:
+            prompt_server.send_sync(EVENT, detail, prompt_server.client_id)
+        except Exception:                   # a closed browser must not end a run that has just finished
+            logger.debug("RoPeSLR: the report could not be sent to the browser", exc_info=True)
+
+
+@dataclass
+class Tally:
+    """Counts of a run as it goes."""
+
+    sparse_calls: int = 0
+    dense_calls: Counter[str] = field(default_factory=Counter)
+    other_calls: Counter[str] = field(default_factory=Counter)
+    density: object = 0.0                   # sums: floats, or tensors where reading them would make the host wait
+    dense_flops: float = 0.0
+    spent_flops: object = 0.0
+    calibrations: int = 0
+    model_calls: int = 0
+
+    def sparse(self, cost: AttentionCost) -> None:
+        self.sparse_calls += 1
+        self.density = self.density + cost.density
+        self.dense_flops += cost.dense
+        self.spent_flops = self.spent_flops + cost.total
+        self.calibrations += cost.calibration > 0
+
+    def dense(self, reason: str, flops: float) -> None:
+        self.dense_calls[reason] += 1
+        self.dense_flops += flops
+        self.spent_flops = self.spent_flops + flops

@@ -1,0 +1,142 @@
+"""One sampling run of a patched model: schedule, what the method remembers, and the count of what happened."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Hashable
+
+import torch
+
+from ...attention import AttentionRun, SparsePlan, TokenLayout
+from ...attention.accounting import dense_flops
+from ...attention.schedule import StepSchedule
+from ...kernels import ops
+from .recognise import ModelFacts
+from .report import RunReport, Tally
+from .whole_schedule import adds_noise, steps_outside
+
+logger = logging.getLogger(__name__)
+
+BACKEND_DENSE = "backend is set to dense"
+DENSE_LAYER = "dense layers"
+CROSS_ATTENTION = "cross-attention"
+OUTSIDE_BLOCKS = "outside the transformer blocks"
+
+
+class SparseNotPossible(RuntimeError):
+    """Raised instead of a dense fallback where the person asked for strict."""
+
+    def __init__(self, reason: str, remedy: str = "Switch strict off to run such calls dense.") -> None:
+        super().__init__(f"RoPeSLR (strict): this run cannot be sparse: {reason}. {remedy}")
+
+
+class SamplingRun:
+    """Made when a sampler starts and dropped when it ends; nothing outlives it but its report."""
+
+    def __init__(
+        self, plan: SparsePlan, facts: ModelFacts, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object,
+        already_said: set[str],
+    ) -> None:
+        self.plan = plan
+        self.facts = facts
+        self.schedule = _schedule(plan, noise, sigmas, model_sampling)
+        self.attention = AttentionRun(plan)
+        self.tally = Tally()
+        self.already_said = already_said
+        self.started = time.perf_counter()
+        if plan.strict and plan.backend != "dense":
+            self._refuse_hopeless(noise)
+
+    def _refuse_hopeless(self, noise: torch.Tensor) -> None:
+        """Raise before the first step if no call of the run could be sparse for a reason the person did not choose."""
+        if self.facts.unsupported:
+            raise SparseNotPossible(self.facts.unsupported)
+        if noise.ndim == 5:
+            tokens = self.facts.video_tokens(noise.shape)
+            if tokens < self.plan.min_tokens:
+                raise SparseNotPossible(
+                    _too_short(tokens, self.plan.min_tokens),
+                    "Lower min_tokens, make the video larger or longer, or switch strict off.",
+                )
+        unable = ops.why_not(self.facts.head_width, self.facts.heads, self.facts.heads)
+        if unable:
+            raise SparseNotPossible(unable)
+
+    def call_reason(self, sigma: float) -> str | None:
+        """Why a whole model call stays dense; None where its layers may be sparse."""
+        if self.plan.backend == "dense":
+            return BACKEND_DENSE
+        return self.schedule.dense_reason(sigma)
+
+    def layer_reason(
+        self, layer: int, tokens: int, grid: tuple[int, int, int] | None, mask: bool, head_width: int, heads: int,
+        kv_heads: int,
+    ) -> tuple[str | None, bool]:
+        """Why one self-attention call stays dense, and whether the person chose that."""
+        if layer in self.plan.dense_layers:
+            return DENSE_LAYER, True
+        unable = ops.why_not(head_width, heads, kv_heads)
+        if unable:
+            return unable, False
+        if mask:
+            return "an attention mask is set", False
+        if grid is None:
+            return "the model does not tell its token grid", False
+        if tokens != math.prod(grid):
+            return f"{tokens} tokens on a {grid} grid: reference tokens are not supported yet", False
+        if tokens < self.plan.min_tokens:
+            return _too_short(tokens, self.plan.min_tokens), False
+        return None, True
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, step: int,
+        conditioning: tuple[tuple[Hashable, int], ...], scale: float | None,
+    ) -> torch.Tensor:
+        """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
+        layout = TokenLayout(grid, order=self.plan.resolved_order)
+        out, cost = self.attention.attend(q, k, v, layout, layer, step, conditioning, scale)
+        self.tally.sparse(cost)
+        return out
+
+    def stay_dense(self, reason: str, batch: int, tokens: int, width: int, heads: int) -> None:
+        """Count a self-attention call that stays dense."""
+        self.tally.dense(reason, batch * dense_flops(tokens, width, heads))
+
+    def say_once(self, reason: str) -> None:
+        """Log a reason that the person did not choose, once for each patched model."""
+        if reason not in self.already_said:
+            self.already_said.add(reason)
+            logger.warning("RoPeSLR: attention runs dense: %s", reason)
+
+    def report(self, completed: bool) -> RunReport:
+        """The run in numbers; reads the device once."""
+        tally = self.tally
+        return RunReport(
+            model=self.facts.name, method=self.plan.resolved_method, sparsity=self.plan.sparsity,
+            block_order=self.plan.resolved_order, sparse_calls=tally.sparse_calls,
+            dense_calls=dict(tally.dense_calls), other_calls=dict(tally.other_calls),
+            density=float(tally.density) / tally.sparse_calls if tally.sparse_calls else 1.0,
+            dense_tflop=tally.dense_flops / 1e12, spent_tflop=float(tally.spent_flops) / 1e12,
+            calibrations=tally.calibrations, model_calls=tally.model_calls,
+            seconds=time.perf_counter() - self.started, completed=completed,
+        )
+
+
+def _schedule(plan: SparsePlan, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object) -> StepSchedule:
+    levels = [float(s) for s in sigmas]
+    before = after = 0
+    if len(levels) > 1 and (plan.dense_first_steps or plan.dense_last_steps):
+        before, after = steps_outside(levels, adds_noise(noise), model_sampling)
+    return StepSchedule(
+        tuple(levels),
+        # The ends of the schedule mean "no limit"; samplers may start a little above the model's own maximum.
+        math.inf if plan.start_percent <= 0.0 else float(model_sampling.percent_to_sigma(plan.start_percent)),
+        -math.inf if plan.end_percent >= 1.0 else float(model_sampling.percent_to_sigma(plan.end_percent)),
+        plan.dense_first_steps, plan.dense_last_steps, before, after,
+    )
+
+
+def _too_short(tokens: int, least: int) -> str:
+    return f"{tokens} tokens are fewer than min_tokens {least}"

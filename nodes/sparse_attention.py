@@ -1,0 +1,133 @@
+"""RoPeSLR Sparse Attention: the one node between a model and its sampler."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..attention.plan import BACKENDS, BLOCK_ORDERS, CALIBRATE, MAX_CALIBRATE_ROWS, MAX_RANK, MAX_SPARSITY, METHODS
+from ..attention.plan import SparsePlan, parse_layers
+from .patching import install
+
+Adapter = io.Custom("ROPESLR_ADAPTER")
+
+
+class RoPeSLRSparseAttention(io.ComfyNode):
+    """MODEL -> MODEL with block-sparse self-attention."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RoPeSLRSparseAttention",
+            display_name="RoPeSLR Sparse Attention",
+            category="RoPeSLR",
+            description=(
+                "Makes Wan video models faster: self-attention computes only the key blocks that matter, and a cheap "
+                "low-rank background stands in for the rest. Put it between the model (or its LoRAs) and the sampler."
+            ),
+            search_aliases=["sparse attention", "wan speed", "SLA", "AdaSpa", "RoLA", "block sparse"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan model. Other models pass through and run dense, with a note."),
+                Adapter.Input(
+                    "adapter", optional=True, tooltip="Trained low-rank weights. Leave it open to run training-free."
+                ),
+                io.Combo.Input(
+                    "method", options=list(METHODS), default="auto",
+                    tooltip="auto: the adapter's own method; without an adapter, ropeslr. "
+                            "ropeslr: sparse attention plus a background that calibrates itself. "
+                            "top-k: sparse attention plus one averaged key for every block left out. "
+                            "top-k plain: the kept blocks and nothing else.",
+                ),
+                io.Float.Input(
+                    "sparsity", default=0.90, min=0.0, max=MAX_SPARSITY, step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="The share of key blocks that is NOT computed. 0.90 computes one block in ten: about ten "
+                            "times less attention work. Higher is faster, lower is closer to the dense picture; "
+                            "0 computes everything.",
+                ),
+                io.Int.Input(
+                    "rank", default=0, min=0, max=MAX_RANK, step=2,
+                    tooltip="Channels per head that the background uses. 0 = all of them (or the adapter's own rank). "
+                            "Lower is a little faster and coarser; 64 is a good second choice.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Sampling before this point of the schedule stays dense.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Sampling after this point of the schedule stays dense.",
+                ),
+                io.Int.Input(
+                    "dense_first_steps", default=1, min=0, max=1000,
+                    tooltip="This many steps at the start of the whole schedule stay dense; they decide the layout of "
+                            "the video. Two experts share one count. Use 0 or 1 with 4 to 8 steps.",
+                ),
+                io.Int.Input(
+                    "dense_last_steps", default=0, min=0, max=1000,
+                    tooltip="This many steps at the end of the whole schedule stay dense. 1 can help fine detail.",
+                ),
+                io.String.Input(
+                    "dense_layers", default="",
+                    tooltip='Layers that stay dense, counted from 0: numbers and ranges, such as "0, 1, 38-39".',
+                ),
+                io.Combo.Input(
+                    "calibrate", options=list(CALIBRATE), default="auto", advanced=True,
+                    tooltip="ropeslr without an adapter: when a few rows are computed exactly to adjust the "
+                            "background. auto: at the first sparse step and every 5 steps.",
+                ),
+                io.Int.Input(
+                    "calibrate_rows", default=128, min=1, max=MAX_CALIBRATE_ROWS, advanced=True,
+                    tooltip="Rows per layer that a calibration computes exactly. 128 cost 0.2 % of dense attention at "
+                            "75,000 tokens.",
+                ),
+                io.Combo.Input(
+                    "backend", options=list(BACKENDS), default="auto", advanced=True,
+                    tooltip="auto: the fastest that works here. pytorch: runs everywhere. dense: switches the node off "
+                            "and still counts calls, to compare.",
+                ),
+                io.Combo.Input(
+                    "block_order", options=list(BLOCK_ORDERS), default="auto", advanced=True,
+                    tooltip="Which tokens form a block. cube: neighbours in time and space (better without training). "
+                            "raster: as they lie in memory. auto: cube.",
+                ),
+                io.Int.Input(
+                    "min_tokens", default=4096, min=0, max=1 << 20, advanced=True,
+                    tooltip="Videos of fewer tokens stay dense, since sparse attention gains nothing there.",
+                ),
+                io.Boolean.Input(
+                    "keep_diagonal", default=False, advanced=True,
+                    tooltip="Every block also attends to itself, whatever its score.",
+                ),
+                io.Boolean.Input(
+                    "keep_first_frame", default=False, advanced=True,
+                    tooltip="Every block also attends to the first frame, whatever its score.",
+                ),
+                io.Boolean.Input(
+                    "strict", default=False, advanced=True,
+                    tooltip="Stop with an error, before sampling where possible, instead of running dense.",
+                ),
+                io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Log every model call."),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=None, end_percent=None, dense_layers=None) -> bool | str:
+        """Refuse before the run what `SparsePlan` would refuse; linked inputs arrive as None and are checked later."""
+        given = {"start_percent": start_percent, "end_percent": end_percent}
+        try:
+            SparsePlan(**{name: value for name, value in given.items() if value is not None})
+            parse_layers(dense_layers or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, method, dense_layers="", adapter=None, **settings) -> io.NodeOutput:
+        """Build the plan from the widgets and install it on a clone of the model."""
+        if adapter is not None:
+            raise ValueError("This version has no adapters yet; disconnect the adapter input to run training-free.")
+        plan = SparsePlan(method=method, dense_layers=parse_layers(dense_layers), **settings)
+        node_id = cls.hidden.unique_id if cls.hidden is not None else None
+        return io.NodeOutput(install(model, plan, node_id))

@@ -1,0 +1,68 @@
+"""A real ComfyUI inside the test process, on the CPU: boot it, load the pack as ComfyUI does, run nodes and samplers.
+
+COMFYUI_PATH names the ComfyUI tree, ROPESLR_TEST_BASE a folder for its models, inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import runpy
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def boot() -> ModuleType:
+    """Import ComfyUI's `nodes` module for a CPU, with the models of the test's base folder in its lists."""
+    tree = Path(os.environ["COMFYUI_PATH"])
+    runpy.run_path(str(Path(__file__).parent / "cpu_shim" / "sitecustomize.py"))
+    sys.path.insert(0, str(tree))
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        import comfy.options  # noqa: F401  argument parsing stays off, so pytest's arguments are not ComfyUI's
+        from comfy.cli_args import args
+
+        args.cpu = True
+        args.base_directory = os.environ["ROPESLR_TEST_BASE"]
+        import nodes
+    finally:
+        sys.argv = argv
+    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    return nodes
+
+
+@cache
+def pack() -> ModuleType:
+    """The pack, loaded by ComfyUI's own loader; its nodes stand in NODE_CLASS_MAPPINGS afterwards."""
+    nodes = boot()
+    if not asyncio.run(nodes.load_custom_node(str(ROOT))):
+        raise RuntimeError("ComfyUI could not load the pack; its log has the traceback")
+    return sys.modules[str(ROOT).replace(".", "_x_")]
+
+
+def module(name: str) -> ModuleType:
+    """A module of the loaded pack, such as ".nodes.patching"."""
+    return importlib.import_module(name, pack().__name__)
+
+
+def run_node(name: str, **inputs) -> tuple:
+    """Execute one node, old or new style, and return its outputs."""
+    node = boot().NODE_CLASS_MAPPINGS[name]
+    if hasattr(node, "GET_SCHEMA"):
+        return node.EXECUTE_NORMALIZED(**inputs).result
+    return getattr(node(), node.FUNCTION)(**inputs)
+
+
+def object_info() -> dict:
+    """What `/object_info` would tell, without a server."""
+    info = {}
+    for name, node in boot().NODE_CLASS_MAPPINGS.items():
+        if hasattr(node, "GET_NODE_INFO_V1"):
+            info[name] = node.GET_NODE_INFO_V1()
+    return info

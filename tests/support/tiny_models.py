@@ -1,0 +1,192 @@
+"""Tiny checkpoints of real architectures: ComfyUI's own classes with random weights, 2 heads of width 128, 2 layers.
+
+ComfyUI's stock loaders recognise and load them like the released files. Needs a booted ComfyUI (comfy_host.boot).
+`python tiny_models.py FOLDER [NAME ...]` writes them below FOLDER, as ComfyUI's models folder is laid out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HEADS = 2
+LAYERS = 2
+WIDTH = 128 * HEADS
+SHARPNESS = 2.0                             # sd of the attention logits; random projections alone attend to everything
+TEXT_WIDTH = 768                            # CLIP-L's; Wan's own 4096 would need a text encoder of 5.7 B parameters
+
+
+def make(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write the named files (all by default) below `folder`; files that exist are kept."""
+    for name in names or FILES:
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            FILES[name](partial)
+            partial.replace(path)           # an interrupted run leaves no half file under the final name
+
+
+def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Deterministic weights of a size that keeps activations near 1: fan-in scaled matrices, norms about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if not weight.is_floating_point():
+                weight.zero_()
+                continue
+            noise = torch.randn(weight.shape, generator=generator)
+            leaf = name.rsplit(".", 1)[-1]
+            if name.endswith("self_attn.norm_q.weight"):
+                noise = SHARPNESS + 0.02 * noise
+            elif leaf == "gamma" or (weight.ndim == 1 and leaf in ("weight", "scale")):
+                noise = 1 + 0.02 * noise
+            elif weight.ndim <= 1:
+                noise *= 0.02
+            elif "modulation" in name:
+                noise *= 0.3
+            elif leaf == "weight":
+                noise *= weight[0].numel() ** -0.5
+            else:
+                noise *= 0.05
+            weight.copy_(noise)
+    return model
+
+
+def _wan(seed: int, kind: str = "WanModel", **config) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import comfy.ldm.wan.model
+        import comfy.ops
+
+        settings = dict(
+            model_type="t2v", dim=WIDTH, ffn_dim=2 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH
+        )
+        model = getattr(comfy.ldm.wan.model, kind)(
+            device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **(settings | config)
+        )
+        # The text width is the one size that ComfyUI does not read off the weights, but it heeds the file's metadata.
+        metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})}
+        save_file(_fill(model, seed).state_dict(), path, metadata)
+
+    return write
+
+
+def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import comfy.ldm.hunyuan_video.model
+        import comfy.ops
+
+        settings = dict(
+            in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH, mlp_ratio=4.0,
+            num_heads=HEADS, depth=LAYERS, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56], theta=256,
+            patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
+            use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
+        )
+        model = comfy.ldm.hunyuan_video.model.HunyuanVideo(
+            device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **(settings | config)
+        )
+        save_file(_fill(model, seed).state_dict(), path)
+
+    return write
+
+
+def _flux(path: Path) -> None:
+    """A model of another family, which the pack has to leave alone."""
+    import comfy.ldm.flux.model
+    import comfy.ops
+
+    model = comfy.ldm.flux.model.Flux(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=WIDTH, mlp_ratio=4.0,
+        num_heads=HEADS, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], device="cpu", dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
+    save_file(_fill(model, 30).state_dict(), path)
+
+
+def _wan_vae(path: Path) -> None:
+    import comfy.ldm.wan.vae
+
+    model = comfy.ldm.wan.vae.WanVAE(
+        dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+        temperal_downsample=[False, True, True], image_channels=3, conv_out_channels=3, dropout=0.0,
+    )
+    save_file({name: weight.float() for name, weight in _fill(model, 0).state_dict().items()}, path)
+
+
+def _taehv(seed: int, latent_channels: int, dtype: torch.dtype) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import comfy.taesd.taehv
+
+        model = _fill(comfy.taesd.taehv.TAEHV(latent_channels=latent_channels), seed)
+        save_file({name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}, path)
+
+    return write
+
+
+def _clip_l(path: Path) -> None:
+    """CLIP-L's sizes are fixed (124 M parameters), so every matrix is an overlapping view of one small storage."""
+    base = torch.randn(60000, generator=torch.Generator().manual_seed(0)).half()
+    small = (base * 0.03).half()
+    width, hidden = 768, 3072
+    weights = {
+        "text_model.embeddings.token_embedding.weight": base.as_strided((49408, width), (1, 1)),
+        "text_model.embeddings.position_embedding.weight": small.as_strided((77, width), (width, 1)),
+        "text_model.final_layer_norm.weight": torch.ones(width).half(),
+        "text_model.final_layer_norm.bias": torch.zeros(width).half(),
+        "text_projection.weight": small.as_strided((width, width), (37, 1)),
+    }
+    for i in range(12):
+        layer = f"text_model.encoder.layers.{i}."
+        for norm in ("layer_norm1", "layer_norm2"):
+            weights[f"{layer}{norm}.weight"] = torch.ones(width).half()
+            weights[f"{layer}{norm}.bias"] = torch.zeros(width).half()
+        for j, name in enumerate(("q_proj", "k_proj", "v_proj", "out_proj")):
+            weights[f"{layer}self_attn.{name}.weight"] = small.as_strided((width, width), (41 + 2 * j, 1), 7 * i)
+            weights[f"{layer}self_attn.{name}.bias"] = torch.zeros(width).half()
+        weights[f"{layer}mlp.fc1.weight"] = small.as_strided((hidden, width), (11, 1), 13 * i)
+        weights[f"{layer}mlp.fc1.bias"] = torch.zeros(hidden).half()
+        weights[f"{layer}mlp.fc2.weight"] = small.as_strided((width, hidden), (17, 1), 5 * i)
+        weights[f"{layer}mlp.fc2.bias"] = torch.zeros(width).half()
+    torch.save(weights, path)
+
+
+FILES: dict[str, Callable[[Path], None]] = {
+    "diffusion_models/tiny_wan21_t2v.safetensors": _wan(0),
+    # Wan 2.2 A14B is two files of the Wan 2.1 layout: the experts for high and for low noise.
+    "diffusion_models/tiny_wan22_t2v_high_noise.safetensors": _wan(1),
+    "diffusion_models/tiny_wan22_t2v_low_noise.safetensors": _wan(2),
+    "diffusion_models/tiny_wan22_ti2v_5b.safetensors": _wan(3, in_dim=48, out_dim=48),
+    "diffusion_models/tiny_wan21_i2v.safetensors": _wan(4, model_type="i2v", in_dim=36),
+    "diffusion_models/tiny_wan22_i2v.safetensors": _wan(5, in_dim=36),
+    "diffusion_models/tiny_wan22_fun_control_ref.safetensors": _wan(6, in_dim=52, in_dim_ref_conv=16),
+    "diffusion_models/tiny_wan21_vace.safetensors": _wan(
+        7, "VaceWanModel", model_type="vace", vace_layers=1, vace_in_dim=96
+    ),
+    "diffusion_models/tiny_wan22_camera.safetensors": _wan(8, "CameraWanModel", model_type="camera_2.2", in_dim=36),
+    "diffusion_models/tiny_wan22_s2v.safetensors": _wan(9, "WanModel_S2V", model_type="s2v"),
+    "diffusion_models/tiny_hunyuan_t2v.safetensors": _hunyuan(10),
+    "diffusion_models/tiny_hunyuan_i2v.safetensors": _hunyuan(11, in_channels=33),
+    "diffusion_models/tiny_hunyuan_skyreels_i2v.safetensors": _hunyuan(12, in_channels=32),
+    "diffusion_models/tiny_hunyuan15_t2v.safetensors": _hunyuan(
+        13, in_channels=65, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
+        use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+    ),
+    "diffusion_models/tiny_flux.safetensors": _flux,
+    "vae/tiny_wan_vae.safetensors": _wan_vae,
+    "vae/tiny_taehv_hunyuan.safetensors": _taehv(14, 16, torch.float16),
+    "vae/tiny_taew22.safetensors": _taehv(15, 48, torch.float32),
+    "vae/tiny_lighttae_hv15.safetensors": _taehv(16, 32, torch.float32),
+    "text_encoders/tiny_clip_l.pt": _clip_l,
+}
+
+if __name__ == "__main__":
+    import comfy_host
+
+    comfy_host.boot()
+    make(Path(sys.argv[1]), sys.argv[2:] or None)
