@@ -1,7 +1,7 @@
 """Sets everything up on a fresh machine, then runs: `python dev.py demo`, `python dev.py test`. Standard library only.
 
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
-    test    all tests: without ComfyUI, then inside and against three versions of it (arguments go to pytest)
+    test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
 
 The first run downloads about 500 MB and needs a few minutes. Everything that is kept lies in a cache outside this tree:
 ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH names it, or when
@@ -63,13 +63,13 @@ def demo(rest: list[str]) -> int:
 
 
 def test(rest: list[str]) -> int:
-    """Run every test; the exit code is that of the first process that failed."""
+    """Run every test, or with arguments just what they name; the exit code is that of the first process to fail."""
     python = environment()
-    code = run_in(python, comfyui(NEWEST), ["-m", "pytest", "tests", *rest])
+    code = run_in(python, comfyui(NEWEST), ["-m", "pytest", *(rest or ["tests"])])
     for version in COMFYUI:
-        if version != NEWEST:
+        if version != NEWEST and not rest:
             say(f"the suite inside ComfyUI {version}")
-            code = code or run_in(python, registry_comfyui(version), ["-m", "pytest", "tests/nodes", *rest])
+            code = run_in(python, registry_comfyui(version), ["-m", "pytest", "tests/nodes"]) or code
     return code
 
 

@@ -52,17 +52,9 @@ def module(name: str) -> ModuleType:
 
 
 def run_node(name: str, **inputs) -> tuple:
-    """Execute one node, old or new style, and return its outputs."""
+    """Execute one node, old or new style, and return its outputs; widgets that are not named keep their defaults."""
     node = boot().NODE_CLASS_MAPPINGS[name]
     if hasattr(node, "GET_SCHEMA"):
-        return node.EXECUTE_NORMALIZED(**inputs).result
+        widgets = {each.id: each.default for each in node.GET_SCHEMA().inputs if getattr(each, "default", None) is not None}
+        return node.EXECUTE_NORMALIZED(**(widgets | inputs)).result
     return getattr(node(), node.FUNCTION)(**inputs)
-
-
-def object_info() -> dict:
-    """What `/object_info` would tell, without a server."""
-    info = {}
-    for name, node in boot().NODE_CLASS_MAPPINGS.items():
-        if hasattr(node, "GET_NODE_INFO_V1"):
-            info[name] = node.GET_NODE_INFO_V1()
-    return info

@@ -23,9 +23,9 @@ FILES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=448)
-    parser.add_argument("--height", type=int, default=448)
-    parser.add_argument("--length", type=int, default=33)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--height", type=int, default=560)
+    parser.add_argument("--length", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--sparsity", type=float, default=0.9)
     options = parser.parse_args()

@@ -1,0 +1,214 @@
+"""The methods on structured inputs: against slow transcriptions of their formulas, and against each other."""
+
+import math
+
+import pytest
+import torch
+from fields import relative_error, smooth_qkv
+from pack_loader import load
+
+attention = load(".attention")
+reference = load(".kernels.reference")
+GRID = (8, 14, 18)                          # 2016 tokens, 31.5 blocks
+
+
+def run(q, k, v, layout, **plan):
+    return attention.AttentionRun(attention.SparsePlan(**plan)).attend(q, k, v, layout)
+
+
+def error(q, k, v, grid=GRID, order="cube", **plan):
+    out, _ = run(q, k, v, attention.TokenLayout(grid, order=order), **plan)
+    return relative_error(out, reference.dense_attention(q, k, v)[0])
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+@pytest.mark.parametrize("grid", [(8, 14, 18), (5, 8, 9), (3, 7, 11), (1, 1, 1)])
+def test_density_one_is_dense_in_both_orders(method, grid):
+    q, k, v = smooth_qkv(grid)
+    for order in ("cube", "raster"):
+        assert error(q, k, v, grid, order, method=method, sparsity=0.0) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["cube", "raster"])
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_calibrated_ropeslr_is_clearly_below_the_others(order, sparsity, seed):
+    q, k, v = smooth_qkv(GRID, seed=seed)
+    errors = {
+        method: error(q, k, v, order=order, method=method, sparsity=sparsity)
+        for method in ("ropeslr", "top-k", "top-k plain")
+    }
+    assert errors["ropeslr"] < 0.85 * min(errors["top-k"], errors["top-k plain"])
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_error_falls_as_density_rises(method):
+    q, k, v = smooth_qkv(GRID, sharpness=1.5)
+    errors = [error(q, k, v, method=method, sparsity=sparsity) for sparsity in (0.95, 0.9, 0.75, 0.5, 0.25, 0.0)]
+    assert all(more > less for more, less in zip(errors, errors[1:])), errors
+
+
+def test_calibration_and_rank_take_effect():
+    q, k, v = smooth_qkv(GRID)
+    calibrated, uncalibrated = (error(q, k, v, calibrate=mode) for mode in ("auto", "off"))
+    assert calibrated < 0.9 * uncalibrated
+    by_rank = [error(q, k, v, rank=rank) for rank in (2, 16, 64)]
+    assert by_rank[0] > by_rank[1] > by_rank[2] == pytest.approx(calibrated)
+    assert error(q, k, v, rank=33) < by_rank[1]                               # an odd rank is no special case
+
+
+def test_lower_rank_costs_less():
+    q, k, v = smooth_qkv(GRID)
+    costs = [run(q, k, v, attention.TokenLayout(GRID), rank=rank)[1].background for rank in (16, 32, 0)]
+    assert costs[0] * 2 == costs[1] and costs[1] * 2 == costs[2]
+
+
+def test_uncalibrated_ropeslr_is_its_formula():
+    q, k, v = (x.double() for x in smooth_qkv((4, 9, 10), heads=2, width=32))
+    layout = attention.TokenLayout((4, 9, 10), order="cube")
+    found, cost = run(q, k, v, layout, calibrate="off", sparsity=0.7)
+    assert relative_error(found, slow_ropeslr(q, k, v, layout, keep=cost.density)) < 1e-10
+
+
+def slow_ropeslr(q, k, v, layout, keep):
+    """Written from the formulas alone, token by token."""
+    width, blocks = q.shape[-1], [row[row >= 0].tolist() for row in layout.tables(False, False).video]
+    kept = round(keep * len(blocks))
+    out = torch.zeros_like(q)
+    for h in range(q.shape[1]):
+        queries, keys, values = q[0, h], k[0, h], v[0, h]
+        cov = (keys - keys.mean(0)).T @ values / len(keys)
+        means = torch.stack([keys[block].mean(0) for block in blocks])
+        for block in blocks:
+            scores = means @ queries[block].mean(0) / width**0.5
+            best = scores.argsort(descending=True)[:kept].tolist()
+            rest = [j for j in range(len(blocks)) if j not in best]
+            tail = torch.logsumexp(torch.stack([scores[j] + math.log(len(blocks[j])) for j in rest]), 0)
+            near = [token for j in best for token in blocks[j]]
+            for token in block:
+                logits = keys[near] @ queries[token] / width**0.5
+                lse = torch.logsumexp(logits, 0)
+                sparse = torch.softmax(logits, 0) @ values[near]
+                share = torch.sigmoid(tail - lse)
+                out[0, h, token] = (1 - share) * sparse + share * (values.mean(0) + queries[token] @ cov / width**0.5)
+    return out
+
+
+def test_calibration_solves_its_normal_equations():
+    """The closed form against a plain least-squares solution over all rows and channels."""
+    module = load(".attention.methods.calibration")
+    generator = torch.Generator().manual_seed(0)
+    rows, width, pairs = 40, 16, 8
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, out, sparse = (noise(1, 1, rows, width) for _ in range(3))
+    sparse_lse, v_mean, cov = noise(1, 1, rows), noise(1, 1, width), noise(1, 1, width, width)
+    tail, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
+    found = module.calibrate(
+        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0)
+    )
+    odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
+    estimate = (tail - sparse_lse).flatten()
+    c = (((estimate - estimate.mean()) * (odds - odds.mean())).mean() + 0.1) / (estimate.var(correction=0) + 0.1)
+    b = odds.mean() - c * estimate.mean()
+    assert found.gate_c.item() == pytest.approx(c.item()) and found.gate_b.item() == pytest.approx(b.item())
+
+    gate = torch.sigmoid(c * estimate + b)
+    design = torch.zeros(rows * width, pairs, dtype=torch.float64)
+    for p in range(pairs):
+        part = q[0, 0, :, 2 * p : 2 * p + 2] @ cov[0, 0, 2 * p : 2 * p + 2]
+        design[:, p] = (gate[:, None] * part).flatten()
+    wanted = (out[0, 0] - (1 - gate)[:, None] * sparse[0, 0] - gate[:, None] * v_mean[0, 0]).flatten()
+    normal = design.T @ design
+    ridge = 0.05 * normal.diagonal().mean()
+    prior = width**-0.5
+    solved = torch.linalg.solve(normal + ridge * torch.eye(pairs), design.T @ wanted + ridge * prior)
+    torch.testing.assert_close(found.beta[0, 0], solved.clamp(-4 * prior, 4 * prior).repeat_interleave(2))
+
+
+def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
+    module = load(".attention.methods.calibration")
+    cov = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = module.untrained(cov, 0)
+    rows = [torch.zeros(1, 2, 5, 8)] * 2 + [torch.zeros(1, 2, 5)] + [torch.zeros(1, 2, 5, 8)] + [torch.zeros(1, 2, 5)] * 2
+    broken = cov.clone()
+    broken[0, 1] = torch.nan
+    found = module.calibrate(module.ExactRows(*rows), torch.zeros(1, 2, 8), broken, start)
+    assert torch.isfinite(found.beta).all() and torch.equal(found.beta[0, 1], start.beta[0, 1])
+
+
+def test_each_conditioning_has_its_own_calibration():
+    """Two conditionings in one batch give what each gives alone, and a later call in another order finds its own."""
+    one, two = smooth_qkv(GRID, seed=0), smooth_qkv(GRID, seed=5, sharpness=1.4)
+    layout = attention.TokenLayout(GRID)
+    together = attention.AttentionRun(attention.SparsePlan(calibrate="first step"))
+    batch = [torch.cat(pair) for pair in zip(one, two)]
+    both, _ = together.attend(*batch, layout, conditioning=(("a", 1), ("b", 1)))
+    for part, alone in zip(both, (one, two)):
+        expected, _ = run(*alone, layout, calibrate="first step")
+        assert relative_error(part[None], expected) < 1e-5
+    swapped, cost = together.attend(
+        *[x.flip(0) for x in batch], layout, step=1, conditioning=(("b", 1), ("a", 1))
+    )
+    assert cost.calibration == 0
+    assert relative_error(swapped.flip(0), both) < 1e-5
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("off", []), ("first step", [0]), ("every step", list(range(12))), ("auto", [0, 5, 10]),
+])
+def test_calibration_follows_its_schedule(mode, expected):
+    q, k, v = smooth_qkv((4, 8, 8), heads=1, width=32)
+    session = attention.AttentionRun(attention.SparsePlan(calibrate=mode, sparsity=0.5))
+    made = []
+    for step in range(12):
+        for layer in (0, 1):
+            _, cost = session.attend(q, k, v, attention.TokenLayout((4, 8, 8)), layer, step)
+            if cost.calibration and layer == 0:
+                made.append(step)
+    assert made == expected
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+@pytest.mark.parametrize("before, after", [(70, 0), (0, 33), (20, 90)])
+def test_text_and_reference_tokens_attend_and_are_attended_to_in_full(method, before, after):
+    grid = (4, 8, 9)
+    q, k, v = smooth_qkv(grid, width=32)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.cat([torch.randn(1, 2, before, 32, generator=generator), x,
+                   torch.randn(1, 2, after, 32, generator=generator)], dim=2) for x in (q, k, v)
+    )
+    layout = attention.TokenLayout(grid, before, after)
+    out, cost = run(q, k, v, layout, method=method, sparsity=0.8)
+    dense, _ = reference.dense_attention(q, k, v)
+    video = slice(before, before + layout.video_tokens)
+    text = torch.ones(layout.tokens, dtype=torch.bool)
+    text[video] = False
+    assert relative_error(out[:, :, text], dense[:, :, text]) < 1e-5
+    assert 0.2 < cost.density < 0.7
+    # A text token is attended to by every video query: its value reaches all of them.
+    v[:, :, int(text.nonzero()[0])] += 100.0
+    moved, _ = run(q, k, v, layout, method=method, sparsity=0.8)
+    assert ((moved - out)[:, :, video].abs().amax(dim=-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_half_precision_follows_float32(method, dtype, limit):
+    q, k, v = (x.to(dtype) for x in smooth_qkv((8, 8, 9), width=64))
+    layout = attention.TokenLayout((8, 8, 9))
+    out, _ = run(q, k, v, layout, method=method, sparsity=0.75)
+    wide, _ = run(q.float(), k.float(), v.float(), layout, method=method, sparsity=0.75)
+    assert out.dtype == dtype and relative_error(out, wide) < limit
+
+
+def test_wrong_input_is_refused_by_name():
+    q, k, v = smooth_qkv((2, 8, 8))
+    with pytest.raises(ValueError, match="q has 128 tokens; the layout .* has 64"):
+        run(q, k, v, attention.TokenLayout((1, 8, 8)))
+    with pytest.raises(ValueError, match="does not add up to a batch of 1"):
+        session = attention.AttentionRun(attention.SparsePlan())
+        session.attend(q, k, v, attention.TokenLayout((2, 8, 8)), conditioning=(("a", 2),))

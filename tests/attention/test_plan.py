@@ -1,0 +1,63 @@
+"""The plan: every field is checked, and an error names the field, what was found and what was expected."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pack_loader import load
+
+plan = load(".attention.plan")
+
+
+@pytest.mark.parametrize("field, value, says", [
+    ("method", "magic", "method is 'magic'; it must be one of: auto, ropeslr, top-k, top-k plain"),
+    ("sparsity", 1.5, "sparsity is 1.5; it must be from 0.0 to 0.98"),
+    ("sparsity", float("nan"), "sparsity is nan"),
+    ("rank", -2, "rank is -2; it must be from 0 to 128"),
+    ("dense_first_steps", -1, "dense_first_steps is -1; it must be 0 or more"),
+    ("calibrate", "sometimes", "calibrate is 'sometimes'"),
+    ("calibrate_rows", 0, "calibrate_rows is 0"),
+    ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, pytorch, dense"),
+    ("block_order", "hilbert", "block_order is 'hilbert'"),
+    ("dense_layers", frozenset({-3}), "dense_layers has -3"),
+])
+def test_a_wrong_value_is_named(field, value, says):
+    with pytest.raises(ValueError, match=says):
+        plan.SparsePlan(**{field: value})
+
+
+def test_a_window_that_ends_before_it_starts_is_refused():
+    with pytest.raises(ValueError, match="start_percent is 0.6 and end_percent 0.3"):
+        plan.SparsePlan(start_percent=0.6, end_percent=0.3)
+
+
+@pytest.mark.parametrize("text, layers", [
+    ("", []), (" , ", []), ("0", [0]), ("0, 1, 38-39", [0, 1, 38, 39]), (" 3 - 5 ,4", [3, 4, 5]),
+])
+def test_layer_lists_are_read(text, layers):
+    assert plan.parse_layers(text) == frozenset(layers)
+
+
+@pytest.mark.parametrize("text, bad", [
+    ("0,x,9-", ["'x'", "'9-'"]), ("5-2", ["'5-2'"]), ("-1", ["'-1'"]), ("1-2-3", ["'1-2-3'"]), ("1.5", ["'1.5'"]),
+    ("²", ["'²'"]), ("99999", ["'99999'"]),
+])
+def test_every_unreadable_layer_is_named(text, bad):
+    with pytest.raises(ValueError, match="dense_layers is") as error:
+        plan.parse_layers(text)
+    assert all(piece in str(error.value) for piece in bad)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_read_or_refused_in_words(text):
+    try:
+        layers = plan.parse_layers(text)
+    except ValueError as error:
+        assert "dense_layers" in str(error)
+    else:
+        assert all(0 <= layer <= 9999 for layer in layers)
+
+
+@given(st.integers(1, 20000), st.integers(0, 98))
+def test_kept_blocks_follow_the_sparsity_without_rounding_surprises(blocks, percent):
+    kept = plan.SparsePlan(sparsity=percent / 100).kept_blocks(blocks)
+    assert kept == max(1, (100 - percent) * blocks // 100)

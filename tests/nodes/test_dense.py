@@ -1,0 +1,162 @@
+"""What cannot be sparse runs dense, with a reason that is counted, said once, and an error where strict is on."""
+
+import comfy_host
+import pytest
+import torch
+from sampling import conditioning, load_model, report, sample, sparse
+
+
+def flux_sample(model):
+    extra = dict(pooled_output=torch.zeros(1, 768), guidance=3.5)
+    text = [[torch.randn(1, 10, 4096, generator=torch.Generator().manual_seed(0)), extra]]
+    return comfy_host.run_node(
+        "KSampler", model=model, seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", positive=text,
+        negative=text, latent_image={"samples": torch.zeros(1, 16, 16, 16)}, denoise=1.0,
+    )[0]["samples"]
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if "runs dense" in record.message]
+
+
+def test_another_model_runs_dense_and_untouched(caplog):
+    model = load_model("tiny_flux")
+    patched = sparse(model)
+    assert torch.equal(flux_sample(patched), flux_sample(model))
+    assert set(report(patched).dense_calls) == {"Flux is not a Wan or HunyuanVideo model"}
+    assert report(patched).sparse_calls == 0
+    flux_sample(patched)
+    assert warnings(caplog) == ["RoPeSLR: attention runs dense: Flux is not a Wan or HunyuanVideo model"]
+
+
+@pytest.mark.parametrize("file, says, arguments", [
+    ("tiny_hunyuan_t2v", "HunyuanVideo is not supported yet", dict(pooled=True)),
+    ("tiny_wan21_vace", "VaceWanModel is not supported yet", {}),
+    ("tiny_wan22_camera", "CameraWanModel is not supported yet", {}),
+    ("tiny_wan22_s2v", "WanModel_S2V is not supported yet", {}),
+])
+def test_variants_to_come_run_dense_with_a_reason(file, says, arguments):
+    model = load_model(file)
+    patched = sparse(model)
+    assert torch.equal(sample(patched, steps=2, **arguments), sample(model, steps=2, **arguments))
+    (reason,) = report(patched).dense_calls
+    assert says in reason
+
+
+def test_reference_tokens_run_dense_with_a_reason():
+    """A reference frame in front of the video: the grid no longer tells where every token lies."""
+    model = load_model("tiny_wan22_fun_control_ref")
+
+    def run(model):
+        text = conditioning(1, reference_latents=[torch.randn(1, 16, 1, 16, 16)])
+        torch.manual_seed(0)
+        return comfy_host.run_node(
+            "KSampler", model=model, seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
+            positive=text, negative=text, latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)}, denoise=1.0,
+        )[0]["samples"]
+
+    patched = sparse(model)
+    assert torch.isfinite(run(patched)).all()
+    assert list(report(patched).dense_calls) == [
+        "384 tokens on a (5, 8, 8) grid: reference tokens are not supported yet"
+    ]
+
+
+def test_a_short_video_runs_dense(caplog):
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model, min_tokens=577)
+    assert torch.equal(sample(patched), sample(model))
+    assert report(patched).dense_calls == {"576 tokens are fewer than min_tokens 577": 6}
+    sample(patched)
+    assert len(warnings(caplog)) == 1
+    assert sample(sparse(model, min_tokens=576)) is not None
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(dense_layers="0"), "dense layers"), (dict(backend="dense"), "backend is set to dense"),
+    (dict(end_percent=0.01), "outside start/end percent"), (dict(dense_last_steps=99), "dense last steps"),
+])
+def test_what_the_person_chose_is_counted_and_not_warned_about(settings, reason, caplog):
+    patched = sparse(load_model("tiny_wan21_t2v"), strict=True, **settings)
+    sample(patched)
+    assert reason in report(patched).dense_calls and not warnings(caplog)
+
+
+class Calls:
+    """One attention call, handed to the override as a block would."""
+
+    def __init__(self, **settings):
+        patching = {name: comfy_host.module(f".nodes.patching.{name}") for name in ("override", "sampling_run")}
+        plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, **settings)
+        model = load_model("tiny_wan21_t2v")
+        facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
+        self.run = patching["sampling_run"].SamplingRun(
+            plan, facts, torch.ones(1, 16, 4, 16, 16), torch.tensor([1.0, 0.5, 0.0]),
+            model.get_model_object("model_sampling"), set(),
+        )
+        self.options = {"block_index": 0, "grid_sizes": (4, 8, 8)}
+        self.options["ropeslr_call"] = patching["override"].ModelCall(self.run, 1.0, (("all", 1),), (20,), None)
+        self.override = patching["override"].sparse_override
+
+    def __call__(self, q, k, v, heads, mask=None, **kwargs):
+        return self.override(
+            lambda *args, **kwargs: "dense", q, k, v, heads, mask=mask, transformer_options=self.options, **kwargs
+        )
+
+
+@pytest.mark.parametrize("width, kv_heads, mask, reason", [
+    (63, 2, None, "head width 63 (an even width up to 512 is needed)"),
+    (514, 2, None, "head width 514 (an even width up to 512 is needed)"),
+    (64, 2, torch.zeros(1, 256), "an attention mask is set"),
+    (64, 1, None, "2 query heads on 1 key heads (equal numbers are needed)"),
+])
+def test_calls_that_the_path_cannot_take_go_dense(width, kv_heads, mask, reason):
+    q, k = torch.randn(1, 2, 256, width), torch.randn(1, kv_heads, 256, width)
+    call = Calls()
+    assert call(q, k, k, 2, mask=mask, skip_reshape=True) == "dense"
+    assert dict(call.run.tally.dense_calls) == {reason: 1}
+    with pytest.raises(RuntimeError, match="strict.*" + reason.split(" (")[0]):
+        Calls(strict=True)(q, k, k, 2, mask=mask, skip_reshape=True)
+
+
+@pytest.mark.parametrize("skip_reshape", [False, True])
+@pytest.mark.parametrize("skip_output_reshape", [False, True])
+def test_both_layouts_of_the_host_are_taken_and_given(skip_reshape, skip_output_reshape):
+    q, k, v = (torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    given = [q, k, v] if skip_reshape else [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+    found = Calls(sparsity=0.0)(*given, 2, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+    torch.testing.assert_close(found, expected if skip_output_reshape else expected.transpose(1, 2).flatten(2))
+
+
+def test_calls_before_the_blocks_pass_through():
+    call = Calls()
+    del call.options["block_index"]
+    assert call(*[torch.randn(1, 2, 256, 64)] * 3, 2, skip_reshape=True) == "dense"
+    assert dict(call.run.tally.other_calls) == {"outside the transformer blocks": 1}
+
+
+@pytest.mark.parametrize("file, settings, says", [
+    ("tiny_flux", {}, "Flux is not a Wan or HunyuanVideo model"),
+    ("tiny_hunyuan_t2v", {}, "HunyuanVideo is not supported yet"),
+])
+def test_strict_refuses_a_model_when_the_node_runs(file, settings, says):
+    with pytest.raises(RuntimeError, match=f"strict.*cannot be sparse: {says}"):
+        sparse(load_model(file), strict=True, **settings)
+
+
+def test_strict_refuses_a_short_video_before_the_first_step():
+    model = load_model("tiny_wan21_t2v")
+    calls = []
+
+    def count(executor, *args, **kwargs):
+        calls.append(1)
+        return executor(*args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    patched = sparse(model, strict=True, min_tokens=4096)
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)
+    with pytest.raises(RuntimeError, match="576 tokens are fewer than min_tokens 4096.*Lower min_tokens"):
+        sample(patched)
+    assert not calls

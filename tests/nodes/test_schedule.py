@@ -1,0 +1,76 @@
+"""Windows and step counts on real samplers: sigma at sampling time, one schedule for two experts."""
+
+import comfy_host
+import pytest
+import torch
+from sampling import conditioning, load_model, report, sample, sparse
+
+
+def test_percent_is_read_when_sampling_and_not_when_patching():
+    """A shift set behind the node moves the levels and the window alike."""
+    model = load_model("tiny_wan21_t2v")
+    for shift in (1.0, 8.0):
+        patched = sparse(model, start_percent=0.5)
+        (shifted,) = comfy_host.run_node("ModelSamplingSD3", model=patched, shift=shift)
+        sample(shifted, steps=8)
+        assert report(shifted).dense_calls == {"outside start/end percent": 8}
+        assert report(shifted).sparse_calls == 8
+
+
+def two_experts(split, steps=6, high=None, low=None, sampler="euler", scheduler="simple"):
+    """Sample as Wan 2.2 does: the high-noise expert, then the low-noise one, over one schedule; return both reports."""
+    latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
+    common = dict(
+        noise_seed=7, steps=steps, cfg=1.0, sampler_name=sampler, scheduler=scheduler, positive=conditioning(1),
+        negative=conditioning(2),
+    )
+    high = sparse(load_model("tiny_wan22_t2v_high_noise"), **high)
+    low = sparse(load_model("tiny_wan22_t2v_low_noise"), **low)
+    (latent,) = comfy_host.run_node(
+        "KSamplerAdvanced", model=high, add_noise="enable", latent_image=latent, start_at_step=0, end_at_step=split,
+        return_with_leftover_noise="enable", **common,
+    )
+    (latent,) = comfy_host.run_node(
+        "KSamplerAdvanced", model=low, add_noise="disable", latent_image=latent, start_at_step=split,
+        end_at_step=10000, return_with_leftover_noise="disable", **common,
+    )
+    assert torch.isfinite(latent["samples"]).all()
+    return report(high), report(low)
+
+
+@pytest.mark.parametrize("sampler, scheduler", [("euler", "simple"), ("uni_pc", "beta"), ("dpm_2", "normal")])
+@pytest.mark.parametrize("split", [1, 3])
+def test_first_and_last_steps_are_those_of_the_whole_schedule(split, sampler, scheduler):
+    settings = dict(dense_first_steps=2, dense_last_steps=1)
+    high, low = two_experts(split, high=settings, low=settings, sampler=sampler, scheduler=scheduler)
+    calls = {"euler": 1, "uni_pc": 1, "dpm_2": 2}[sampler]                    # dpm_2 calls the model twice a step
+    first = [r.dense_calls.get("dense first steps", 0) for r in (high, low)]
+    last = [r.dense_calls.get("dense last steps", 0) for r in (high, low)]
+    assert first == [2 * calls * min(split, 2), 2 * calls * max(0, 2 - split)]
+    assert last[0] == 0 and last[1] in (2, 2 * calls)                         # its last step may need one call only
+
+
+def test_the_first_expert_does_not_end_the_schedule():
+    """Three last steps of six, split after four: one of them belongs to the first expert."""
+    settings = dict(dense_last_steps=3)
+    high, low = two_experts(4, high=settings, low=settings)
+    assert high.dense_calls == {"dense last steps": 2} and low.dense_calls == {"dense last steps": 4}
+
+
+def test_steps_of_levels_made_by_hand_are_estimated():
+    module = comfy_host.module(".nodes.patching.whole_schedule")
+    sampling = load_model("tiny_wan21_t2v").get_model_object("model_sampling")
+    assert module.steps_outside([0.6, 0.41, 0.2, 0.0], False, sampling) == (2, 0)
+    assert module.steps_outside([1.0, 0.79, 0.6], True, sampling) == (0, 3)
+    assert module.steps_outside([1.0, 0.5, 0.0], True, sampling) == (0, 0)
+
+
+def test_a_run_that_starts_from_its_own_noise_starts_a_schedule():
+    """denoise below 1 begins in the middle of the levels, and its first step is a first step all the same."""
+    patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1)
+    comfy_host.run_node(
+        "KSampler", model=patched, seed=1, steps=3, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=conditioning(1), negative=conditioning(2),
+        latent_image={"samples": torch.randn(1, 16, 5, 16, 16)}, denoise=0.5,
+    )
+    assert report(patched).dense_calls == {"dense first steps": 2}

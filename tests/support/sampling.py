@@ -1,0 +1,70 @@
+"""Short sampling runs of tiny models inside the test process, through ComfyUI's own nodes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import comfy_host
+import tiny_models
+import torch
+
+SETTINGS = dict(
+    method="auto", sparsity=0.9, rank=0, start_percent=0.0, end_percent=1.0, dense_first_steps=0, dense_last_steps=0,
+    dense_layers="", calibrate="auto", calibrate_rows=128, backend="auto", block_order="auto", min_tokens=64,
+    keep_diagonal=False, keep_first_frame=False, strict=False, verbose=False,
+)
+# name -> (file, latent channels, whether a start image is concatenated)
+WAN = {
+    "2.1 T2V": ("tiny_wan21_t2v", 16, False),
+    "2.1 I2V": ("tiny_wan21_i2v", 16, True),
+    "2.2 5B": ("tiny_wan22_ti2v_5b", 48, False),
+    "2.2 A14B": ("tiny_wan22_t2v_high_noise", 16, False),
+}
+LATENT = (9, 16, 16)                        # 9 * 8 * 8 = 576 tokens: 9 blocks
+
+
+def load_model(file: str):
+    """A MODEL, by the stock loader; the tiny file is made when it is missing."""
+    comfy_host.boot()
+    tiny_models.make(Path(os.environ["ROPESLR_TEST_BASE"]) / "models", [f"diffusion_models/{file}.safetensors"])
+    return comfy_host.run_node("UNETLoader", unet_name=f"{file}.safetensors", weight_dtype="default")[0]
+
+
+def sparse(model, **settings):
+    """The model behind the pack's node."""
+    comfy_host.pack()
+    return comfy_host.run_node("RoPeSLRSparseAttention", model=model, **(SETTINGS | settings))[0]
+
+
+def conditioning(seed: int, tokens: int = 20, **extra) -> list:
+    """A CONDITIONING of random text features."""
+    return [[torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed)), extra]]
+
+
+def sample(
+    model, channels: int = 16, image: bool = False, latent=LATENT, batch: int = 1, cfg: float = 1.0, steps: int = 3,
+    sampler: str = "euler", text_tokens: int = 20, pooled: bool = False,
+) -> torch.Tensor:
+    """Sample with the stock KSampler and return the latent."""
+    shape = (batch, channels, *latent)
+    extra = {}
+    if image:
+        generator = torch.Generator().manual_seed(7)
+        extra = {
+            "concat_latent_image": torch.randn(shape, generator=generator),
+            "concat_mask": torch.ones(1, 1, *latent),
+        }
+    if pooled:
+        extra["pooled_output"] = torch.randn(1, 768, generator=torch.Generator().manual_seed(8))
+    out = comfy_host.run_node(
+        "KSampler", model=model, seed=1, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
+        positive=conditioning(1, text_tokens, **extra), negative=conditioning(2, text_tokens, **extra),
+        latent_image={"samples": torch.zeros(shape)}, denoise=1.0,
+    )
+    return out[0]["samples"]
+
+
+def report(model):
+    """The report of the model's last run."""
+    return comfy_host.module(".nodes.patching").last_report(model)
