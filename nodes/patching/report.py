@@ -1,4 +1,4 @@
-"""What happened in one sampling run: counted while it runs, told once at its end, in words, as an event, as an object."""
+"""What happened in one sampling run: counted as it goes, told once at its end in words, as an event, as an object."""
 
 from __future__ import annotations
 

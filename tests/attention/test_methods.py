@@ -132,7 +132,8 @@ def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
     module = load(".attention.methods.calibration")
     cov = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     start = module.untrained(cov, 0)
-    rows = [torch.zeros(1, 2, 5, 8)] * 2 + [torch.zeros(1, 2, 5)] + [torch.zeros(1, 2, 5, 8)] + [torch.zeros(1, 2, 5)] * 2
+    vectors, numbers = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
+    rows = [vectors, vectors, numbers, vectors, numbers, numbers]
     broken = cov.clone()
     broken[0, 1] = torch.nan
     found = module.calibrate(module.ExactRows(*rows), torch.zeros(1, 2, 8), broken, start)

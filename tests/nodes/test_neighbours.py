@@ -193,7 +193,8 @@ def test_context_windows_are_laid_out_one_by_one():
 def test_a_guider_and_custom_sampling_run_sparse():
     model = sparse(load_model("tiny_wan21_t2v"))
     run = comfy_host.run_node
-    (noise,), (guider,) = run("RandomNoise", noise_seed=3), run("BasicGuider", model=model, conditioning=conditioning(1))
+    (noise,) = run("RandomNoise", noise_seed=3)
+    (guider,) = run("BasicGuider", model=model, conditioning=conditioning(1))
     (sampler,) = run("KSamplerSelect", sampler_name="euler")
     (sigmas,) = run("BasicScheduler", model=model, scheduler="simple", steps=3, denoise=1.0)
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}

@@ -55,6 +55,7 @@ def run_node(name: str, **inputs) -> tuple:
     """Execute one node, old or new style, and return its outputs; widgets that are not named keep their defaults."""
     node = boot().NODE_CLASS_MAPPINGS[name]
     if hasattr(node, "GET_SCHEMA"):
-        widgets = {each.id: each.default for each in node.GET_SCHEMA().inputs if getattr(each, "default", None) is not None}
+        inputs_ = node.GET_SCHEMA().inputs
+        widgets = {each.id: each.default for each in inputs_ if getattr(each, "default", None) is not None}
         return node.EXECUTE_NORMALIZED(**(widgets | inputs)).result
     return getattr(node(), node.FUNCTION)(**inputs)

@@ -1,4 +1,4 @@
-"""A real ComfyUI server on 127.0.0.1 with the pack installed as a custom node, and a client that queues prompts on it."""
+"""A real ComfyUI server on 127.0.0.1 with the pack installed as a custom node, and a client that queues prompts."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ class ComfyServer:
                 if node is not None:
                     result.seconds[node] = now - since
                 node, since = data["node"], now
+                if node is None:            # sent when the history is written, after execution_success
+                    return
             if kind == "execution_error":
                 raise RuntimeError(f"{data['node_type']}: {data['exception_message']}\n{''.join(data['traceback'])}")
-            if kind == "execution_success":
-                return
         raise RuntimeError(f"the server closed the connection; its log ends:\n{self.log()[-2000:]}")
 
     def _install_pack(self) -> None:

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from comfy_server import ComfyServer, PromptResult
+from PIL import Image
 from workflow import load, make_tiny, node_id, to_prompt
 
 NODE = "RoPeSLRSparseAttention"
@@ -43,9 +42,8 @@ def main() -> None:
         info = server.get("/object_info")
         results = {}
         for name, bypass in (("dense", NODE), ("sparse", None)):
-            prompt = make_tiny(
-                to_prompt(load("wan2.1_t2v"), info, bypass), options.width, options.height, options.length, options.steps
-            )
+            prompt = to_prompt(load("wan2.1_t2v"), info, bypass)
+            prompt = make_tiny(prompt, options.width, options.height, options.length, options.steps)
             if bypass is None:
                 prompt[node_id(prompt, NODE)]["inputs"]["sparsity"] = options.sparsity
             # Videos are compressed, so frames are compared as they leave the VAE.

@@ -1,4 +1,4 @@
-"""Loads the pack as a package under a name of its own, as ComfyUI does: from its folder, which never enters sys.path."""
+"""Loads the pack as a package under a name of its own, as ComfyUI does: its folder never enters sys.path."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
         import comfy.ops
 
         settings = dict(
-            in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH, mlp_ratio=4.0,
-            num_heads=HEADS, depth=LAYERS, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56], theta=256,
+            in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH,
+            mlp_ratio=4.0, num_heads=HEADS, depth=LAYERS, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56], theta=256,
             patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
             use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
         )

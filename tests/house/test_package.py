@@ -1,0 +1,77 @@
+"""What the Manager and the registry expect of the package."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pathspec
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_package_cannot_replace_torch_or_triton():
+    assert PROJECT["project"]["dependencies"] == []
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_the_registry_finds_what_it_needs():
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    assert project["name"] == "ropeslr" and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["license"] == {"file": "LICENSE"} and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert project["urls"]["Repository"].startswith("https://")
+    assert comfy["PublisherId"] and comfy["DisplayName"] == "ComfyUI-RoPeSLR"
+    assert comfy["requires-comfyui"] == ">=0.18.2"                            # the oldest version that the tests run on
+    assert "web" not in comfy               # WEB_DIRECTORY is set; both would load every script twice
+
+
+def test_the_package_holds_the_pack_and_nothing_else():
+    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
+    files = [
+        path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")
+        if path.is_file() and ".git" not in path.parts and "__pycache__" not in path.parts
+    ]
+    kept = [name for name in files if not ignored.match_file(name)]
+    assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "nodes/sparse_attention.py"} <= set(kept)
+    assert not [name for name in kept if name.startswith(("tests/", "benchmarks/", ".github/", ".ci/", "dev.py"))]
+    assert sum((ROOT / name).stat().st_size for name in kept) < 2_000_000
+
+
+def test_node_ids_are_literal():
+    """The Manager finds nodes by reading the source: a computed id is a missing node to it."""
+    ids = []
+    for path in (ROOT / "nodes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "node_id" and isinstance(node.value, ast.Constant):
+                ids.append(node.value.value)
+    assert ids == ["RoPeSLRSparseAttention"]
+
+
+def test_every_node_has_a_help_page_and_names_in_every_language():
+    node = "RoPeSLRSparseAttention"
+    source = (ROOT / "nodes" / "sparse_attention.py").read_text(encoding="utf-8")
+    inputs = set(re.findall(r'Input\(\s*"(\w+)"', source))
+    assert len(inputs) == 19
+    for language in ("en", "zh"):
+        page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+        assert all(f"`{name}`" in page for name in inputs), language
+    names = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+    assert set(names["inputs"]) == inputs
+    assert all({"name", "tooltip"} <= set(each) for each in names["inputs"].values())
+
+
+@pytest.mark.parametrize("pattern", [
+    r"(^|[^\w.])/(work|root|home)/\w", r"Co-Authored|\b(TODO|FIXME|XXX)\b",
+])
+def test_the_files_speak_of_the_project_alone(pattern):
+    """No path of one machine, nothing left to do."""
+    for path in ROOT.rglob("*"):
+        if path.suffix in {".py", ".md", ".toml", ".json", ".yml", ".txt", ".js"} and ".git" not in path.parts:
+            if path == Path(__file__):
+                continue
+            found = re.search(pattern, path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
