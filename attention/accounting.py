@@ -36,9 +36,9 @@ def routing_flops(tokens: int, width: int, heads: int, q_blocks: int, k_blocks: 
     return (2.0 * q_blocks * k_blocks * width + 2.0 * tokens * width) * heads
 
 
-def first_order_flops(tokens: int, width: int, heads: int, rank: int) -> float:
-    """First-order background: state and readout, 2 L r D each per head."""
-    return 4.0 * tokens * rank * width * heads
+def first_order_flops(tokens: int, width: int, heads: int, rank: int, state_rank: int | None = None) -> float:
+    """First-order background: state and readout, 2 L r D each per head; the state of the first step has full rank."""
+    return 2.0 * tokens * (rank + (rank if state_rank is None else state_rank)) * width * heads
 
 
 def low_rank_flops(tokens: int, width: int, heads: int, rank: int) -> float:

@@ -21,6 +21,12 @@ class BlockTables(NamedTuple):
     keys: Tensor                            # (Nk, S) int64: key blocks over the whole sequence; -1 = empty slot
     key_sizes: Tensor                       # (Nk,) int64: real tokens per key block
     forced: Tensor | None                   # (Nq, Nk) bool: blocks kept whatever their score
+    forced_counts: Tensor                   # (Nq,) int64, on the CPU: how many those are
+
+    def density(self, keep: int) -> float:
+        """Kept blocks / all blocks when each row keeps `keep` blocks by score, the forced ones in addition."""
+        all_blocks = self.keys.shape[0]
+        return ((self.forced_counts + keep).clamp(max=all_blocks).double().mean() / all_blocks).item()
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,6 @@ class TokenLayout:
     def tokens(self) -> int:
         return self.before + self.video_tokens + self.after
 
-    @property
-    def video_blocks(self) -> int:
-        return -(-self.video_tokens // self.block)
-
     def walk(self) -> Tensor:
         """Video tokens in block order: -> `(T*H*W,)` int64, a permutation of the raster numbers."""
         if self.order == "raster":
@@ -80,7 +82,7 @@ class TokenLayout:
             forced[:, :n_q] |= first.any(dim=1)
         return BlockTables(
             video.to(device), keys.to(device), (keys >= 0).sum(dim=1).to(device),
-            forced.to(device) if forced.any() else None,
+            forced.to(device) if forced.any() else None, forced.sum(dim=1),
         )
 
 

@@ -13,8 +13,9 @@ LAST_STEPS = "dense last steps"
 class StepSchedule:
     """The noise levels of one sampling run, and what the plan says about them.
 
-    sigmas: this sampler's levels, falling, one more than it has steps. before, after: steps of the whole schedule that
-    other samplers run (two experts share one schedule). sigma_start, sigma_end: the percent window as noise levels.
+    sigmas: this sampler's levels, one more than steps; they rise where a video is turned into noise. before, after:
+    steps of the whole schedule that other samplers run (two experts share one schedule). sigma_start, sigma_end: the
+    percent window as noise levels.
     """
 
     sigmas: tuple[float, ...]
@@ -35,7 +36,10 @@ class StepSchedule:
 
         Samplers of higher order also call the model between two levels; such a call belongs to the step it is in.
         """
-        reached = sum(level >= sigma * (1 - 1e-5) for level in self.sigmas)
+        if self.sigmas[:1] < self.sigmas[-1:]:
+            reached = sum(level <= sigma * (1 + 1e-5) for level in self.sigmas)
+        else:
+            reached = sum(level >= sigma * (1 - 1e-5) for level in self.sigmas)
         return min(max(reached - 1, 0), max(self.steps - 1, 0))
 
     def dense_reason(self, sigma: float) -> str | None:

@@ -96,7 +96,7 @@ def kernel(q, k, v, layout, sparsity: float) -> Callable:
     """The sparse kernel alone, with its block lists made beforehand."""
     tables = layout.tables(False, False)
     keep = attention.SparsePlan(sparsity=sparsity).kept_blocks(tables.video.shape[0])
-    pooled_q, pooled_k = (ops.block_pool(x, tables.keys)[0] for x in (q, k))
+    pooled_q, pooled_k = (ops.block_pool(x, tables.keys) for x in (q, k))
     indices, counts, _ = ops.block_select(pooled_q, pooled_k, tables.key_sizes, keep)
     return lambda: ops.block_sparse_attention(q, k, v, tables.video, tables.keys, indices, counts)
 

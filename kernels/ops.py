@@ -1,4 +1,4 @@
-"""One public function per operation: arguments are checked here, and the backend is chosen here.
+"""One public function per operation: the arguments are checked here, before a backend sees them.
 
 Every function has the contract of the function of the same name in `reference`; the shapes are told there.
 Errors are ValueErrors that name the argument, what was found and what was expected.
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import pytorch
 
-BACKENDS = ("pytorch",)
 MAX_HEAD_WIDTH = 512
 
 
@@ -23,13 +22,8 @@ def why_not(head_width: int, heads: int, kv_heads: int) -> str | None:
     return None
 
 
-def block_sizes(blocks: Tensor) -> Tensor:
-    """Real tokens per block: `(N, S)` table -> `(N,)` int64."""
-    return pytorch.block_sizes(blocks)
-
-
-def block_pool(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """x `(B, H, L, D)`, table `(N, S)` -> block means `(B, H, N, D)`, token mean `(B, H, D)`, float32 or wider."""
+def block_pool(x: Tensor, blocks: Tensor) -> Tensor:
+    """x `(B, H, L, D)`, table `(N, S)` -> block means `(B, H, N, D)`, float32 or wider."""
     _check_heads(x=x)
     _check_table("blocks", blocks)
     return pytorch.block_pool(x, blocks)
@@ -37,16 +31,19 @@ def block_pool(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def block_select(
     pooled_q: Tensor, pooled_k: Tensor, k_sizes: Tensor, keep: int, forced: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, most_forced: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> indices `(B, H, Nq, K)` int32 ascending, counts `(B, H, Nq)` int32, tail log-mass `(B, H, Nq)`."""
+    """-> indices `(B, H, Nq, K)` int32 ascending, counts `(B, H, Nq)` int32, tail log-mass `(B, H, Nq)`.
+
+    most_forced: forced blocks of the fullest row; callers who know it spare the host a question to the device.
+    """
     _check_heads(pooled_q=pooled_q, pooled_k=pooled_k)
     if keep < 1:
         raise ValueError(f"keep must be at least 1 block per row, found {keep}")
     if forced is not None and forced.shape != (pooled_q.shape[2], pooled_k.shape[2]):
         expected = (pooled_q.shape[2], pooled_k.shape[2])
         raise ValueError(f"forced must be (query blocks, key blocks) = {expected}, found {tuple(forced.shape)}")
-    return pytorch.block_select(pooled_q, pooled_k, k_sizes, keep, forced, scale)
+    return pytorch.block_select(pooled_q, pooled_k, k_sizes, keep, forced, scale, most_forced)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -74,10 +71,10 @@ def block_sparse_attention(
     return pytorch.block_sparse_attention(q, k, v, q_blocks, k_blocks, indices, counts, tail_k, tail_v, scale)
 
 
-def first_order_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k, v `(B, H, L, D)` -> mean value `(B, H, D)`, key-value covariance `(B, H, D, D)`, float32 or wider."""
+def first_order_state(k: Tensor, v: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """k, v `(B, H, L, D)` -> mean value `(B, H, D)`, key-value covariance `(B, H, R, D)`, float32 or wider."""
     _check_heads(k=k, v=v)
-    return pytorch.first_order_state(k, v)
+    return pytorch.first_order_state(k, v, features)
 
 
 def mix_first_order(

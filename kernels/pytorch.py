@@ -6,6 +6,8 @@ L x L ever exists. Half precision is computed in float32 per head: a bf16 score 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,24 +30,21 @@ def token_slots(blocks: Tensor, tokens: int) -> Tensor:
     return slots[:tokens]
 
 
-def block_pool(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over each block and over all tokens, float32 or wider: see `reference.block_pool`."""
-    wide = _wide(x.dtype)
-    sizes = block_sizes(blocks)
-    means = torch.stack([
-        torch.stack([
-            _gather(head, blocks, wide, zero_empty=True).sum(dim=1) / sizes[:, None] for head in batch
-        ]) for batch in x
-    ])
-    total = (means * sizes[:, None].to(wide)).sum(dim=2)
-    return means, total / x.shape[2]
+def block_pool(x: Tensor, blocks: Tensor) -> Tensor:
+    """Mean over each block, float32 or wider: see `reference.block_pool`."""
+    sizes = block_sizes(blocks)[:, None]
+
+    def pool(b: int, h: int) -> tuple[Tensor]:
+        return (_gather(x[b, h], blocks, _wide(x.dtype), zero_empty=True).sum(dim=1) / sizes,)
+
+    return _per_head(x, pool)[0]
 
 
 def block_select(
     pooled_q: Tensor, pooled_k: Tensor, k_sizes: Tensor, keep: int, forced: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, most_forced: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Routing: see `reference.block_select`."""
+    """Routing: see `reference.block_select`; most_forced = forced blocks of the fullest row, if known on the host."""
     scale = pooled_q.shape[-1] ** -0.5 if scale is None else scale
     n_k = pooled_k.shape[2]
     scores = pooled_q @ pooled_k.transpose(-1, -2) * scale
@@ -56,8 +55,9 @@ def block_select(
     if forced is not None:
         kept |= forced
         counts = kept.sum(dim=-1, dtype=torch.int32)
+        most_forced = int(forced.sum(dim=-1).max()) if most_forced is None else most_forced
         indices = torch.where(kept, torch.arange(n_k, device=scores.device), n_k)
-    indices = indices.sort(dim=-1).values[..., : min(n_k, keep + _most_forced(forced))]
+    indices = indices.sort(dim=-1).values[..., : min(n_k, keep + (most_forced or 0))]
     tail = (scores + k_sizes.to(scores.dtype).log()).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
     return indices.int(), counts, tail
 
@@ -65,13 +65,12 @@ def block_select(
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Exact attention of a FEW query rows, one head at a time: see `reference.dense_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = _wide(q.dtype)
-    outs, lses = [], []
-    for b, h in _heads(q):
-        out, lse = _attend(q[b, h].to(wide), k[b, h].to(wide), v[b, h].to(wide), scale, None)
-        outs.append(out.to(q.dtype))
-        lses.append(lse)
-    return _stack(outs, q), _stack(lses, q)
+
+    def attend(b: int, h: int) -> tuple[Tensor, Tensor]:
+        out, lse = _attend(*(x[b, h].to(_wide(q.dtype)) for x in (q, k, v)), scale, None)
+        return out.to(q.dtype), lse
+
+    return _per_head(q, attend)
 
 
 def block_sparse_attention(
@@ -93,8 +92,7 @@ def block_sparse_attention(
     log_sizes = block_sizes(k_blocks).to(wide).log()
     step = _blocks_per_step(q, indices.shape[-1] * s_k, s_q, width)
 
-    outs, lses = [], []
-    for b, h in _heads(q):
+    def attend(b: int, h: int) -> tuple[Tensor, Tensor]:
         queries = _gather(q[b, h], q_blocks, wide)
         keys, values = (_gather(x[b, h], k_blocks, wide, zero_empty=True).view(n_k, -1) for x in (k, v))
         head_out, head_lse = [], []
@@ -116,20 +114,20 @@ def block_sparse_attention(
                 )
             head_out.append(out.to(q.dtype))
             head_lse.append(lse)
-        outs.append(torch.cat(head_out).view(n_q * s_q, width).index_select(0, q_slots))
-        lses.append(torch.cat(head_lse).view(n_q * s_q).index_select(0, q_slots))
-    return _stack(outs, q), _stack(lses, q)
+        return tuple(torch.cat(parts).flatten(0, 1).index_select(0, q_slots) for parts in (head_out, head_lse))
+
+    return _per_head(q, attend)
 
 
-def first_order_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def first_order_state(k: Tensor, v: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean value and key-value covariance, summed in float32 or wider: see `reference.first_order_state`."""
     wide = _wide(k.dtype)
-    means, covs = [], []
-    for b, h in _heads(k):
-        keys, values = k[b, h].to(wide), v[b, h].to(wide)
-        means.append(values.mean(dim=0))
-        covs.append((keys - keys.mean(dim=0)).T @ values / keys.shape[0])
-    return _stack(means, k), _stack(covs, k)
+
+    def state(b: int, h: int) -> tuple[Tensor, Tensor]:
+        keys, values = _channels(k, features, b, h).to(wide), v[b, h].to(wide)
+        return values.mean(dim=0), (keys - keys.mean(dim=0)).T @ values / keys.shape[0]
+
+    return _per_head(k, state)
 
 
 def mix_first_order(
@@ -142,14 +140,13 @@ def mix_first_order(
     tail = tail.index_select(2, slots // q_blocks.shape[1])
     gate = torch.sigmoid(gate_c[..., None] * (tail - lse) + gate_b[..., None])
     gate = gate.masked_fill(tail == -torch.inf, 0.0)[..., None]
-    mixed = []
-    for b, h in _heads(q):
-        queries, rows = q[b, h], cov[b, h]
-        if features is not None:
-            queries, rows = queries.index_select(1, features[b, h]), rows.index_select(0, features[b, h])
-        background = torch.addmm(v_mean[b, h], queries.to(wide), rows * beta[b, h, :, None])
-        mixed.append(torch.lerp(out[b, h].to(wide), background, gate[b, h]).to(q.dtype))
-    return _stack(mixed, q)
+
+    def mix(b: int, h: int) -> tuple[Tensor]:
+        queries = _channels(q, features, b, h).to(wide)
+        background = torch.addmm(v_mean[b, h], queries, cov[b, h] * beta[b, h, :, None])
+        return (torch.lerp(out[b, h].to(wide), background, gate[b, h]).to(q.dtype),)
+
+    return _per_head(q, mix)[0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -180,16 +177,32 @@ def _blocks_per_step(q: Tensor, keys: int, block: int, width: int) -> int:
     return max(1, STEP_BYTES // max(1, per_block))
 
 
-def _heads(x: Tensor) -> list[tuple[int, int]]:
-    return [(b, h) for b in range(x.shape[0]) for h in range(x.shape[1])]
+def _channels(x: Tensor, features: Tensor | None, b: int, h: int) -> Tensor:
+    return x[b, h] if features is None else x[b, h].index_select(1, features[b, h])
 
 
-def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(parts).view(like.shape[0], like.shape[1], *parts[0].shape)
+def _per_head(like: Tensor, compute: Callable[[int, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Run compute(b, h) for every head of `like` and put the results together as `(B, H, ...)`.
 
-
-def _most_forced(forced: Tensor | None) -> int:
-    return 0 if forced is None else int(forced.sum(dim=-1).max())
+    Heads lie side by side in each row of a result, as hosts want them, and are written as they come: a second copy of
+    everything would cost as much memory as dense attention needs in all. Only gradients need the copy.
+    """
+    batch, heads = like.shape[:2]
+    results: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for b in range(batch):
+        for h in range(heads):
+            found = compute(b, h)
+            if any(x.requires_grad for x in found):
+                parts.append(found)
+                continue
+            if not results:
+                results = [x.new_empty(batch, x.shape[0], heads, *x.shape[1:]).transpose(1, 2) for x in found]
+            for whole, x in zip(results, found):
+                whole[b, h] = x
+    if parts:
+        return tuple(torch.stack(xs).unflatten(0, (batch, heads)) for xs in zip(*parts))
+    return tuple(results)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

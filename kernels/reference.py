@@ -36,14 +36,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     return _softmax_read(torch.einsum("bhqd,bhkd->bhqk", q, k) * scale, v)
 
 
-def block_pool(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of x over the real tokens of each block, and over all tokens.
-
-    x `(B, H, L, D)`, blocks `(N, S)` -> means `(B, H, N, D)`, token mean `(B, H, D)`.
-    """
+def block_pool(x: Tensor, blocks: Tensor) -> Tensor:
+    """Mean of x over the real tokens of each block: x `(B, H, L, D)`, blocks `(N, S)` -> `(B, H, N, D)`."""
     member = (token_to_block(blocks)[None, :] == torch.arange(blocks.shape[0], device=x.device)[:, None]).to(x.dtype)
     sums = torch.einsum("nl,bhld->bhnd", member, x)
-    return sums / member.sum(dim=-1)[:, None], x.mean(dim=2)
+    return sums / member.sum(dim=-1)[:, None]
 
 
 def block_select(
@@ -98,11 +95,13 @@ def block_sparse_attention(
     return _softmax_read(scores, torch.cat((v, tail_v.to(v.dtype)), dim=2))
 
 
-def first_order_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def first_order_state(k: Tensor, v: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the first-order background has to know about all keys and values.
 
-    k, v `(B, H, L, D)` -> mean of v `(B, H, D)`, and the covariance mean((k - mean k)^T v) `(B, H, D, D)`.
+    k, v `(B, H, L, D)`, features `(B, H, R)` = the channels of k that take part, all D when None ->
+    mean of v `(B, H, D)`, and the covariance mean((k - mean k)^T v) `(B, H, R, D)`.
     """
+    k = _channels(k, features)
     centred = k - k.mean(dim=2, keepdim=True)
     return v.mean(dim=2), torch.einsum("bhld,bhle->bhde", centred, v) / k.shape[2]
 
@@ -115,16 +114,16 @@ def mix_first_order(
 
     g = sigmoid(gate_c (tail - LSE) + gate_b), 0 where nothing was dropped;  (1 - g) out + g (v_mean + (beta q) cov).
     q, out `(B, H, L, D)`; lse `(B, H, L)`; tail `(B, H, Nq)`; gate_c, gate_b `(B, H)`; v_mean `(B, H, D)`;
-    cov `(B, H, D, D)`; beta `(B, H, R)`; features `(B, H, R)` = the channels of q that take part (all when None).
+    cov `(B, H, R, D)`; beta `(B, H, R)`; features `(B, H, R)` = the channels of q that take part (all when None).
     """
-    if features is None:
-        features = torch.arange(q.shape[-1], device=q.device).expand(*q.shape[:2], -1)
     tail = tail[:, :, token_to_block(q_blocks)]
     gate = torch.sigmoid(gate_c[..., None] * (tail - lse) + gate_b[..., None])
     gate = gate.masked_fill(tail == -torch.inf, 0.0)[..., None]
-    picked = q.gather(-1, features[:, :, None].expand(-1, -1, q.shape[2], -1)) * beta[:, :, None]
-    rows = cov.gather(2, features[..., None].expand(-1, -1, -1, cov.shape[-1]))
-    return (1 - gate) * out + gate * (v_mean[:, :, None] + picked @ rows)
+    return (1 - gate) * out + gate * (v_mean[:, :, None] + (_channels(q, features) * beta[:, :, None]) @ cov)
+
+
+def _channels(x: Tensor, features: Tensor | None) -> Tensor:
+    return x if features is None else x.gather(-1, features[:, :, None].expand(-1, -1, x.shape[2], -1))
 
 
 def _softmax_read(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

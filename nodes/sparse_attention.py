@@ -33,11 +33,12 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 "Makes Wan video models faster: self-attention computes only the key blocks that matter, and a cheap "
                 "low-rank background stands in for the rest. Put it between the model (or its LoRAs) and the sampler."
             ),
-            search_aliases=["sparse attention", "wan speed", "SLA", "AdaSpa", "RoLA", "block sparse"],
+            search_aliases=["sparse attention", "block sparse", "wan speed"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan model. Other models pass through and run dense, with a note."),
                 Adapter.Input(
-                    "adapter", optional=True, tooltip="Trained low-rank weights. Leave it open to run training-free."
+                    "adapter", optional=True,
+                    tooltip="Trained low-rank weights. None exist in this version; leave it open.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default="auto",
@@ -51,7 +52,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     display_mode=io.NumberDisplay.slider,
                     tooltip="The share of key blocks that is NOT computed. 0.90 computes one block in ten: about ten "
                             "times less attention work. Higher is faster, lower is closer to the dense picture; "
-                            "0 computes everything.",
+                            "0 leaves nothing out and runs dense.",
                 ),
                 io.Int.Input(
                     "rank", default=0, min=0, max=MAX_RANK, step=2,
@@ -91,8 +92,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend", options=list(BACKENDS), default="auto", advanced=True,
-                    tooltip="auto: the fastest that works here. pytorch: runs everywhere. dense: switches the node off "
-                            "and still counts calls, to compare.",
+                    tooltip="auto and pytorch: the portable path, the only one in this version. dense: switches the "
+                            "node off and still counts calls, to compare.",
                 ),
                 io.Combo.Input(
                     "block_order", options=list(BLOCK_ORDERS), default="auto", advanced=True,
@@ -109,7 +110,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "keep_first_frame", default=False, advanced=True,
-                    tooltip="Every block also attends to the first frame, whatever its score.",
+                    tooltip="Every block also attends to the first frame, whatever its score. In cube order that is "
+                            "the first three or four frames, since blocks span them.",
                 ),
                 io.Boolean.Input(
                     "strict", default=False, advanced=True,

@@ -34,7 +34,7 @@ class VideoOutput(NamedTuple):
     """What a method returns for the video's queries."""
 
     out: Tensor                             # (B, H, Lv, D)
-    density: float | Tensor                 # kept blocks / all blocks, mean over rows and heads
+    density: float                          # kept blocks / all blocks, mean over rows
     background: float                       # FLOPs of the background
     calibration: float = 0.0                # FLOPs of calibration in this call
 
@@ -54,19 +54,18 @@ class Routing(NamedTuple):
     counts: Tensor                          # (B, H, Nq) int32
     tail: Tensor                            # (B, H, Nq): pooled log-mass of the blocks not kept
     pooled_k: Tensor                        # (B, H, Nk, D)
-    density: float | Tensor
+    density: float
 
 
 def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan) -> Routing:
     """Score blocks by their means and keep the best `1 - sparsity` of the video's, plus what the layout forces."""
     tables = call.tables
-    pooled_q, _ = ops.block_pool(q, tables.video)
-    pooled_k, _ = ops.block_pool(k, tables.keys)
-    n_q, n_k = tables.video.shape[0], tables.keys.shape[0]
-    keep = plan.kept_blocks(n_q)
-    indices, counts, tail = ops.block_select(pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale)
-    density = counts.float().mean() / n_k if tables.forced is not None else min(keep, n_k) / n_k
-    return Routing(indices, counts, tail, pooled_k, density)
+    pooled_q, pooled_k = ops.block_pool(q, tables.video), ops.block_pool(k, tables.keys)
+    keep = plan.kept_blocks(tables.video.shape[0])
+    indices, counts, tail = ops.block_select(
+        pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale, int(tables.forced_counts.max())
+    )
+    return Routing(indices, counts, tail, pooled_k, tables.density(keep))
 
 
 def routing_cost(q: Tensor, call: LayerCall) -> float:

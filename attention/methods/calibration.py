@@ -26,7 +26,7 @@ MIN_LOG_ODDS_GAP = 1e-4                     # LSE - LSE_s below this is rounding
 MAX_LOG_ODDS = 30.0
 MAX_GATE_C = 4.0
 MAX_GATE_B = 20.0
-MAX_BETA = 4.0                              # times 1/sqrt D
+MAX_BETA = 4.0                              # times the attention's scale, 1/sqrt D
 
 
 class Calibration(NamedTuple):
@@ -49,10 +49,11 @@ class ExactRows(NamedTuple):
     tail: Tensor
 
 
-def untrained(cov: Tensor, rank: int) -> Calibration:
-    """The first-order expansion itself: c = 1, b = 0, beta = 1/sqrt D, on the `rank` strongest channels (0 = all).
+def untrained(cov: Tensor, rank: int, scale: float) -> Calibration:
+    """The first-order expansion itself: c = 1, b = 0, beta = scale, on the `rank` strongest channels (0 = all).
 
-    cov `(B, H, D, D)`. Channels are kept in RoPE pairs, strongest first by the norm of their two rows of cov.
+    cov `(B, H, D, D)`, scale = the softmax's, 1/sqrt D as a rule. Channels are kept in RoPE pairs, strongest first by
+    the norm of their two rows of cov.
     """
     batch, heads, width, _ = cov.shape
     features = None
@@ -63,19 +64,19 @@ def untrained(cov: Tensor, rank: int) -> Calibration:
         features = torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten(-2)
         channels = features.shape[-1]
     ones = cov.new_ones(batch, heads)
-    return Calibration(ones, torch.zeros_like(ones), cov.new_full((batch, heads, channels), width**-0.5), features)
+    return Calibration(ones, torch.zeros_like(ones), cov.new_full((batch, heads, channels), scale), features)
 
 
-def calibrate(rows: ExactRows, v_mean: Tensor, cov: Tensor, start: Calibration) -> Calibration:
+def calibrate(rows: ExactRows, v_mean: Tensor, cov: Tensor, start: Calibration, scale: float) -> Calibration:
     """Solve for gate and beta on the sampled rows; heads whose solution is not finite keep `start`.
 
-    v_mean `(B, H, D)`, cov `(B, H, D, D)`; everything in float32 or wider.
+    v_mean `(B, H, D)`, cov `(B, H, R, D)` of the channels that `start` names; everything in float32 or wider.
     """
     wide = cov.dtype
     q, out, sparse_out = (x.to(wide) for x in (rows.q, rows.out, rows.sparse_out))
-    width = q.shape[-1]
 
-    y = torch.expm1((rows.lse - rows.sparse_lse).clamp(min=MIN_LOG_ODDS_GAP)).log()
+    gap = (rows.lse - rows.sparse_lse).clamp(min=MIN_LOG_ODDS_GAP)
+    y = (gap + torch.log(-torch.expm1(-gap))).clamp(max=MAX_LOG_ODDS)         # exp(gap) alone would overflow
     u = (rows.tail - rows.sparse_lse).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)         # -inf where a row drops nothing
     u_dev, y_dev = (x - x.mean(dim=-1, keepdim=True) for x in (u, y))
     c = ((u_dev * y_dev).mean(dim=-1) + SHRINK) / (u_dev.square().mean(dim=-1) + SHRINK)
@@ -83,18 +84,16 @@ def calibrate(rows: ExactRows, v_mean: Tensor, cov: Tensor, start: Calibration) 
     b = (y.mean(dim=-1) - c * u.mean(dim=-1)).clamp(-MAX_GATE_B, MAX_GATE_B)
 
     gate = torch.sigmoid(c[..., None] * u + b[..., None])[..., None]
-    picked, kept_rows = q, cov
+    picked = q
     if start.features is not None:
         picked = q.gather(-1, start.features[:, :, None].expand(-1, -1, q.shape[2], -1))
-        kept_rows = cov.gather(2, start.features[..., None].expand(-1, -1, -1, width))
     wanted = out - (1 - gate) * sparse_out - gate * v_mean[:, :, None]
     weighted = gate * picked
-    normal = _pair_sums(_pair_sums((weighted.mT @ weighted) * (kept_rows @ kept_rows.mT), -1), -2)
-    right = _pair_sums((weighted * (wanted @ kept_rows.mT)).sum(dim=2), -1)
-    prior = width**-0.5
+    normal = _pair_sums(_pair_sums((weighted.mT @ weighted) * (cov @ cov.mT), -1), -2)
+    right = _pair_sums((weighted * (wanted @ cov.mT)).sum(dim=2), -1)
     ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
-    solved, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * prior)
-    beta = solved.clamp(-MAX_BETA * prior, MAX_BETA * prior).repeat_interleave(2, dim=-1)
+    solved, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * scale)
+    beta = solved.clamp(-MAX_BETA * scale, MAX_BETA * scale).repeat_interleave(2, dim=-1)
 
     good = (failed == 0) & torch.isfinite(solved).all(dim=-1) & torch.isfinite(c) & torch.isfinite(b)
     return Calibration(

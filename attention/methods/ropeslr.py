@@ -29,7 +29,7 @@ class RoPeSLR:
 
     def __init__(self, plan: SparsePlan) -> None:
         self.plan = plan
-        self.memory: dict[tuple[Hashable, Hashable], tuple[int, Calibration]] = {}
+        self.memory: dict[tuple[Hashable, Hashable], tuple[int, Calibration]] = {}   # step made at, values
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """See `Method.attend`."""
@@ -42,49 +42,47 @@ class RoPeSLR:
             return VideoOutput(out, routing.density, 0.0)                     # nothing was dropped
 
         video = slice(call.layout.before, call.layout.before + call.layout.video_tokens)
-        v_mean, cov = ops.first_order_state(k[:, :, video], v[:, :, video])
-        known = self._recall(call)
-        calibration_cost = 0.0
+        known, due = self._recall(call)
+        features = None if known is None else known.features
+        v_mean, cov = ops.first_order_state(k[:, :, video], v[:, :, video], features)
+        state_rank = cov.shape[2]
         if known is None:
-            known = untrained(cov, self.plan.rank)
-        if self._is_due(call):
+            known = untrained(cov, self.plan.rank, call.scale)
+            if known.features is not None:
+                cov = cov.gather(2, known.features[..., None].expand(-1, -1, -1, cov.shape[-1]))
+        calibration_cost = 0.0
+        if due:
             rows = _exact_rows(q, k, v, out, lse, routing, call, self.plan.calibrate_rows)
-            known = calibrate(rows, v_mean, cov, known)
+            known = calibrate(rows, v_mean, cov, known, call.scale)
             calibration_cost = q.shape[0] * calibration_flops(k.shape[2], q.shape[3], q.shape[1], rows.q.shape[2])
-        self._remember(call, known, made=calibration_cost > 0)
+        self._remember(call, known, made_now=due)
 
         mixed = ops.mix_first_order(
             q, out, lse, routing.tail, tables.video, v_mean, cov, known.gate_c, known.gate_b, known.beta, known.features
         )
         batch, heads, tokens, width = q.shape
-        background = batch * first_order_flops(tokens, width, heads, known.beta.shape[-1])
+        background = batch * first_order_flops(tokens, width, heads, cov.shape[2], state_rank)
         return VideoOutput(mixed, routing.density, background, calibration_cost)
 
-    def _is_due(self, call: LayerCall) -> bool:
-        """Whether any conditioning of this call needs new rows; one call calibrates all of its conditionings."""
-        if self.plan.calibrate == "off":
-            return False
-        made = [self.memory.get((call.layer, key), (None, None))[0] for key, _ in call.conditioning]
-        if any(step is None for step in made):
-            return True
-        every = {"first step": None, "every step": 1, "auto": CALIBRATE_EVERY}[self.plan.calibrate]
-        return every is not None and any(call.step - step >= every for step in made)
-
-    def _recall(self, call: LayerCall) -> Calibration | None:
+    def _recall(self, call: LayerCall) -> tuple[Calibration | None, bool]:
+        """What is known for all conditionings of the call, None where any is new; and whether new rows are due."""
         parts = [self.memory.get((call.layer, key)) for key, _ in call.conditioning]
-        if any(part is None for part in parts):
-            return None
-        known = [part[1] for part in parts]
-        if [part.gate_c.shape[0] for part in known] != [rows for _, rows in call.conditioning]:
-            return None
-        return Calibration(*(None if field[0] is None else torch.cat(field) for field in zip(*known)))
+        rows = [count for _, count in call.conditioning]
+        if any(part is None for part in parts) or [part.gate_c.shape[0] for _, part in parts] != rows:
+            return None, self.plan.calibrate != "off"
+        known = Calibration(*(
+            None if field[0] is None else torch.cat(field) for field in zip(*(part for _, part in parts))
+        ))
+        every = {"every step": 1, "auto": CALIBRATE_EVERY}.get(self.plan.calibrate)
+        # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
+        return known, every is not None and any(abs(call.step - made) >= every for made, _ in parts)
 
-    def _remember(self, call: LayerCall, known: Calibration, made: bool) -> None:
+    def _remember(self, call: LayerCall, known: Calibration, made_now: bool) -> None:
         start = 0
         for key, rows in call.conditioning:
             part = Calibration(*(None if field is None else field[start : start + rows] for field in known))
-            step = call.step if made else self.memory.get((call.layer, key), (None, None))[0]
-            self.memory[call.layer, key] = (step, part)
+            made, _ = self.memory.get((call.layer, key), (call.step, None))
+            self.memory[call.layer, key] = (call.step if made_now else made, part)
             start += rows
 
 

@@ -6,15 +6,12 @@ node put into the slot, before or after this pack's node, lies below and keeps e
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
 
-from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun, SparseNotPossible
-
-logger = logging.getLogger(__name__)
+from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun
 
 SLOT = "optimized_attention_override"
 CALL = "ropeslr_call"
@@ -25,15 +22,17 @@ class ModelCall:
 
     def __init__(
         self, run: SamplingRun, sigma: float, conditioning: tuple[tuple[Hashable, int], ...],
-        context_lengths: tuple[int, ...], below: Callable | None,
+        context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None,
     ) -> None:
         self.run = run
+        self.unsupported = unsupported
         self.step = run.schedule.step(sigma)
         self.dense_reason = run.call_reason(sigma)
         self.conditioning = conditioning
         self.context_lengths = context_lengths
         self.below = below
         self.attention_calls = 0
+        self.layers_seen: set[int] = set()
         self._same_length_calls: Counter[int] = Counter()
 
     def dense(self, func: Callable, q, k, v, heads, mask, kwargs):
@@ -62,9 +61,9 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     call: ModelCall = options[CALL]
     run = call.run
     call.attention_calls += 1
-    if run.facts.unsupported:               # its calls are not told apart: how its tokens lie is not known
-        run.say_once(run.facts.unsupported)
-        run.tally.dense_calls[run.facts.unsupported] += 1
+    if call.unsupported:                    # its calls are not told apart: how its tokens lie is not known
+        run.warn_dense(call.unsupported)
+        run.tally.dense_calls[call.unsupported] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
     layer = options.get("block_index")
     if layer is None:
@@ -74,6 +73,7 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
         run.tally.other_calls[CROSS_ATTENTION] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
 
+    call.layers_seen.add(layer)
     by_head = bool(kwargs.get("skip_reshape"))
     tokens = q.shape[-2]
     width = q.shape[-1] if by_head else q.shape[-1] // heads
@@ -87,18 +87,15 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
             views = (x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
             out = run.attend(*views, grid, layer, call.step, call.conditioning, kwargs.get("scale"))
             return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
-        except torch.OutOfMemoryError:
-            raise                           # ComfyUI frees memory and tells the person; dense would need no less
         except Exception as error:
             if run.plan.strict:
                 raise
-            reason, chosen = f"the sparse path failed ({type(error).__name__}: {error})", False
-            if reason not in run.already_said:
-                logger.exception("RoPeSLR: please report this; the call runs dense")
+            words = str(error).partition("\n")[0]
+            reason = f"the sparse path failed ({type(error).__name__}: {words})"
+            run.warn_dense(reason, with_traceback=not isinstance(error, torch.OutOfMemoryError))
+        # Here the failed call's tensors are free again, so a dense call may fit where the sparse one did not.
     if not chosen:
-        if run.plan.strict:
-            raise SparseNotPossible(reason)
-        run.say_once(reason)
+        run.warn_dense(reason)
     run.stay_dense(reason, q.shape[0], tokens, width, heads)
     return call.dense(func, q, k, v, heads, mask, kwargs)
 

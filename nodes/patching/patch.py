@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 
-import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -36,20 +35,20 @@ class SparsePatch:
         """OUTER_SAMPLE wrapper: args are (noise, latent image, sampler, sigmas, ...). A run begins and ends here."""
         guider = executor.class_obj
         patcher = guider.model_patcher
+        self.last_report = None             # a run that strict refuses must not show the report of the one before
         run = SamplingRun(
             self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
             patcher.get_model_object("model_sampling"), self.already_said,
         )
-        before = guider.model_options
-        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
-        guider.model_options["transformer_options"][RUN] = run
+        options = guider.model_options.setdefault("transformer_options", {})      # ComfyUI's copy for this run
+        options[RUN] = run
         completed = False
         try:
             result = executor(*args, **kwargs)
             completed = True
             return result
         finally:
-            guider.model_options = before
+            options.pop(RUN, None)
             self.last_report = run.report(completed)
             logger.info(self.last_report.summary())
             self.last_report.send(self.node_id)
@@ -64,9 +63,13 @@ class SparsePatch:
         run.tally.model_calls += 1
         options = dict(transformer_options)
         contexts = (c_crossattn, kwargs.get("clip_fea"))
+        facts = recognise(executor.class_obj.diffusion_model)
+        unsupported = facts.unsupported
+        if facts != run.facts:              # guiders with two models hand the first one's options to the second
+            unsupported = unsupported or f"a second model, {facts.name}, takes part in this run"
         call = options[CALL] = ModelCall(
             run, float(options["sigmas"][0]), _conditioning(options, x.shape[0]),
-            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT),
+            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT), unsupported,
         )
         options[SLOT] = sparse_override
         if self.plan.verbose:
@@ -81,6 +84,12 @@ class SparsePatch:
             logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
             torch.compiler.reset()
             result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if run.tally.model_calls == 1 and not unsupported:
+            missing = facts.layers - len(call.layers_seen)
+            if missing:
+                reason = f"{missing} of {facts.layers} layers do not ask the attention slot (replaced by another node?)"
+                run.tally.dense_calls[reason] += missing
+                run.warn_dense(reason)
         return result
 
 
@@ -92,6 +101,12 @@ def install(model, plan: SparsePlan, node_id: str | None = None):
     facts = recognise(model.model.diffusion_model)
     if plan.strict and facts.unsupported:
         raise SparseNotPossible(facts.unsupported)
+    beyond = sorted(layer for layer in plan.dense_layers if layer >= facts.layers) if not facts.unsupported else []
+    if beyond:
+        logger.warning(
+            "RoPeSLR: dense_layers has %s; %s has %d layers, counted 0-%d", ", ".join(map(str, beyond)), facts.name,
+            facts.layers, facts.layers - 1,
+        )
     patched = model.clone()
     patch = SparsePatch(plan, node_id)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):

@@ -75,20 +75,20 @@ class Tally:
     sparse_calls: int = 0
     dense_calls: Counter[str] = field(default_factory=Counter)
     other_calls: Counter[str] = field(default_factory=Counter)
-    density: object = 0.0                   # sums: floats, or tensors where reading them would make the host wait
+    density: float = 0.0                    # the sum over all sparse calls
     dense_flops: float = 0.0
-    spent_flops: object = 0.0
+    spent_flops: float = 0.0
     calibrations: int = 0
     model_calls: int = 0
 
     def sparse(self, cost: AttentionCost) -> None:
         self.sparse_calls += 1
-        self.density = self.density + cost.density
+        self.density += cost.density
         self.dense_flops += cost.dense
-        self.spent_flops = self.spent_flops + cost.total
+        self.spent_flops += cost.total
         self.calibrations += cost.calibration > 0
 
     def dense(self, reason: str, flops: float) -> None:
         self.dense_calls[reason] += 1
         self.dense_flops += flops
-        self.spent_flops = self.spent_flops + flops
+        self.spent_flops += flops

@@ -11,6 +11,7 @@ import torch
 
 from ...attention import AttentionRun, SparsePlan, TokenLayout
 from ...attention.accounting import dense_flops
+from ...attention.plan import BLOCK
 from ...attention.schedule import StepSchedule
 from ...kernels import ops
 from .recognise import ModelFacts
@@ -20,6 +21,7 @@ from .whole_schedule import adds_noise, steps_outside
 logger = logging.getLogger(__name__)
 
 BACKEND_DENSE = "backend is set to dense"
+NOTHING_TO_SKIP = "sparsity leaves no block out"
 DENSE_LAYER = "dense layers"
 CROSS_ATTENTION = "cross-attention"
 OUTSIDE_BLOCKS = "outside the transformer blocks"
@@ -85,16 +87,23 @@ class SamplingRun:
         if grid is None:
             return "the model does not tell its token grid", False
         if tokens != math.prod(grid):
-            return f"{tokens} tokens on a {grid} grid: reference tokens are not supported yet", False
+            held = math.prod(grid)
+            return f"{tokens} tokens where the grid {grid} holds {held}: reference tokens are not supported yet", False
         if tokens < self.plan.min_tokens:
             return _too_short(tokens, self.plan.min_tokens), False
-        return None, True
+        blocks = -(-tokens // BLOCK)
+        return (NOTHING_TO_SKIP if self.plan.kept_blocks(blocks) >= blocks else None), True
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, step: int,
         conditioning: tuple[tuple[Hashable, int], ...], scale: float | None,
     ) -> torch.Tensor:
         """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
+        if q.device.type != "cpu":
+            self.say_once(
+                f"the Triton kernels are not part of this version; on {q.device.type} the portable path is untested "
+                "and may be slower than dense attention"
+            )
         layout = TokenLayout(grid, order=self.plan.resolved_order)
         out, cost = self.attention.attend(q, k, v, layout, layer, step, conditioning, scale)
         self.tally.sparse(cost)
@@ -104,21 +113,27 @@ class SamplingRun:
         """Count a self-attention call that stays dense."""
         self.tally.dense(reason, batch * dense_flops(tokens, width, heads))
 
-    def say_once(self, reason: str) -> None:
-        """Log a reason that the person did not choose, once for each patched model."""
-        if reason not in self.already_said:
-            self.already_said.add(reason)
-            logger.warning("RoPeSLR: attention runs dense: %s", reason)
+    def warn_dense(self, reason: str, with_traceback: bool = False) -> None:
+        """Say that calls run dense for a reason that the person did not choose; strict makes it an error."""
+        if self.plan.strict:
+            raise SparseNotPossible(reason)
+        self.say_once(f"attention runs dense: {reason}", with_traceback)
+
+    def say_once(self, text: str, with_traceback: bool = False) -> None:
+        """Log what the person should know, once for each patched model."""
+        if text not in self.already_said:
+            self.already_said.add(text)
+            logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
 
     def report(self, completed: bool) -> RunReport:
-        """The run in numbers; reads the device once."""
+        """The run in numbers."""
         tally = self.tally
         return RunReport(
             model=self.facts.name, method=self.plan.resolved_method, sparsity=self.plan.sparsity,
             block_order=self.plan.resolved_order, sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls), other_calls=dict(tally.other_calls),
-            density=float(tally.density) / tally.sparse_calls if tally.sparse_calls else 1.0,
-            dense_tflop=tally.dense_flops / 1e12, spent_tflop=float(tally.spent_flops) / 1e12,
+            density=tally.density / tally.sparse_calls if tally.sparse_calls else 1.0,
+            dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,
             calibrations=tally.calibrations, model_calls=tally.model_calls,
             seconds=time.perf_counter() - self.started, completed=completed,
         )
@@ -126,9 +141,9 @@ class SamplingRun:
 
 def _schedule(plan: SparsePlan, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object) -> StepSchedule:
     levels = [float(s) for s in sigmas]
-    before = after = 0
-    if len(levels) > 1 and (plan.dense_first_steps or plan.dense_last_steps):
-        before, after = steps_outside(levels, adds_noise(noise), model_sampling)
+    before, after = steps_outside(
+        levels, adds_noise(noise), model_sampling, plan.dense_first_steps > 0, plan.dense_last_steps > 0
+    )
     return StepSchedule(
         tuple(levels),
         # The ends of the schedule mean "no limit"; samplers may start a little above the model's own maximum.

@@ -17,11 +17,18 @@ MAX_STEPS = 100
 TOLERANCE = 1e-4                            # of a level; samplers pass float32 slices of float32 schedules
 
 
-def steps_outside(sigmas: list[float], adds_noise: bool, model_sampling: object) -> tuple[int, int]:
-    """Steps of the whole schedule before and after `sigmas` (falling, one more level than steps)."""
-    begins = adds_noise or sigmas[0] >= float(model_sampling.sigma_max) * (1 - TOLERANCE)
-    ends = sigmas[-1] <= 0.0
-    if len(sigmas) < 2 or (begins and ends):
+def steps_outside(
+    sigmas: list[float], adds_noise: bool, model_sampling: object, ask_before: bool = True, ask_after: bool = True
+) -> tuple[int, int]:
+    """Steps of the whole schedule before and after `sigmas` (one more level than steps); 0 for what is not asked.
+
+    Levels that rise, where a video is turned into noise, are a schedule of their own.
+    """
+    if len(sigmas) < 2 or sigmas[0] < sigmas[-1]:
+        return 0, 0
+    begins = not ask_before or adds_noise or sigmas[0] >= float(model_sampling.sigma_max) * (1 - TOLERANCE)
+    ends = not ask_after or sigmas[-1] <= 0.0
+    if begins and ends:
         return 0, 0
     for schedule in _known_schedules(model_sampling, len(sigmas) - 1):
         at = _find(sigmas, schedule)

@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 from fields import smooth_qkv
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack_loader import load
 
 layout = load(".attention.layout")
 reference = load(".kernels.reference")
-grids = st.tuples(st.integers(1, 23), st.integers(1, 19), st.integers(1, 19))
+# A busy machine is slow to draw examples; that says nothing about the code.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+grids = st.tuples(st.integers(1, 13), st.integers(1, 19), st.integers(1, 19))
 
 
+@patient
 @given(grids, st.integers(0, 150), st.integers(0, 150), st.sampled_from(["raster", "cube"]))
 def test_every_token_is_in_exactly_one_block(grid, before, after, order):
     tokens = layout.TokenLayout(grid, before, after, order)
@@ -27,6 +30,7 @@ def test_every_token_is_in_exactly_one_block(grid, before, after, order):
     assert (tables.key_sizes[: tables.video.shape[0] - 1] == 64).all()        # only the last video block may be short
 
 
+@patient
 @given(grids, st.integers(0, 100), st.integers(0, 100))
 def test_text_has_blocks_of_its_own_that_every_query_keeps(grid, before, after):
     tokens = layout.TokenLayout(grid, before, after, "cube")
@@ -44,20 +48,23 @@ def test_diagonal_and_first_frame_are_forced_on_request():
     tables = layout.TokenLayout((6, 8, 8), order="cube").tables(True, True)
     assert tables.forced.diagonal().all()
     first = ((tables.video >= 0) & (tables.video < 64)).any(dim=1)
-    assert tables.forced[:, first].all() and not tables.forced[:, ~first].fill_diagonal_(False).all()
+    assert tables.forced[:, first].all()
+    elsewhere = tables.forced & ~torch.eye(len(first), dtype=torch.bool)
+    assert not elsewhere[:, ~first].any()
+    assert torch.equal(tables.forced_counts, tables.forced.sum(dim=1))
 
 
-@pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (9, 17, 23), (5, 8, 9)])
+@pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (9, 17, 23)])
 def test_cube_blocks_are_compact(grid):
-    """No block of the walk is longer than two bars are wide, but for the few where it turns; raster blocks are."""
+    """Every full block lies within two bars across and a few columns, those on a turn of the walk included."""
     table = layout.TokenLayout(grid, order="cube").tables(False, False).video
     full = table[(table >= 0).all(dim=1)]
     t, h, w = full // (grid[1] * grid[2]), full // grid[2] % grid[1], full % grid[2]
-    extent = torch.stack([x.amax(dim=1) - x.amin(dim=1) + 1 for x in (t, h, w)])
-    small = (extent[0] <= 4) & (extent[1] <= 4) & (extent[2] <= 12)
+    frames, rows, columns = (x.amax(dim=1) - x.amin(dim=1) + 1 for x in (t, h, w))
+    assert frames.max() <= 8 and rows.max() <= 8 and columns.max() <= 9
+    inside_a_bar = (frames <= 4) & (rows <= 4)
     bars = -(-grid[0] // 4) * -(-grid[1] // 4)
-    assert (~small).sum() <= bars
-    assert extent[:2].max() <= 8
+    assert (~inside_a_bar).sum() < bars
 
 
 @pytest.mark.parametrize("grid", [(21, 15, 26), (9, 16, 16), (8, 18, 20)])

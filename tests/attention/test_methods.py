@@ -6,6 +6,7 @@ import pytest
 import torch
 from fields import relative_error, smooth_qkv
 from pack_loader import load
+from torch.utils.flop_counter import FlopCounterMode
 
 attention = load(".attention")
 reference = load(".kernels.reference")
@@ -59,8 +60,17 @@ def test_calibration_and_rank_take_effect():
 
 def test_lower_rank_costs_less():
     q, k, v = smooth_qkv(GRID)
-    costs = [run(q, k, v, attention.TokenLayout(GRID), rank=rank)[1].background for rank in (16, 32, 0)]
-    assert costs[0] * 2 == costs[1] and costs[1] * 2 == costs[2]
+    layout = attention.TokenLayout(GRID)
+    flops = []
+    for rank in (16, 32, 0):
+        session = attention.AttentionRun(attention.SparsePlan(rank=rank, calibrate="first step"))
+        session.attend(q, k, v, layout)     # the first step chooses the channels, which takes all of them
+        with FlopCounterMode(display=False) as counter:
+            _, cost = session.attend(q, k, v, layout, step=1)
+        flops.append((cost.background, counter.get_total_flops()))
+    for (low, low_counted), (high, high_counted) in zip(flops, flops[1:]):
+        assert low < high
+        assert high_counted - low_counted == pytest.approx(high - low, rel=0.01)
 
 
 def test_uncalibrated_ropeslr_is_its_formula():
@@ -107,7 +117,7 @@ def test_calibration_solves_its_normal_equations():
     sparse_lse, v_mean, cov = noise(1, 1, rows), noise(1, 1, width), noise(1, 1, width, width)
     tail, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
     found = module.calibrate(
-        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0)
+        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0, 0.25), 0.25
     )
     odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
     estimate = (tail - sparse_lse).flatten()
@@ -131,13 +141,43 @@ def test_calibration_solves_its_normal_equations():
 def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
     module = load(".attention.methods.calibration")
     cov = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    start = module.untrained(cov, 0)
+    start = module.untrained(cov, 0, 8**-0.5)
     vectors, numbers = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     rows = [vectors, vectors, numbers, vectors, numbers, numbers]
     broken = cov.clone()
     broken[0, 1] = torch.nan
-    found = module.calibrate(module.ExactRows(*rows), torch.zeros(1, 2, 8), broken, start)
+    found = module.calibrate(module.ExactRows(*rows), torch.zeros(1, 2, 8), broken, start, 8**-0.5)
     assert torch.isfinite(found.beta).all() and torch.equal(found.beta[0, 1], start.beta[0, 1])
+
+
+def test_one_sharp_row_does_not_end_a_calibration():
+    """A gap of 90 nats between dense and sparse mass: exp of it overflows float32."""
+    module = load(".attention.methods.calibration")
+    generator = torch.Generator().manual_seed(0)
+    q, out, sparse = (torch.randn(1, 1, 40, 16, generator=generator) for _ in range(3))
+    cov = torch.randn(1, 1, 16, 16, generator=generator)
+    lse = torch.rand(1, 1, 40, generator=generator) + 0.1
+    lse[..., 0] = 90.0
+    rows = module.ExactRows(q, out, lse, sparse, torch.zeros(1, 1, 40), torch.randn(1, 1, 40, generator=generator))
+    start = module.untrained(cov, 0, 0.25)
+    found = module.calibrate(rows, torch.zeros(1, 1, 16), cov, start, 0.25)
+    assert all(torch.isfinite(each).all() for each in found[:3])
+    assert not torch.equal(found.gate_b, start.gate_b) and not torch.equal(found.beta, start.beta)
+
+
+@pytest.mark.parametrize("calibrate", ["off", "auto"])
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_a_scale_of_the_callers_own_is_heeded(method, calibrate):
+    """Queries four times as large with a scale four times as small are the same attention."""
+    q, k, v = smooth_qkv((4, 9, 10))
+    layout = attention.TokenLayout((4, 9, 10))
+    expected, _ = run(q, k, v, layout, method=method, calibrate=calibrate, sparsity=0.7)
+    session = attention.AttentionRun(attention.SparsePlan(method=method, calibrate=calibrate, sparsity=0.7))
+    found, _ = session.attend(4 * q, k, v, layout, scale=64**-0.5 / 4)
+    if method != "ropeslr" or calibrate == "off":
+        assert relative_error(found, expected) < 1e-4
+    else:                                   # the ridge pulls towards the scale itself: close, and not the same
+        assert relative_error(found, expected) < 1e-2
 
 
 def test_each_conditioning_has_its_own_calibration():

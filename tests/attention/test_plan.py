@@ -1,11 +1,12 @@
 """The plan: every field is checked, and an error names the field, what was found and what was expected."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack_loader import load
 
 plan = load(".attention.plan")
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("field, value, says", [
@@ -47,6 +48,7 @@ def test_every_unreadable_layer_is_named(text, bad):
     assert all(piece in str(error.value) for piece in bad)
 
 
+@patient
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused_in_words(text):
     try:
@@ -57,6 +59,7 @@ def test_any_text_is_read_or_refused_in_words(text):
         assert all(0 <= layer <= 9999 for layer in layers)
 
 
+@patient
 @given(st.integers(1, 20000), st.integers(0, 98))
 def test_kept_blocks_follow_the_sparsity_without_rounding_surprises(blocks, percent):
     kept = plan.SparsePlan(sparsity=percent / 100).kept_blocks(blocks)

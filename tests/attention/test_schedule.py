@@ -28,6 +28,13 @@ def test_the_percent_window_is_inclusive(sigma, reason):
     assert make(sigma_start=0.9, sigma_end=0.4).dense_reason(sigma) == reason
 
 
+def test_rising_levels_are_counted_from_their_own_start():
+    """A video turned into noise: the levels rise, and the first step is the one at the lowest."""
+    steps = make(sigmas=(0.0, 0.4, 0.7, 1.0), dense_first=1)
+    assert [steps.step(sigma) for sigma in (0.0, 0.2, 0.4, 0.7, 1.0)] == [0, 0, 1, 2, 2]
+    assert [steps.dense_reason(sigma) for sigma in (0.0, 0.4, 0.7)] == [schedule.FIRST_STEPS, None, None]
+
+
 def test_first_and_last_steps_are_dense():
     steps = make(dense_first=1, dense_last=2)
     assert [steps.dense_reason(sigma) for sigma in SIGMAS[:-1]] == [

@@ -3,7 +3,7 @@
 import comfy_host
 import pytest
 import torch
-from sampling import conditioning, load_model, report, sample, sparse
+from sampling import conditioning, full_density, load_model, report, sample, sparse
 
 
 def flux_sample(model):
@@ -58,7 +58,7 @@ def test_reference_tokens_run_dense_with_a_reason():
     patched = sparse(model)
     assert torch.isfinite(run(patched)).all()
     assert list(report(patched).dense_calls) == [
-        "384 tokens on a (5, 8, 8) grid: reference tokens are not supported yet"
+        "384 tokens where the grid (5, 8, 8) holds 320: reference tokens are not supported yet"
     ]
 
 
@@ -69,7 +69,9 @@ def test_a_short_video_runs_dense(caplog):
     assert report(patched).dense_calls == {"576 tokens are fewer than min_tokens 577": 6}
     sample(patched)
     assert len(warnings(caplog)) == 1
-    assert sample(sparse(model, min_tokens=576)) is not None
+    at_the_limit = sparse(model, min_tokens=576)
+    sample(at_the_limit)
+    assert not report(at_the_limit).dense_calls
 
 
 @pytest.mark.parametrize("settings, reason", [
@@ -121,7 +123,8 @@ def test_calls_that_the_path_cannot_take_go_dense(width, kv_heads, mask, reason)
 
 @pytest.mark.parametrize("skip_reshape", [False, True])
 @pytest.mark.parametrize("skip_output_reshape", [False, True])
-def test_both_layouts_of_the_host_are_taken_and_given(skip_reshape, skip_output_reshape):
+def test_both_layouts_of_the_host_are_taken_and_given(skip_reshape, skip_output_reshape, monkeypatch):
+    full_density(monkeypatch)
     q, k, v = (torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     given = [q, k, v] if skip_reshape else [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
@@ -136,13 +139,64 @@ def test_calls_before_the_blocks_pass_through():
     assert dict(call.run.tally.other_calls) == {"outside the transformer blocks": 1}
 
 
-@pytest.mark.parametrize("file, settings, says", [
-    ("tiny_flux", {}, "Flux is not a Wan or HunyuanVideo model"),
-    ("tiny_hunyuan_t2v", {}, "HunyuanVideo is not supported yet"),
+@pytest.mark.parametrize("file, says", [
+    ("tiny_flux", "Flux is not a Wan or HunyuanVideo model"),
+    ("tiny_hunyuan_t2v", "HunyuanVideo is not supported yet"),
 ])
-def test_strict_refuses_a_model_when_the_node_runs(file, settings, says):
+def test_strict_refuses_a_model_when_the_node_runs(file, says):
     with pytest.raises(RuntimeError, match=f"strict.*cannot be sparse: {says}"):
-        sparse(load_model(file), strict=True, **settings)
+        sparse(load_model(file), strict=True)
+
+
+def test_layers_that_the_model_does_not_have_are_named(caplog):
+    sparse(load_model("tiny_wan21_t2v"), dense_layers="1, 2, 40")
+    assert "dense_layers has 2, 40; WanModel has 2 layers, counted 0-1" in caplog.text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
+    """An object patch on self_attn.forward goes past the slot: without a word the node would do nothing at all."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model, strict=strict)
+    attention = model.model.diffusion_model.blocks[0].self_attn
+
+    def forward(x, freqs, transformer_options=None):
+        q, k, v = attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)), attention.v(x)
+        return attention.o(optimized_attention(q, k, v, heads=attention.num_heads))
+
+    patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", forward)
+    says = "1 of 2 layers do not ask the attention slot"
+    if strict:
+        with pytest.raises(RuntimeError, match=says):
+            sample(patched)
+    else:
+        sample(patched)
+        assert report(patched).sparse_calls == 3 and says in report(patched).summary()
+        assert [says in line for line in warnings(caplog)] == [True]
+    sample(model)                           # puts the module's own forward back
+
+
+def test_a_second_model_in_one_run_is_left_alone():
+    """DualModelGuider hands the first model's options to the second, whose layout is another."""
+    first, second = sparse(load_model("tiny_wan21_t2v")), load_model("tiny_wan21_vace")
+    if "DualModelGuider" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
+        return                              # older than the node
+    run = comfy_host.run_node
+    (guider,) = run(
+        "DualModelGuider", model=first, model_negative=second, positive=conditioning(1), negative=conditioning(2),
+        cfg=3.0,
+    )
+    (noise,), (sampler,) = run("RandomNoise", noise_seed=3), run("KSamplerSelect", sampler_name="euler")
+    latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
+    out = run(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=torch.tensor([1.0, 0.5, 0.0]),
+        latent_image=latent,
+    )
+    assert torch.isfinite(out[0]["samples"]).all()
+    assert report(first).sparse_calls == 4
+    assert set(report(first).dense_calls) == {"VaceWanModel is not supported yet (Wan T2V, I2V, 5B and A14B are)"}
 
 
 def test_strict_refuses_a_short_video_before_the_first_step():

@@ -4,7 +4,7 @@ import comfy_host
 import pytest
 import torch
 from fields import relative_error
-from sampling import WAN, load_model, report, sample, sparse
+from sampling import WAN, conditioning, full_density, load_model, report, sample, sparse
 
 
 @pytest.fixture(params=list(WAN))
@@ -16,8 +16,16 @@ def wan(request):
     return model, arguments, sample(model, **arguments)
 
 
+def test_sparsity_zero_is_dense(wan):
+    model, arguments, dense = wan
+    patched = sparse(model, sparsity=0.0)
+    assert torch.equal(sample(patched, **arguments), dense)
+    assert report(patched).dense_calls == {"sparsity leaves no block out": 6}
+
+
 @pytest.mark.parametrize("order", ["cube", "raster"])
-def test_sparsity_zero_equals_dense(wan, order):
+def test_the_sparse_path_with_every_block_equals_dense(wan, order, monkeypatch):
+    full_density(monkeypatch)
     model, arguments, dense = wan
     patched = sparse(model, sparsity=0.0, block_order=order)
     found = sample(patched, **arguments)
@@ -52,11 +60,25 @@ def test_odd_sizes_batches_and_guidance_run(latent, batch, cfg):
     assert report(patched).sparse_calls == 4 * report(patched).model_calls // 2 and not report(patched).dense_calls
 
 
-def test_a_batch_gives_what_its_members_give():
-    """Both members start from the same noise only if their seeds agree, so compare with a batch of dense ones."""
+@pytest.mark.parametrize("method", ["ropeslr", "top-k"])
+def test_a_batch_gives_what_its_members_give(method):
+    """Two videos in one batch, guided, against each of them sampled alone."""
     model = load_model("tiny_wan21_t2v")
-    both = sample(sparse(model, sparsity=0.0), batch=2, cfg=7.0)
-    assert relative_error(both, sample(model, batch=2, cfg=7.0)) < 1e-5
+    start = 5 * torch.randn(2, 16, 5, 16, 16, generator=torch.Generator().manual_seed(5))
+
+    def run(latent):
+        (sampler,) = comfy_host.run_node("KSamplerSelect", sampler_name="euler")
+        out = comfy_host.run_node(
+            "SamplerCustom", model=sparse(model, method=method, sparsity=0.6), add_noise=False, noise_seed=0, cfg=7.0,
+            positive=conditioning(1), negative=conditioning(2), sampler=sampler,
+            sigmas=torch.tensor([0.8, 0.5, 0.2, 0.0]), latent_image={"samples": latent},
+        )
+        return out[0]["samples"]
+
+    both = run(start)
+    for i in range(2):
+        assert relative_error(both[i : i + 1], run(start[i : i + 1])) < 1e-4
+    assert relative_error(both[:1], both[1:]) > 0.1
 
 
 @pytest.mark.parametrize("sampler", ["euler", "uni_pc", "dpm_2", "heun", "lcm", "res_multistep"])
@@ -66,7 +88,8 @@ def test_samplers_of_every_order_run_sparse(sampler):
     assert not report(patched).dense_calls
 
 
-def test_text_of_as_many_tokens_as_the_video_is_not_taken_for_it():
+def test_text_of_as_many_tokens_as_the_video_is_not_taken_for_it(monkeypatch):
+    full_density(monkeypatch)
     model = load_model("tiny_wan21_t2v")
     patched = sparse(model, sparsity=0.0)
     found = sample(patched, text_tokens=576)

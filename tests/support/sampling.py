@@ -65,6 +65,11 @@ def sample(
     return out[0]["samples"]
 
 
+def full_density(monkeypatch) -> None:
+    """Let sparsity 0, which the node hands to dense attention, run through the sparse path with every block kept."""
+    monkeypatch.setattr(comfy_host.module(".nodes.patching.sampling_run"), "NOTHING_TO_SKIP", None)
+
+
 def report(model):
     """The report of the model's last run."""
     return comfy_host.module(".nodes.patching").last_report(model)
