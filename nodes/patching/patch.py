@@ -40,15 +40,13 @@ class SparsePatch:
             self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
             patcher.get_model_object("model_sampling"), self.already_said,
         )
-        options = guider.model_options.setdefault("transformer_options", {})      # ComfyUI's copy for this run
-        options[RUN] = run
+        guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
         completed = False
         try:
             result = executor(*args, **kwargs)
             completed = True
             return result
         finally:
-            options.pop(RUN, None)
             self.last_report = run.report(completed)
             logger.info(self.last_report.summary())
             self.last_report.send(self.node_id)
