@@ -75,11 +75,8 @@ def test(rest: list[str]) -> int:
 
 def run_in(python: Path, tree: Path, command: list[str]) -> int:
     """Run Python with a ComfyUI tree; models, inputs and outputs of tests and demo stay in the cache."""
-    base = cache_folder() / "base"
-    return subprocess.call(
-        [str(python), *command], cwd=ROOT,
-        env={**os.environ, "COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(base), "PYTHONDONTWRITEBYTECODE": "1"},
-    )
+    places = {"COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base")}
+    return subprocess.call([str(python), *command], cwd=ROOT, env={**os.environ, **places})
 
 
 def environment() -> Path:

@@ -92,7 +92,7 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
                 raise
             words = str(error).partition("\n")[0]
             reason = f"the sparse path failed ({type(error).__name__}: {words})"
-            run.warn_dense(reason, with_traceback=not isinstance(error, torch.OutOfMemoryError))
+            run.warn_dense(reason, with_traceback=not isinstance(error, torch.cuda.OutOfMemoryError))
         # Here the failed call's tensors are free again, so a dense call may fit where the sparse one did not.
     if not chosen:
         run.warn_dense(reason)

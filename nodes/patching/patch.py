@@ -73,7 +73,7 @@ class SparsePatch:
         if self.plan.verbose:
             logger.info(
                 "RoPeSLR: sigma %.4f, step %d of %d: %s", float(options["sigmas"][0]), call.step + 1,
-                run.schedule.steps, call.dense_reason or "sparse",
+                run.schedule.steps, unsupported or call.dense_reason or "sparse",
             )
         result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if call.attention_calls == 0 and run.tally.model_calls == 1 and _is_compiled(executor.class_obj, options):

@@ -30,6 +30,8 @@ def boot() -> ModuleType:
 
         args.cpu = True
         args.base_directory = os.environ["ROPESLR_TEST_BASE"]
+        import utils.extra_config  # noqa: F401  before nodes puts comfy/ on the path, where another `utils` lies
+
         import nodes
     finally:
         sys.argv = argv
@@ -55,7 +57,12 @@ def run_node(name: str, **inputs) -> tuple:
     """Execute one node, old or new style, and return its outputs; widgets that are not named keep their defaults."""
     node = boot().NODE_CLASS_MAPPINGS[name]
     if hasattr(node, "GET_SCHEMA"):
-        inputs_ = node.GET_SCHEMA().inputs
-        widgets = {each.id: each.default for each in inputs_ if getattr(each, "default", None) is not None}
-        return node.EXECUTE_NORMALIZED(**(widgets | inputs)).result
+        widgets = {each.id: _default(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")}
+        return node.EXECUTE_NORMALIZED(**{k: v for k, v in widgets.items() if v is not None} | inputs).result
     return getattr(node(), node.FUNCTION)(**inputs)
+
+
+def _default(widget):
+    """What the browser fills in: the default, or a list's first option."""
+    options = getattr(widget, "options", None)
+    return options[0] if widget.default is None and options else widget.default
