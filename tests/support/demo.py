@@ -22,11 +22,12 @@ FILES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--height", type=int, default=560)
+    parser.add_argument("--width", type=int, default=448)
+    parser.add_argument("--height", type=int, default=448)
     parser.add_argument("--length", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--min-tokens", type=int, default=2048, help="the node's own default is 4096")
     options = parser.parse_args()
     base, tree = Path(os.environ["ROPESLR_TEST_BASE"]), Path(os.environ["COMFYUI_PATH"])
     base.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def main() -> None:
             prompt = to_prompt(load("wan2.1_t2v"), info, bypass)
             prompt = make_tiny(prompt, options.width, options.height, options.length, options.steps)
             if bypass is None:
-                prompt[node_id(prompt, NODE)]["inputs"]["sparsity"] = options.sparsity
+                prompt[node_id(prompt, NODE)]["inputs"].update(sparsity=options.sparsity, min_tokens=options.min_tokens)
             # Videos are compressed, so frames are compared as they leave the VAE.
             prompt["frames"] = {
                 "class_type": "SaveImage",
