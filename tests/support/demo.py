@@ -74,7 +74,8 @@ def print_table(results: dict[str, tuple[dict, PromptResult]], output: Path, opt
         ("frames, relative difference", f"{difference:.4f}"),
         ("video", output / video["subfolder"] / video["filename"]),
     ]
-    print(f"\nwan2.1_t2v, tiny random weights, {options.width}x{options.height}, {options.length} frames, CPU")
+    size = f"{options.width}x{options.height}, {options.length} frames"
+    print(f"\nwan2.1_t2v, tiny random weights, {size}, min_tokens {options.min_tokens}, CPU")
     for name, value in rows:
         print(f"  {name:30} {value}")
 
