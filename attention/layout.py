@@ -17,8 +17,8 @@ TILE = 4                                    # a cube of 4 x 4 x 4 tokens is one 
 class BlockTables(NamedTuple):
     """Blocks of one layout on one device. Video query blocks come first among the key blocks, in the same order."""
 
-    video: Tensor                           # (Nq, S) int64: query blocks, as token numbers within the video
-    keys: Tensor                            # (Nk, S) int64: key blocks over the whole sequence; -1 = empty slot
+    video: Tensor                           # (Nq, S) int32: query blocks, as token numbers within the video
+    keys: Tensor                            # (Nk, S) int32: key blocks over the whole sequence; -1 = empty slot
     key_sizes: Tensor                       # (Nk,) int64: real tokens per key block
     forced: Tensor | None                   # (Nq, Nk) bool: blocks kept whatever their score
     forced_counts: Tensor                   # (Nq,) int64, on the CPU: how many those are
@@ -81,7 +81,7 @@ class TokenLayout:
             first = (video >= 0) & (video < self.grid[1] * self.grid[2])
             forced[:, :n_q] |= first.any(dim=1)
         return BlockTables(
-            video.to(device), keys.to(device), (keys >= 0).sum(dim=1).to(device),
+            video.int().to(device), keys.int().to(device), (keys >= 0).sum(dim=1).to(device),
             forced.to(device) if forced.any() else None, forced.sum(dim=1),
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 METHODS = ("auto", "ropeslr", "top-k", "top-k plain")
 CALIBRATE = ("auto", "first step", "every step", "off")
-BACKENDS = ("auto", "pytorch", "dense")
+BACKENDS = ("auto", "triton", "pytorch", "dense")
 BLOCK_ORDERS = ("auto", "raster", "cube")
 MAX_SPARSITY = 0.98
 MAX_RANK = 128

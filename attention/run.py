@@ -42,15 +42,15 @@ class AttentionRun:
             raise ValueError(f"conditioning {conditioning} does not add up to a batch of {batch}")
         call = LayerCall(
             layer, step, conditioning, layout, self._block_tables(layout, q.device),
-            width**-0.5 if scale is None else scale,
+            width**-0.5 if scale is None else scale, self.plan.backend,
         )
         start, end = layout.before, layout.before + layout.video_tokens
         video = self.method.attend(q[:, :, start:end], k, v, call)
         parts = [video.out]
         if start:
-            parts.insert(0, ops.dense_attention(q[:, :, :start], k, v, call.scale)[0])
+            parts.insert(0, ops.dense_attention(q[:, :, :start], k, v, call.scale, call.backend)[0])
         if end < tokens:
-            parts.append(ops.dense_attention(q[:, :, end:], k, v, call.scale)[0])
+            parts.append(ops.dense_attention(q[:, :, end:], k, v, call.scale, call.backend)[0])
         out = torch.cat(parts, dim=2) if len(parts) > 1 else video.out
 
         video_share = layout.video_tokens / tokens

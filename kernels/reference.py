@@ -4,13 +4,15 @@ Tests compare every other implementation with this file. Shapes: `(B, H, L, D)` 
 
 A *block table* `(N, S)` of integers names the tokens of each of N blocks, up to S per block; -1 marks an empty slot.
 Every token of a tensor stands in its table exactly once. One table thus says three things at once: which tokens
-belong together, in which order the blocks follow, and which blocks are short.
+belong together, in which order the blocks follow, and which blocks are short. Empty slots lie behind a block's tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
 
 
 def block_sizes(blocks: Tensor) -> Tensor:
@@ -95,31 +97,128 @@ def block_sparse_attention(
     return _softmax_read(scores, torch.cat((v, tail_v.to(v.dtype)), dim=2))
 
 
-def first_order_state(k: Tensor, v: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the first-order background has to know about all keys and values.
+def block_pool_state(
+    k: Tensor, v: Tensor, blocks: Tensor, inner: int, features: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block means of k, and the first-order state of the keys and values in the first `inner` blocks.
 
-    k, v `(B, H, L, D)`, features `(B, H, R)` = the channels of k that take part, all D when None ->
-    mean of v `(B, H, D)`, and the covariance mean((k - mean k)^T v) `(B, H, R, D)`.
+    k, v `(B, H, L, D)`, blocks `(N, S)`, features `(B, H, R)` = the channels of k that take part, all D when None ->
+    means `(B, H, N, D)`, mean of v `(B, H, D)`, and the covariance mean((k - mean k)^T v) `(B, H, R, D)`.
     """
-    k = _channels(k, features)
-    centred = k - k.mean(dim=2, keepdim=True)
-    return v.mean(dim=2), torch.einsum("bhld,bhle->bhde", centred, v) / k.shape[2]
+    rows = blocks[:inner]
+    rows = rows[rows >= 0].long()
+    k_in, v_in = _channels(k, features)[:, :, rows], v[:, :, rows]
+    centred = k_in - k_in.mean(dim=2, keepdim=True)
+    return block_pool(k, blocks), v_in.mean(dim=2), torch.einsum("bhld,bhle->bhde", centred, v_in) / rows.numel()
 
 
-def mix_first_order(
-    q: Tensor, out: Tensor, lse: Tensor, tail: Tensor, q_blocks: Tensor, v_mean: Tensor, cov: Tensor,
-    gate_c: Tensor, gate_b: Tensor, beta: Tensor, features: Tensor | None = None,
+def feature_map(x: Tensor, map: FeatureMap) -> Tensor:
+    """phi = act(A x + E(p)): x `(B, H, L, D)` after RoPE, which is undone first -> `(B, H, L, r)`."""
+    logits = x
+    if map.a is not None:
+        if map.cos is not None:
+            even, odd = x[..., 0::2], x[..., 1::2]
+            x = torch.stack((even * map.cos + odd * map.sin, odd * map.cos - even * map.sin), dim=-1).flatten(-2)
+        logits = torch.einsum("bhld,hrd->bhlr", x, map.a)
+    if map.pe is not None:
+        logits = logits + sum(map.pe[:, map.places[:, axis].long()] for axis in range(3))
+    return {"softmax": lambda y: y.softmax(-1), "elu": lambda y: torch.nn.functional.elu(y) + 1, "relu": torch.relu}[
+        map.act
+    ](logits)
+
+
+def low_rank_state(k: Tensor, v: Tensor, map: FeatureMap) -> tuple[Tensor, Tensor]:
+    """What a linear branch keeps of keys and values `(B, H, L, D)`: mean(phi_k^T v) `(B, H, r, D)`, mean(phi_k)."""
+    phi = feature_map(k, map)
+    return torch.einsum("bhlr,bhld->bhrd", phi, v) / k.shape[2], phi.mean(dim=2)
+
+
+def linear_read(q: Tensor, map: FeatureMap, linear: LinearState) -> Tensor:
+    """phi_q S / (eps + phi_q z) `(B, H, L, D)`."""
+    phi = feature_map(q, map)
+    return (phi @ linear.state) / (linear.eps + torch.einsum("bhlr,bhr->bhl", phi, linear.norm))[..., None]
+
+
+def mix_background(
+    q: Tensor, out: Tensor, lse: Tensor, tail: Tensor, q_blocks: Tensor, gate: Gate, first: FirstOrder,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Mix the sparse output with its background by their shares of the softmax mass.
 
-    g = sigmoid(gate_c (tail - LSE) + gate_b), 0 where nothing was dropped;  (1 - g) out + g (v_mean + (beta q) cov).
-    q, out `(B, H, L, D)`; lse `(B, H, L)`; tail `(B, H, Nq)`; gate_c, gate_b `(B, H)`; v_mean `(B, H, D)`;
-    cov `(B, H, R, D)`; beta `(B, H, R)`; features `(B, H, R)` = the channels of q that take part (all when None).
+    g = sigmoid(c (tail - LSE) + b + x), 0 where nothing was dropped;
+    (1 - g) out + g (v_mean + (beta q) cov + eta (low rank - v_mean)).
+    q, out `(B, H, L, D)`; lse `(B, H, L)`; tail `(B, H, Nq)`; the rest as `background` tells.
     """
     tail = tail[:, :, token_to_block(q_blocks)]
-    gate = torch.sigmoid(gate_c[..., None] * (tail - lse) + gate_b[..., None])
-    gate = gate.masked_fill(tail == -torch.inf, 0.0)[..., None]
-    return (1 - gate) * out + gate * (v_mean[:, :, None] + (_channels(q, features) * beta[:, :, None]) @ cov)
+    odds = gate.c[..., None] * (tail - lse.clamp(min=-1e30)) + gate.b[..., None]
+    g = torch.sigmoid(odds if gate.x is None else odds + gate.x).masked_fill(tail == -torch.inf, 0.0)[..., None]
+    mean = first.v_mean[:, :, None]
+    background = mean + (_channels(q, first.features) * first.beta[:, :, None]) @ first.cov
+    if low_rank is not None:
+        background = background + low_rank.eta[:, None, None] * (linear_read(q, low_rank.map, low_rank.linear) - mean)
+    return (1 - g) * out + g * background
+
+
+def block_sparse_mixed(
+    q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor, tail: Tensor,
+    gate: Gate, first: FirstOrder, low_rank: LowRank | None = None, scale: float | None = None,
+) -> Tensor:
+    """`block_sparse_attention` and `mix_background` in one."""
+    out, lse = block_sparse_attention(q, k, v, q_blocks, k_blocks, indices, counts, scale=scale)
+    return mix_background(q, out, lse, tail, q_blocks, gate, first, low_rank)
+
+
+def block_sparse_linear(
+    q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor,
+    map: FeatureMap, linear: LinearState, bias: Tensor, scale: float | None = None,
+) -> Tensor:
+    """Sparse output + linear branch + bias `(D,)`: SLA, whose projection W is folded into the state as S W^T."""
+    out, _ = block_sparse_attention(q, k, v, q_blocks, k_blocks, indices, counts, scale=scale)
+    return out + linear_read(q, map, linear) + bias
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, q_blocks: Tensor, k_blocks: Tensor, keeps: list[int],
+    forced: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact search (AdaSpa): the blocks of largest softmax mass of every row, for each number of blocks in keeps.
+
+    lse `(B, H, Lq)` from a dense pass, forced `(Nq, Nk)` bool, in addition to the best -> bits
+    `(B, H, len(keeps), Nq, ceil(Nk / 32))` int32, bit j % 32 of word j / 32 for key block j; recall
+    `(B, H, len(keeps))`, the share of the softmax mass that is kept.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (torch.einsum("bhqd,bhkd->bhqk", q, k) * scale - lse[..., None]).exp()
+    n_q, n_k = q_blocks.shape[0], k_blocks.shape[0]
+    mass = _sum_blocks(weights, token_to_block(q_blocks), n_q, token_to_block(k_blocks), n_k)
+    if forced is None:
+        forced = torch.zeros(n_q, n_k, dtype=torch.bool, device=q.device)
+    bits, recall = [], []
+    for keep in keeps:
+        best = mass.masked_fill(forced, -1.0).topk(min(keep, n_k), dim=-1).indices
+        kept = forced | torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
+        bits.append(pack_bits(kept))
+        recall.append((mass * kept).sum(dim=(-2, -1)) / mass.sum(dim=(-2, -1)))
+    return torch.stack(bits, dim=2), torch.stack(recall, dim=2)
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """Booleans `(..., Nk)` -> `(..., ceil(Nk / 32))` int32."""
+    words = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
+    packed = (words << torch.arange(32, device=kept.device)).sum(dim=-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+
+
+def lists_from_bits(bits: Tensor, blocks: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Bit masks `(..., words)` -> the sorted lists `(..., longest)` and counts of `block_select`."""
+    kept = ((bits[..., None] >> torch.arange(32, device=bits.device)) & 1).flatten(-2)[..., :blocks].bool()
+    column = torch.arange(blocks, device=bits.device).expand(kept.shape)
+    return torch.where(kept, column, blocks).sort(dim=-1).values[..., :longest].int(), kept.sum(dim=-1).int()
+
+
+def _sum_blocks(weights: Tensor, of_query: Tensor, n_q: int, of_key: Tensor, n_k: int) -> Tensor:
+    by_key = weights.new_zeros(*weights.shape[:3], n_k).index_add_(3, of_key, weights)
+    return by_key.new_zeros(*weights.shape[:2], n_q, n_k).index_add_(2, of_query, by_key)
 
 
 def _channels(x: Tensor, features: Tensor | None) -> Tensor:

@@ -92,8 +92,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend", options=list(BACKENDS), default="auto", advanced=True,
-                    tooltip="auto and pytorch: the portable path, the only one in this version. dense: switches the "
-                            "node off and still counts calls, to compare.",
+                    tooltip="auto: Triton's kernels where they can run, else plain PyTorch. triton: an error where "
+                            "they cannot. dense: switches the node off and still counts calls, to compare.",
                 ),
                 io.Combo.Input(
                     "block_order", options=list(BLOCK_ORDERS), default="auto", advanced=True,

@@ -28,6 +28,7 @@ class LayerCall:
     layout: TokenLayout
     tables: BlockTables
     scale: float
+    backend: str = "auto"                   # of kernels.ops
 
 
 class VideoOutput(NamedTuple):
@@ -57,13 +58,18 @@ class Routing(NamedTuple):
     density: float
 
 
-def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan) -> Routing:
-    """Score blocks by their means and keep the best `1 - sparsity` of the video's, plus what the layout forces."""
-    tables = call.tables
-    pooled_q, pooled_k = ops.block_pool(q, tables.video), ops.block_pool(k, tables.keys)
+def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan, pooled_k: Tensor | None = None) -> Routing:
+    """Score blocks by their means and keep the best `1 - sparsity` of the video's, plus what the layout forces.
+
+    pooled_k: the key blocks' means, where the caller has them already.
+    """
+    tables, backend = call.tables, call.backend
+    pooled_q = ops.block_pool(q, tables.video, backend)
+    if pooled_k is None:
+        pooled_k = ops.block_pool(k, tables.keys, backend)
     keep = plan.kept_blocks(tables.video.shape[0])
     indices, counts, tail = ops.block_select(
-        pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale, int(tables.forced_counts.max())
+        pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale, int(tables.forced_counts.max()), backend
     )
     return Routing(indices, counts, tail, pooled_k, tables.density(keep))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
+from ...kernels.background import FirstOrder, Gate
 from ..accounting import calibration_flops, first_order_flops
 from ..plan import CALIBRATE_EVERY, SparsePlan
 from .base import LayerCall, Routing, VideoOutput, route
@@ -33,18 +34,21 @@ class RoPeSLR:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """See `Method.attend`."""
-        routing = route(q, k, call, self.plan)
-        tables = call.tables
-        out, lse = ops.block_sparse_attention(
-            q, k, v, tables.video, tables.keys, routing.indices, routing.counts, scale=call.scale
-        )
-        if self.plan.kept_blocks(tables.video.shape[0]) >= tables.video.shape[0]:
-            return VideoOutput(out, routing.density, 0.0)                     # nothing was dropped
+        tables, backend = call.tables, call.backend
+        lists = {"scale": call.scale, "backend": backend, "trusted": True}
+        blocks = tables.video.shape[0]                                        # the video's come first among the keys
+        if self.plan.kept_blocks(blocks) >= blocks:                           # nothing is dropped
+            routing = route(q, k, call, self.plan)
+            out, _ = ops.block_sparse_attention(
+                q, k, v, tables.video, tables.keys, routing.indices, routing.counts, **lists
+            )
+            return VideoOutput(out, routing.density, 0.0)
 
-        video = slice(call.layout.before, call.layout.before + call.layout.video_tokens)
         known, due = self._recall(call)
         features = None if known is None else known.features
-        v_mean, cov = ops.first_order_state(k[:, :, video], v[:, :, video], features)
+        pooled_k, v_mean, cov = ops.block_pool_state(k, v, tables.keys, blocks, features, backend)
+        routing = route(q, k, call, self.plan, pooled_k)
+        sparse = (q, k, v, tables.video, tables.keys, routing.indices, routing.counts)
         state_rank = cov.shape[2]
         if known is None:
             known = untrained(cov, self.plan.rank, call.scale)
@@ -52,14 +56,17 @@ class RoPeSLR:
                 cov = cov.gather(2, known.features[..., None].expand(-1, -1, -1, cov.shape[-1]))
         calibration_cost = 0.0
         if due:
+            out, lse = ops.block_sparse_attention(*sparse, **lists)
             rows = _exact_rows(q, k, v, out, lse, routing, call, self.plan.calibrate_rows)
             known = calibrate(rows, v_mean, cov, known, call.scale)
             calibration_cost = q.shape[0] * calibration_flops(k.shape[2], q.shape[3], q.shape[1], rows.q.shape[2])
         self._remember(call, known, made_now=due)
 
-        mixed = ops.mix_first_order(
-            q, out, lse, routing.tail, tables.video, v_mean, cov, known.gate_c, known.gate_b, known.beta, known.features
-        )
+        gate, first = Gate(known.gate_c, known.gate_b), FirstOrder(v_mean, cov, known.beta, known.features)
+        if due:
+            mixed = ops.mix_background(q, out, lse, routing.tail, tables.video, gate, first)
+        else:
+            mixed = ops.block_sparse_mixed(*sparse, routing.tail, gate, first, **lists)
         batch, heads, tokens, width = q.shape
         background = batch * first_order_flops(tokens, width, heads, cov.shape[2], state_rank)
         return VideoOutput(mixed, routing.density, background, calibration_cost)
@@ -98,7 +105,7 @@ def _exact_rows(
     place = ((torch.arange(count) + inside) * (walk.numel() / count)).long().to(q.device)
     rows = walk[place]
     row_q = q.index_select(2, rows)
-    row_out, row_lse = ops.dense_attention(row_q, k, v, call.scale)
+    row_out, row_lse = ops.dense_attention(row_q, k, v, call.scale, call.backend)
     return ExactRows(
         row_q, row_out, row_lse, out.index_select(2, rows), lse.index_select(2, rows),
         routing.tail.index_select(2, place // table.shape[1]),

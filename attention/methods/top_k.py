@@ -27,10 +27,10 @@ class TopK:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """See `Method.attend`."""
         routing = route(q, k, call, self.plan)
-        pooled_v = ops.block_pool(v, call.tables.keys) if self.tail else None
+        pooled_v = ops.block_pool(v, call.tables.keys, call.backend) if self.tail else None
         out, _ = ops.block_sparse_attention(
             q, k, v, call.tables.video, call.tables.keys, routing.indices, routing.counts,
-            routing.pooled_k if self.tail else None, pooled_v, call.scale,
+            routing.pooled_k if self.tail else None, pooled_v, call.scale, call.backend, trusted=True,
         )
         batch, heads, tokens, width = q.shape
         blocks = call.tables.keys.shape[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from ...kernels.ops import TritonNotUsable
 from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun
 
 SLOT = "optimized_attention_override"
@@ -87,6 +88,8 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
             views = (x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
             out = run.attend(*views, grid, layer, call.step, call.conditioning, kwargs.get("scale"))
             return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+        except TritonNotUsable:             # asked for by name: to go on without it would be a silent no
+            raise
         except Exception as error:
             if run.plan.strict:
                 raise

@@ -19,14 +19,16 @@ class RunReport:
     """One sampling run in numbers.
 
     dense_calls counts the self-attention calls that stayed dense by reason, other_calls the attention that is never
-    replaced (cross-attention). density is the mean share of key blocks kept by the sparse calls. FLOPs are those of all
-    self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
+    replaced (cross-attention). backend is that of the sparse calls, "" where there were none. density is the mean share
+    of key blocks kept by the sparse calls. FLOPs are those of all self-attention calls of the run, in TFLOP; seconds is
+    the wall time of the run.
     """
 
     model: str
     method: str
     sparsity: float
     block_order: str
+    backend: str
     sparse_calls: int
     dense_calls: dict[str, int]
     other_calls: dict[str, int]
@@ -49,7 +51,8 @@ class RunReport:
         total = self.sparse_calls + dense
         text = f"RoPeSLR {self.method} on {self.model}: {self.sparse_calls} of {total} self-attention calls sparse"
         if self.sparse_calls:
-            text += f" (density {self.density:.3f}, {self.block_order} order, {self.calibrations} calibrated)"
+            text += f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, "
+            text += f"{self.calibrations} calibrated)"
         text += f", attention FLOPs saved {100 * self.flops_saved:.1f} %"
         if dense:
             text += "; dense: " + ", ".join(f"{n} {why}" for why, n in sorted(self.dense_calls.items()))
@@ -80,9 +83,11 @@ class Tally:
     spent_flops: float = 0.0
     calibrations: int = 0
     model_calls: int = 0
+    backend: str = ""
 
-    def sparse(self, cost: AttentionCost) -> None:
+    def sparse(self, cost: AttentionCost, backend: str) -> None:
         self.sparse_calls += 1
+        self.backend = backend
         self.density += cost.density
         self.dense_flops += cost.dense
         self.spent_flops += cost.total

@@ -99,14 +99,15 @@ class SamplingRun:
         conditioning: tuple[tuple[Hashable, int], ...], scale: float | None,
     ) -> torch.Tensor:
         """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
-        if q.device.type != "cpu":
-            self.say_once(
-                f"the Triton kernels are not part of this version; on {q.device.type} the portable path is untested "
-                "and may be slower than dense attention"
-            )
         layout = TokenLayout(grid, order=self.plan.resolved_order)
         out, cost = self.attention.attend(q, k, v, layout, layer, step, conditioning, scale)
-        self.tally.sparse(cost)
+        backend, why = ops.backend_for(q, self.plan.backend, BLOCK)
+        if backend == "pytorch" and q.device.type != "cpu" and self.plan.backend == "auto":
+            self.say_once(
+                f"sparse attention runs in plain PyTorch, which may be slower on {q.device.type} than dense attention: "
+                f"{why}"
+            )
+        self.tally.sparse(cost, backend)
         return out
 
     def stay_dense(self, reason: str, batch: int, tokens: int, width: int, heads: int) -> None:
@@ -130,7 +131,7 @@ class SamplingRun:
         tally = self.tally
         return RunReport(
             model=self.facts.name, method=self.plan.resolved_method, sparsity=self.plan.sparsity,
-            block_order=self.plan.resolved_order, sparse_calls=tally.sparse_calls,
+            block_order=self.plan.resolved_order, backend=tally.backend, sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls), other_calls=dict(tally.other_calls),
             density=tally.density / tally.sparse_calls if tally.sparse_calls else 1.0,
             dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,

@@ -1,6 +1,7 @@
 """The methods on structured inputs: against slow transcriptions of their formulas, and against each other."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,11 @@ def test_calibration_and_rank_take_effect():
     assert error(q, k, v, rank=33) < by_rank[1]                               # an odd rank is no special case
 
 
-def test_lower_rank_costs_less():
+def test_lower_rank_costs_less(monkeypatch):
+    # The counter does not look into custom ops, so their bodies are called by themselves.
+    registered = load(".kernels.registered")
+    bodies = {name: getattr(op, "_init_fn", op) for name, op in vars(registered).items()}
+    monkeypatch.setattr(load(".kernels.ops"), "registered", SimpleNamespace(**bodies))
     q, k, v = smooth_qkv(GRID)
     layout = attention.TokenLayout(GRID)
     flops = []

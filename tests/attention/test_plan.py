@@ -17,7 +17,7 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     ("dense_first_steps", -1, "dense_first_steps is -1; it must be 0 or more"),
     ("calibrate", "sometimes", "calibrate is 'sometimes'"),
     ("calibrate_rows", 0, "calibrate_rows is 0"),
-    ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, pytorch, dense"),
+    ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, triton, pytorch, dense"),
     ("block_order", "hilbert", "block_order is 'hilbert'"),
     ("dense_layers", frozenset({-3}), "dense_layers has -3"),
 ])

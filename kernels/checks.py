@@ -1,0 +1,114 @@
+"""Checks of arguments before anything is launched: a ValueError names the argument, what was found and expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .background import ACTS, FeatureMap
+from .dispatch import BACKENDS
+
+
+def check_backend(backend: str) -> None:
+    """One of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
+
+
+def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
+    """A whole number in range, as an int; NaN, fractions and text are refused."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, found {value!r}") from None
+    if number < low or (high is not None and number > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, found {number}")
+    return number
+
+
+def check_heads(**tensors: Tensor) -> None:
+    """Four dimensions, none of them empty, floating point."""
+    for name, x in tensors.items():
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be (batch, heads, tokens, head width), none 0; found {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point; found {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Exactly this shape."""
+    if x.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}; found {tuple(x.shape)}")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Queries, keys and values that belong together."""
+    check_heads(q=q, k=k, v=v)
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q, k, v must agree in batch, heads and head width, and k and v in tokens; "
+            f"found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype; found {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device; found {q.device}, {k.device}, {v.device}")
+
+
+def check_table(name: str, blocks: Tensor, tokens: int) -> None:
+    """An integer table with a slot for every token and no block more than they need to be spread over."""
+    if blocks.ndim != 2 or blocks.dtype.is_floating_point:
+        raise ValueError(f"{name} must be an integer table (blocks, slots); found {tuple(blocks.shape)} {blocks.dtype}")
+    if blocks.numel() < tokens:
+        raise ValueError(f"{name} has {blocks.numel()} slots, too few for {tokens} tokens")
+
+
+def check_lists(indices: Tensor, counts: Tensor, rows: Sequence[int], blocks: int, values: bool) -> None:
+    """Block lists of the right shape; with `values` also that every entry in use names a block, once, ascending."""
+    if indices.shape[:-1] != torch.Size(rows) or counts.shape != torch.Size(rows):
+        raise ValueError(
+            f"indices and counts must have one row per head and query block, {tuple(rows)}; "
+            f"found {tuple(indices.shape)} and {tuple(counts.shape)}"
+        )
+    for name, x in (("indices", indices), ("counts", counts)):
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64; found {x.dtype}")
+    if not values or torch.compiler.is_compiling() or indices.device.type == "meta":
+        return
+    width = indices.shape[-1]
+    if counts.numel() and not (0 <= int(counts.min()) and int(counts.max()) <= width):
+        raise ValueError(f"counts must be from 0 to {width}; found {int(counts.min())} to {int(counts.max())}")
+    used = torch.arange(width, device=indices.device) < counts[..., None]
+    wrong = used & ((indices < 0) | (indices >= blocks))
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f"indices must be from 0 to {blocks - 1}; found {int(indices[tuple(at)])} at {tuple(at)}")
+    falls = used[..., 1:] & (indices[..., 1:] <= indices[..., :-1])
+    if falls.any():
+        at = tuple(falls.nonzero()[0].tolist())
+        row = indices[at[:-1]].tolist()
+        raise ValueError(f"indices must ascend within a row, each block once; row {at[:-1]} has {row[:8]} ...")
+
+
+def check_map(map: FeatureMap, x: Tensor) -> None:
+    """A feature map that fits x `(B, H, L, D)`."""
+    _, heads, tokens, width = x.shape
+    if map.act not in ACTS:
+        raise ValueError(f"act must be one of {', '.join(ACTS)}; found {map.act!r}")
+    rank = width if map.a is None else map.a.shape[1]
+    if map.a is not None:
+        check_shape("map.a", map.a, (heads, rank, width))
+    elif map.cos is not None:
+        raise ValueError("cos and sin undo RoPE before the projection a; without a there is nothing to undo it for")
+    if (map.cos is None) != (map.sin is None) or (map.pe is None) != (map.places is None):
+        raise ValueError("cos and sin go together, and so do pe and places")
+    if map.cos is not None:
+        check_shape("map.cos", map.cos, (tokens, width // 2))
+        check_shape("map.sin", map.sin, (tokens, width // 2))
+    if map.pe is not None:
+        check_shape("map.pe", map.pe, (heads, map.pe.shape[1], rank))
+        check_shape("map.places", map.places, (tokens, 3))

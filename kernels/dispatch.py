@@ -1,0 +1,150 @@
+"""Which body of an operation runs: Triton's kernels where they can, plain PyTorch elsewhere, and why, in words."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from types import ModuleType
+
+import torch
+
+from . import pytorch
+
+BACKENDS = ("auto", "triton", "pytorch")
+OLDEST_TRITON = (3, 4)
+OLDEST_CUDA = (8, 0)                        # before sm_80 Triton's dots use no tensor cores
+TRITON_OF_TORCH = {"2.8": (3, 4), "2.9": (3, 5), "2.10": (3, 6)}
+AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 128
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+
+class TritonNotUsable(RuntimeError):
+    """Triton was asked for and cannot run; the message says why and what to do."""
+
+
+_failed: dict[str, str] = {}                # operations whose kernel failed here, with the error's first line
+
+
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, width: int, block_sizes: tuple[int, ...] = ()
+) -> str | None:
+    """Why Triton's kernels cannot take such tensors, as the end of a sentence; None where they can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the kernels run on NVIDIA and AMD GPUs"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = _why_not_installed() or _why_not_device(index)
+    if reason:
+        return reason
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not one of float16, bfloat16 and float32"
+    if width % 8 or width > MAX_WIDTH:
+        return f"head width {width} is not a multiple of 8 up to {MAX_WIDTH}"
+    if any(size not in BLOCK_SIZES for size in block_sizes):
+        return f"blocks of {' and '.join(map(str, block_sizes))} tokens are not among {BLOCK_SIZES}"
+    return None
+
+
+def choice(
+    backend: str, device: torch.device, dtype: torch.dtype, width: int, block_sizes: tuple[int, ...] = ()
+) -> tuple[str, str | None]:
+    """Which of "triton" and "pytorch" such a call gets, and where it is not Triton, why."""
+    if backend == "pytorch":
+        return "pytorch", "backend is set to pytorch"
+    reason = why_not_triton(device, dtype, width, block_sizes)
+    if reason is None and backend == "auto" and _failed:
+        reason = next(iter(_failed.values()))
+    return ("triton", None) if reason is None else ("pytorch", reason)
+
+
+def run(
+    operation: str, backend: str, device: torch.device, dtype: torch.dtype, width: int, block_sizes: tuple[int, ...],
+    call: Callable[[ModuleType], object],
+) -> object:
+    """call(module) with the backend's module. Under "auto" a kernel that fails is left alone from then on.
+
+    Raises TritonNotUsable where backend is "triton" and its kernels cannot run, or fail.
+    """
+    if backend == "pytorch":
+        return call(pytorch)
+    reason = why_not_triton(device, dtype, width, block_sizes)
+    if reason is None and backend == "auto" and operation in _failed:
+        reason = _failed[operation]
+    if reason is not None:
+        if backend == "triton":
+            raise TritonNotUsable(explain(reason))
+        return call(pytorch)
+    try:
+        return call(_triton())
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:              # a compiler that is missing, a driver too old: many kinds, all of Triton's
+        words = f"the kernel {operation} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        if backend == "triton":
+            raise TritonNotUsable(explain(words)) from error
+        _failed[operation] = words
+        logging.warning("RoPeSLR: %s Going on with plain PyTorch.", explain(words))
+        return call(pytorch)
+
+
+def explain(reason: str) -> str:
+    """One paragraph for a person whose graph asks for Triton: what is in the way, and what to do."""
+    text = f"Triton's kernels cannot be used: {reason}. "
+    if sys.platform == "win32":
+        text += (
+            "On Windows, install the package triton-windows in the version that belongs to your PyTorch: "
+            f"{_windows_package()} (run it with ComfyUI's own Python: python_embeded\\python.exe -m in the portable "
+            "version), and the Microsoft Visual C++ Redistributable. "
+        )
+    elif _why_not_installed():
+        text += "On Linux, `pip install triton` in ComfyUI's environment; PyTorch for CUDA usually brings it. "
+    return text + "Or set backend to auto: it takes plain PyTorch wherever Triton cannot run."
+
+
+def _windows_package() -> str:
+    """The pip command that fits the installed torch."""
+    found = re.match(r"\d+\.\d+", torch.__version__)
+    triton = TRITON_OF_TORCH.get(found[0] if found else "")
+    if triton is None:
+        return f"the table in the README of triton-windows names it for torch {torch.__version__}"
+    major, minor = triton
+    return f'pip install -U "triton-windows>={major}.{minor},<{major}.{minor + 1}"'
+
+
+@cache
+def _why_not_installed() -> str | None:
+    names = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    for name in names:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+            return f"{name} is {version}, and {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"
+    return None
+
+
+@cache
+def _why_not_device(index: int) -> str | None:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return None if arch in AMD_ARCHITECTURES else f"{arch} is not among {', '.join(AMD_ARCHITECTURES)}"
+    found = (properties.major, properties.minor)
+    if found < OLDEST_CUDA:
+        return f"{properties.name} is sm_{found[0]}{found[1]}, and its tensor cores need sm_80 or newer"
+    return None
+
+
+def _triton() -> ModuleType:
+    from .triton import backend
+    return backend

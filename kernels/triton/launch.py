@@ -1,0 +1,90 @@
+"""How kernels are declared and launched: nothing specialises on a size, and a shipped table holds the parameters.
+
+A kernel's pointers end in `_ptr`, its constexprs are written in capitals; every other argument is a run-time number
+that Triton is told not to specialise on, so a new length, sparsity or rank never compiles anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Strides are handed over in these units: it tells the compiler, for every tensor, that rows are aligned for 16-byte
+# loads, without a variant per stride.
+STRIDE_UNIT = 8
+
+
+class Launch(NamedTuple):
+    """Launch parameters of one kernel."""
+
+    warps: int
+    stages: int
+
+
+def kernel(function: Callable) -> triton.runtime.JITFunction:
+    """`triton.jit` with every run-time number left unspecialised."""
+    parameters = inspect.signature(function).parameters
+    numbers = [name for name in parameters if not name.endswith("_ptr") and not name.isupper()]
+    return triton.jit(function, do_not_specialize=numbers)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Batch, head and token stride of `(B, H, L, D)` in units of STRIDE_UNIT elements, for `aligned` tensors."""
+    return tuple(x.stride(i) // STRIDE_UNIT if x.shape[i] > 1 else 0 for i in range(3))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself where the kernels can read it in place, else a copy: rows contiguous, starting at multiples of 8."""
+    in_place = x.stride(3) == 1 and all(
+        x.stride(i) % STRIDE_UNIT == 0 and x.stride(i) >= 0 for i in range(3) if x.shape[i] > 1
+    )
+    return x if in_place else x.contiguous()
+
+
+def like_host(x: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty `(B, H, tokens, D)` whose heads lie side by side in each token, as hosts want them back."""
+    batch, heads, _, width = x.shape
+    return x.new_empty(batch, tokens, heads, width, dtype=dtype or x.dtype).transpose(1, 2)
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16, that holds a width: what a tile needs."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def precision(x: Tensor) -> str:
+    """How dots multiply: float32 in three TF32 products where the hardware has them, else exactly."""
+    if x.dtype != torch.float32:
+        return "tf32"                       # has no meaning for half precision
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+# Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks (registers, spills,
+# shared memory, useful MMA: benchmarks/results/compile.json), not yet by measurement. "other" serves what is not named.
+TABLE: dict[str, dict[str, Launch]] = {
+    "other": {
+        "forward": Launch(4, 3), "d_queries": Launch(4, 2), "d_keys": Launch(4, 1), "mass": Launch(4, 3),
+        "pool": Launch(4, 1), "state": Launch(8, 2), "select": Launch(4, 1),
+    },
+}
+FP32_STAGES = 1                             # tiles of twice the size leave no shared memory for more
+
+
+def launch_options(name: str, x: Tensor) -> dict[str, int | bool]:
+    """Keyword arguments of a launch. FP fusion is asked for by name: Triton 3.10 turns it off by default."""
+    found = TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
+    stages = FP32_STAGES if x.dtype == torch.float32 else found.stages
+    return {"num_warps": found.warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def architecture() -> str:
+    """The name of the active device's architecture in TABLE: "90" for sm_90, "gfx942"."""
+    try:
+        return str(triton.runtime.driver.active.get_current_target().arch)
+    except Exception:                       # the interpreter has no driver
+        return "other"
