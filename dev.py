@@ -1,7 +1,8 @@
-"""Sets everything up on a fresh machine, then runs: `python dev.py demo`, `python dev.py test`. Standard library only.
+"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels`. Standard library only.
 
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
+    kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
 
 The first run downloads several hundred MB and needs a few minutes. Everything that is kept lies in a cache outside
 this tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH
@@ -36,6 +37,9 @@ COMFYUI = {
     "0.18.2": ("1.4.0", "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83"),
 }
 NEWEST = "0.30.0"
+# Kept beside the environment, not in it, so that everything else is tested as on a machine without Triton. The first
+# runs all kernel tests; a newer compiler the quick ones.
+TRITON = {"3.6.0": (), "3.9.0": ("-m", "not slow")}
 
 
 class SetupError(Exception):
@@ -44,10 +48,10 @@ class SetupError(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("demo", "test"))
+    parser.add_argument("command", choices=("demo", "test", "kernels"))
     arguments, rest = parser.parse_known_args()
     try:
-        return {"demo": demo, "test": test}[arguments.command](rest)
+        return {"demo": demo, "test": test, "kernels": kernels}[arguments.command](rest)
     except SetupError as error:
         print(f"\ndev.py: {error}", file=sys.stderr)
         return 1
@@ -70,7 +74,44 @@ def test(rest: list[str]) -> int:
         if version != NEWEST and not rest:
             say(f"the suite inside ComfyUI {version}")
             code = run_in(python, registry_comfyui(version), ["-m", "pytest", "tests/nodes"]) or code
+    return code if rest else kernels([]) or code
+
+
+def kernels(rest: list[str]) -> int:
+    """Run the kernel tests with each Triton: the interpreter and the compiler at once, in a process each."""
+    if sys.platform != "linux":
+        say("Triton's wheels exist for Linux only: the kernel tests are left out")
+        return 0
+    python, code = environment(), 0
+    for version, choice in TRITON.items():
+        places = {**os.environ, "PYTHONPATH": str(triton(python, version))}
+        places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
+        say(f"the kernels in the interpreter and compiled by Triton {version}")
+        suites = []
+        for name, extra in (("interpreted", {"TRITON_INTERPRET": "1"}), ("compiled", {})):
+            command = [str(python), "-m", "pytest", *choice, *rest]
+            command += ["tests/kernels" if name == "interpreted" else "tests/kernels/test_compiled.py"]
+            output = tempfile.TemporaryFile()
+            run = subprocess.Popen(command, cwd=ROOT, env=places | extra, stdout=output, stderr=subprocess.STDOUT)
+            suites.append((name, run, output))
+        for name, run, output in suites:
+            code = run.wait() or code
+            output.seek(0)
+            say(f"{name}, Triton {version}:\n{output.read().decode(errors='replace')}")
     return code
+
+
+def triton(python: Path, version: str) -> Path:
+    """A folder with one version of Triton, to put on PYTHONPATH."""
+    folder = cache_folder() / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        need_space(folder.parent, 3)
+        say(f"Triton {version} (200 to 300 MB)")
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            pip(python, "install", "--no-deps", "--target", f"{scratch}/new", f"triton=={version}")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(f"{scratch}/new", folder)
+    return folder
 
 
 def run_in(python: Path, tree: Path, command: list[str]) -> int:

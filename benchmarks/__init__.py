@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,3 +22,9 @@ def load_pack(name: str = "") -> ModuleType:
         sys.modules[pack] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[pack])
     return importlib.import_module(pack + name)
+
+
+def commit() -> str:
+    """The commit of this tree, "unknown" where there is no git."""
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

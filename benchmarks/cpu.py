@@ -12,14 +12,13 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from . import ROOT, load_pack
+from . import commit, load_pack
 
 attention = load_pack(".attention")
 ops = load_pack(".kernels.ops")
@@ -112,11 +111,6 @@ def interleaved(candidates: dict[str, Callable], repeats: int) -> dict[str, floa
                 if turn:                    # the first turn warms up
                     samples[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ OLDEST_TRITON = (3, 4)
 OLDEST_CUDA = (8, 0)                        # before sm_80 Triton's dots use no tensor cores
 TRITON_OF_TORCH = {"2.8": (3, 4), "2.9": (3, 5), "2.10": (3, 6)}
 AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# float32 takes three products on tensor cores, whose operands fill the registers many times over (measured: 7 to 100 kB
+# spilled); cuBLAS, which the portable path runs on, does not.
+DTYPES = (torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -44,7 +46,7 @@ def why_not_triton(
     if reason:
         return reason
     if dtype not in DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} is not one of float16, bfloat16 and float32"
+        return f"the kernels are for float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if width % 8 or width > MAX_WIDTH:
         return f"head width {width} is not a multiple of 8 up to {MAX_WIDTH}"
     if any(size not in BLOCK_SIZES for size in block_sizes):

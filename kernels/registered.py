@@ -37,6 +37,13 @@ def _run(name: str, backend: str, x: Tensor, tables: tuple[Tensor, ...], *argume
     )
 
 
+def _run_on(name: str, backend: str, device: torch.device, *arguments):
+    """An operation that takes tensors of any dtype and width, so that only the device may stand against Triton."""
+    return dispatch.run(
+        name, backend, device, torch.float16, 64, (), lambda module: getattr(module, name)(*arguments)
+    )
+
+
 @custom_op("ropeslr::block_pool", mutates_args=())
 def block_pool(x: Tensor, blocks: Tensor, backend: str) -> Tensor:
     """See `reference.block_pool`."""
@@ -87,8 +94,8 @@ def block_select(
     most_forced: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.block_select`."""
-    return _run(
-        "block_select", backend, pooled_q, (), pooled_q, pooled_k, k_sizes, keep, forced, scale, most_forced
+    return _run_on(
+        "block_select", backend, pooled_q.device, pooled_q, pooled_k, k_sizes, keep, forced, scale, most_forced
     )
 
 
@@ -120,10 +127,7 @@ def _(q, k, lse, q_blocks, k_blocks, keeps, forced, scale, backend):
 @custom_op("ropeslr::lists_from_bits", mutates_args=())
 def lists_from_bits(bits: Tensor, blocks: int, longest: int, backend: str) -> tuple[Tensor, Tensor]:
     """See `reference.lists_from_bits`."""
-    return dispatch.run(
-        "lists_from_bits", backend, bits.device, torch.float32, 64, (),
-        lambda module: module.lists_from_bits(bits, blocks, longest),
-    )
+    return _run_on("lists_from_bits", backend, bits.device, bits, blocks, longest)
 
 
 @lists_from_bits.register_fake

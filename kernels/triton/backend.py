@@ -13,7 +13,7 @@ from .block_select import _mass, _select, _unpack
 from .block_sparse import _forward
 from .block_sparse_backward import _d_keys, _d_queries, _delta
 from .features import ACTS
-from .launch import aligned, launch_options, like_host, padded, precision, strides
+from .launch import aligned, launch_options, like_host, padded, strides
 
 SELECT_CHUNK = 1024
 SCRATCH_BYTES = 64 << 20                    # scores or masses of so many rows at a time
@@ -28,7 +28,7 @@ def block_pool(x: Tensor, blocks: Tensor) -> Tensor:
     means = x.new_empty(batch, heads, blocks.shape[0], width, dtype=torch.float32)
     _pool[(blocks.shape[0], batch * heads)](
         x, means, blocks, *strides(x), heads, tokens, blocks.shape[0],
-        D=width, DP=padded(width), BLOCK=blocks.shape[1], **launch_options("pool", x),
+        D=width, DP=padded(width), BLOCK=blocks.shape[1], **launch_options("pool"),
     )
     return means
 
@@ -47,7 +47,7 @@ def block_pool_state(
     _pool_state[(parts, batch * heads)](
         k, v, means, products, sums, blocks, *strides(k), *strides(v),
         heads, tokens, count, inner, BLOCKS_PER_STATE, parts,
-        D=width, DP=padded(width), BLOCK=blocks.shape[1], PRECISION=precision(k), **launch_options("state", k),
+        D=width, DP=padded(width), BLOCK=blocks.shape[1], **launch_options("state"),
     )
     size = (blocks[:inner] >= 0).sum()
     k_mean, v_mean = (x.contiguous() for x in (sums.sum(dim=2) / size).unbind(dim=2))
@@ -68,8 +68,8 @@ def low_rank_state(k: Tensor, v: Tensor, map: FeatureMap) -> tuple[Tensor, Tenso
     _low_rank_state[(parts, batch * heads)](
         k, v, products, sums, *_map_pointers(map), *strides(k), *strides(v),
         heads, tokens, rank, _pe_rows(map), BLOCKS_PER_STATE, parts,
-        D=width, DP=padded(width), RP=padded(rank), BLOCK=BLOCK, ACT=ACTS[map.act], PRECISION=precision(k),
-        **launch_options("state", k),
+        D=width, DP=padded(width), RP=padded(rank), BLOCK=BLOCK, ACT=ACTS[map.act],
+        **launch_options("features"),
     )
     return products.sum(dim=2) / tokens, sums.sum(dim=2) / tokens
 
@@ -93,7 +93,7 @@ def block_select(
         scores = torch.bmm(q[some] * scale, k[some].mT)
         _select[(scores.shape[0] * n_q, 1)](
             scores, forced, log_sizes, None, *(x[some] for x in lines), None, None,
-            n_q, n_k, keep, list_width, 0, 1, CHUNK=SELECT_CHUNK, **launch_options("select", q),
+            n_q, n_k, keep, list_width, 0, 1, CHUNK=SELECT_CHUNK, **launch_options("select"),
         )
     return indices, counts, tail
 
@@ -117,12 +117,12 @@ def block_mass(
         _mass[(n_q, mass.shape[0])](
             q, k, lse, mass, q_blocks, k_blocks, *strides(q), *strides(k),
             heads, some.start, tokens, k.shape[2], n_q, n_k, scale,
-            D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1], PRECISION=precision(q),
-            **launch_options("mass", q),
+            D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1],
+            **launch_options("mass"),
         )
         _select[(mass.shape[0] * n_q, choices)](
             mass, forced, None, keeps_there, None, None, None, bits[some], kept_mass[some],
-            n_q, n_k, 0, 0, words, choices, CHUNK=SELECT_CHUNK, **launch_options("select", q),
+            n_q, n_k, 0, 0, words, choices, CHUNK=SELECT_CHUNK, **launch_options("select"),
         )
     bits, kept_mass = (x.unflatten(0, (batch, heads)).movedim(3, 2) for x in (bits, kept_mass))
     return bits.contiguous(), kept_mass.sum(dim=-1) / tokens
@@ -135,7 +135,7 @@ def lists_from_bits(bits: Tensor, blocks: int, longest: int) -> tuple[Tensor, Te
     indices = bits.new_empty(*rows, longest)
     counts = bits.new_empty(rows)
     _unpack[(counts.numel(),)](
-        bits, indices, counts, blocks, longest, bits.shape[-1], CHUNK=SELECT_CHUNK, **launch_options("select", bits)
+        bits, indices, counts, blocks, longest, bits.shape[-1], CHUNK=SELECT_CHUNK, **launch_options("select")
     )
     return indices, counts
 
@@ -204,24 +204,24 @@ def block_sparse_attention_backward(
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.float().contiguous()
     n_q, n_k, k_tokens = q_blocks.shape[0], k_blocks.shape[0], k.shape[2]
     shape = dict(
-        D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1], PRECISION=precision(q)
+        D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1]
     )
     delta = torch.empty_like(lse)
     _delta[(-(-tokens // BLOCK), batch * heads)](
         out, d_out, d_lse, delta, *strides(out), *strides(d_out), heads, tokens,
-        D=width, DP=padded(width), BLOCK=BLOCK, **launch_options("pool", q),
+        D=width, DP=padded(width), BLOCK=BLOCK, **launch_options("pool"),
     )
     d_q, d_k, d_v = like_host(q, tokens), like_host(k, k_tokens), like_host(v, k_tokens)
     _d_queries[(n_q, batch * heads)](
         q, k, v, d_out, lse, delta, d_q, q_blocks, k_blocks, indices, counts,
         *strides(q), *strides(k), *strides(v), *strides(d_out), *strides(d_q),
-        heads, tokens, k_tokens, n_q, indices.shape[-1], scale, **shape, **launch_options("d_queries", q),
+        heads, tokens, k_tokens, n_q, indices.shape[-1], scale, **shape, **launch_options("d_queries"),
     )
     entries, starts = transpose_lists(indices, counts, n_k)
     _d_keys[(n_k, batch * heads)](
         q, k, v, d_out, lse, delta, d_k, d_v, q_blocks, k_blocks, entries, starts,
         *strides(q), *strides(k), *strides(v), *strides(d_out), *strides(d_k), *strides(d_v),
-        heads, tokens, k_tokens, n_k, entries.shape[-1], scale, **shape, **launch_options("d_keys", q),
+        heads, tokens, k_tokens, n_k, entries.shape[-1], scale, **shape, **launch_options("d_keys"),
     )
     return d_q, d_k, d_v
 
@@ -239,6 +239,8 @@ def _attend(
     indices, counts = (None if x is None else x.contiguous() for x in (indices, counts))
     n_q, block_q = (-(-tokens // BLOCK), BLOCK) if q_blocks is None else q_blocks.shape
     n_k, block_k = (-(-k.shape[2] // BLOCK), BLOCK) if k_blocks is None else k_blocks.shape
+    mixed = mixing is not None and mixing[0] is not None
+    variant = "tail" if tail else "forward" if not mixing else "linear" if not mixed else "low_rank" if map else "mixed"
     out = like_host(q, tokens)
     sums = q.new_empty(batch, heads, tokens, dtype=torch.float32) if lse else None
     rank, state = 0, (None,) * 5
@@ -254,7 +256,7 @@ def _attend(
         heads, tokens, k.shape[2], n_q, n_k, 0 if indices is None else indices.shape[-1], rank,
         0 if map is None else _pe_rows(map), scale,
         D=width, DP=padded(width), RP=padded(rank or 1), BLOCK_Q=block_q, BLOCK_K=block_k,
-        ACT=0 if map is None else ACTS[map.act], PRECISION=precision(q), **launch_options("forward", q),
+        ACT=0 if map is None else ACTS[map.act], **launch_options(variant),
     )
     return out, sums
 

@@ -29,7 +29,7 @@ def _pool(
 def _pool_state(
     k_ptr, v_ptr, means_ptr, products_ptr, sums_ptr, table_ptr,
     k_batch, k_head, k_row, v_batch, v_head, v_row, heads, tokens, blocks, inner, per_program, parts,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Block means of k, and over the first `inner` blocks k^T v and the sums of k and v, in parts to be added up.
 
@@ -53,7 +53,7 @@ def _pool_state(
         size = tl.sum((rows >= 0).to(tl.float32), 0)
         tl.store(means_ptr + (head * blocks + block) * D + channels, total / size, mask=there)
         v = load_rows(v_ptr, tl.where(block < inner, rows, -1), v_row, D, DP)
-        products = tl.dot(k.T, v, products, input_precision=PRECISION)
+        products = tl.dot(k.T, v, products)
         k_sum += tl.where(block < inner, total, 0.0)
         v_sum += tl.sum(v.to(tl.float32), 0)
     line = head * parts + part
@@ -68,7 +68,6 @@ def _low_rank_state(
     k_ptr, v_ptr, products_ptr, sums_ptr, a_ptr, cos_ptr, sin_ptr, pe_ptr, places_ptr,
     k_batch, k_head, k_row, v_batch, v_head, v_row, heads, tokens, rank, pe_rows, per_program, parts,
     D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """phi^T v `(B*H, parts, rank, D)` and the sums of phi `(B*H, parts, rank)`, float32, in parts to be added up."""
     part = tl.program_id(0)
@@ -83,9 +82,9 @@ def _low_rank_state(
         v = load_rows(v_ptr, rows, v_row, D, DP)
         phi = feature_tile(
             k_ptr, rows, k_row, h, a_ptr, cos_ptr, sin_ptr, pe_ptr, places_ptr, pe_rows, rank,
-            D, DP, RP, BLOCK, ACT, PRECISION,
+            D, DP, RP, BLOCK, ACT,
         )
-        products = tl.dot(phi.to(v.dtype).T, v, products, input_precision=PRECISION)
+        products = tl.dot(phi.to(v.dtype).T, v, products)
         sums += tl.sum(phi, 0)
     features, channels = tl.arange(0, RP), tl.arange(0, DP)
     line = head * parts + part

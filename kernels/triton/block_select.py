@@ -127,7 +127,7 @@ def _unpack(bits_ptr, lists_ptr, counts_ptr, n_k, list_width, words, CHUNK: tl.c
 def _mass(
     q_ptr, k_ptr, lse_ptr, mass_ptr, q_table_ptr, k_table_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, heads, first_head, q_tokens, k_tokens, n_q, n_k, scale,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Softmax mass `(n_q, n_k)` of every block pair, for the heads from first_head on; lse from a dense pass."""
     q_block = tl.program_id(0)
@@ -141,6 +141,6 @@ def _mass(
     for k_block in range(0, n_k):
         rows = block_rows(k_table_ptr, k_block, k_tokens, BLOCK_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(q, k.T) * (scale * LOG2_E)
         weights = tl.where((rows >= 0)[None, :], tl.exp2(scores - lse[:, None]), 0.0)
         tl.store(mass_ptr + k_block, tl.sum(weights))

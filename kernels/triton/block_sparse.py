@@ -32,7 +32,7 @@ def _forward(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     heads, q_tokens, k_tokens, n_q, n_k, list_width, rank, pe_rows, scale,
     D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACT: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr,
 ):
     """Every group of pointers is optional: None leaves its code out.
 
@@ -67,11 +67,11 @@ def _forward(
             k_block = tl.load(lists_ptr + i)
         rows = block_rows(k_table_ptr, k_block, k_tokens, BLOCK_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale2
+        scores = tl.dot(q, k.T) * scale2
         if is_short(k_table_ptr, k_block, k_tokens, BLOCK_K):
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         v = load_rows(v_ptr, rows, v_row, D, DP)
-        best, total, acc = softmax_step(scores, v, best, total, acc, PRECISION)
+        best, total, acc = softmax_step(scores, v, best, total, acc)
 
     if tail_k_ptr is not None:
         passed = 0                          # list entries before this tile: the list is sorted
@@ -85,10 +85,10 @@ def _forward(
             rows = tl.where(blocks < n_k, blocks, -1)
             k = load_rows(tail_k_ptr + head * n_k * D, rows, D // 8, D, DP)
             sizes = tl.load(log_sizes_ptr + blocks, mask=blocks < n_k, other=0.0)
-            scores = tl.dot(q, k.T, input_precision=PRECISION) * scale2 + sizes[None, :]
+            scores = tl.dot(q, k.T) * scale2 + sizes[None, :]
             scores = tl.where(dropped[None, :], scores, -float("inf"))
             v = load_rows(tail_v_ptr + head * n_k * D, rows, D // 8, D, DP)
-            best, total, acc = softmax_step(scores, v, best, total, acc, PRECISION)
+            best, total, acc = softmax_step(scores, v, best, total, acc)
 
     lse = tl.where(total > 0, (best + tl.log2(total)) * LN_2, -float("inf"))
     if lse_ptr is not None:
@@ -113,8 +113,7 @@ def _forward(
         inside = (channels < D)[:, None] & (channels < D)[None, :]
         at = channels[:, None] * D + channels[None, :]
         first = tl.load((first_ptr + head * D * D) + at, mask=inside, other=0.0)
-        q = load_rows(q_ptr, q_rows, q_row, D, DP)
-        acc = tl.dot((q.to(tl.float32) * gate[:, None]).to(first.dtype), first, acc, input_precision=PRECISION) * size
+        acc = tl.dot((q.to(tl.float32) * gate[:, None]).to(first.dtype), first, acc) * size
         share = gate
         if state_ptr is not None:
             share = gate * eta
@@ -126,9 +125,9 @@ def _forward(
     if state_ptr is not None:
         phi = feature_tile(
             q_ptr, q_rows, q_row, h, a_ptr, cos_ptr, sin_ptr, pe_ptr, places_ptr, pe_rows, rank,
-            D, DP, RP, BLOCK_Q, ACT, PRECISION,
+            D, DP, RP, BLOCK_Q, ACT,
         )
         acc = add_linear(
-            acc, phi, share, head, state_ptr, state_scale_ptr, norm_ptr, eps_ptr, rank, D, DP, RP, PRECISION
+            acc, phi, share, head, state_ptr, state_scale_ptr, norm_ptr, eps_ptr, rank, D, DP, RP
         )
     store_rows(out_ptr, q_rows, out_row, acc, D, DP)

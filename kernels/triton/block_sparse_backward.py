@@ -35,7 +35,7 @@ def _d_queries(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, d_q_ptr, q_table_ptr, k_table_ptr, lists_ptr, counts_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
     dq_batch, dq_head, dq_row, heads, q_tokens, k_tokens, n_q, list_width, scale,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     q_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -59,13 +59,13 @@ def _d_queries(
         rows = block_rows(k_table_ptr, k_block, k_tokens, BLOCK_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         v = load_rows(v_ptr, rows, v_row, D, DP)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale2
+        scores = tl.dot(q, k.T) * scale2
         if is_short(k_table_ptr, k_block, k_tokens, BLOCK_K):
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         weights = tl.exp2(scores - lse[:, None])
-        d_weights = tl.dot(d_out, v.T, input_precision=PRECISION)
+        d_weights = tl.dot(d_out, v.T)
         d_scores = weights * (d_weights - delta[:, None])
-        d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
+        d_q = tl.dot(d_scores.to(k.dtype), k, d_q)
     store_rows(d_q_ptr + b * dq_batch * 8 + h * dq_head * 8, q_rows, dq_row, d_q * scale, D, DP)
 
 
@@ -75,7 +75,7 @@ def _d_keys(
     entries_ptr, starts_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, q_tokens, k_tokens, n_k, entries_width, scale,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     k_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -99,11 +99,11 @@ def _d_keys(
         # An empty slot has no weight: exp2(score - inf). Keys that are not there get gradients nobody stores.
         lse = tl.load(lse_ptr + head * q_tokens + rows, mask=there, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + head * q_tokens + rows, mask=there, other=0.0)
-        scores = tl.dot(k, q.T, input_precision=PRECISION) * scale2
+        scores = tl.dot(k, q.T) * scale2
         weights = tl.exp2(scores - lse[None, :])
-        d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        d_weights = tl.dot(v, d_out.T, input_precision=PRECISION)
+        d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v)
+        d_weights = tl.dot(v, d_out.T)
         d_scores = weights * (d_weights - delta[None, :])
-        d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
+        d_k = tl.dot(d_scores.to(q.dtype), q, d_k)
     store_rows(d_k_ptr + b * dk_batch * 8 + h * dk_head * 8, k_rows, dk_row, d_k * scale, D, DP)
     store_rows(d_v_ptr + b * dv_batch * 8 + h * dv_head * 8, k_rows, dv_row, d_v, D, DP)

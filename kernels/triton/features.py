@@ -15,7 +15,6 @@ ACTS = {"softmax": 0, "elu": 1, "relu": 2}
 def feature_tile(
     x_ptr, rows, row, head, a_ptr, cos_ptr, sin_ptr, pe_ptr, places_ptr, pe_rows, rank,
     D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """phi `(BLOCK, RP)` float32 of rows of x `(L, D)`; 0 on empty slots and beyond the rank.
 
@@ -46,9 +45,9 @@ def feature_tile(
             weights = (a_ptr + head * rank * D) + (features[:, None] * D + 2 * halves[None, :])
             inside = (features < rank)[:, None] & (halves < D // 2)[None, :]
             a_even = tl.load(weights, mask=inside, other=0.0).to(x.dtype)
-            logits = tl.dot(even.to(x.dtype), a_even.T, logits, input_precision=PRECISION)
+            logits = tl.dot(even.to(x.dtype), a_even.T, logits)
             a_odd = tl.load(weights + 1, mask=inside, other=0.0).to(x.dtype)
-            logits = tl.dot(odd.to(x.dtype), a_odd.T, logits, input_precision=PRECISION)
+            logits = tl.dot(odd.to(x.dtype), a_odd.T, logits)
     used = (features < rank)[None, :] & there[:, None]
     if pe_ptr is not None:
         for axis in tl.static_range(3):
@@ -69,7 +68,7 @@ def feature_tile(
 @triton.jit
 def add_linear(
     acc, phi, share, head, state_ptr, scale_ptr, norm_ptr, eps_ptr, rank,
-    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
 ):
     """acc + share (phi S) / (eps + phi z): state S `(B*H, rank, D)` in scaled units, norm z `(B*H, rank)`.
 
@@ -84,4 +83,4 @@ def add_linear(
     at = features[:, None] * D + channels[None, :]
     state = tl.load((state_ptr + head * rank * D) + at, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + head)
-    return tl.dot(weights.to(state.dtype), state, acc / scale, input_precision=PRECISION) * scale
+    return tl.dot(weights.to(state.dtype), state, acc / scale) * scale

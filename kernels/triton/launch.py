@@ -53,38 +53,39 @@ def like_host(x: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tenso
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 16, that holds a width: what a tile needs."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def precision(x: Tensor) -> str:
-    """How dots multiply: float32 in three TF32 products where the hardware has them, else exactly."""
-    if x.dtype != torch.float32:
-        return "tf32"                       # has no meaning for half precision
-    return "ieee" if torch.version.hip else "tf32x3"
+    """The power of two, at least 32, that holds a width: a product takes 16 channels, and features come in pairs."""
+    return max(32, triton.next_power_of_2(width))
 
 
 # Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks (registers, spills,
 # shared memory, useful MMA: benchmarks/results/compile.json), not yet by measurement. "other" serves what is not named.
 TABLE: dict[str, dict[str, Launch]] = {
     "other": {
-        "forward": Launch(4, 3), "d_queries": Launch(4, 2), "d_keys": Launch(4, 1), "mass": Launch(4, 3),
-        "pool": Launch(4, 1), "state": Launch(8, 2), "select": Launch(4, 1),
+        "forward": Launch(4, 3), "mixed": Launch(8, 3), "tail": Launch(8, 3), "linear": Launch(8, 3),
+        "low_rank": Launch(8, 3), "d_queries": Launch(8, 2), "d_keys": Launch(8, 2), "mass": Launch(4, 3),
+        "pool": Launch(4, 1), "state": Launch(8, 2), "features": Launch(8, 1), "select": Launch(4, 1),
     },
+    "80": {"mixed": Launch(4, 3)},
+    # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as much again.
+    "90": {
+        "mixed": Launch(4, 3), "tail": Launch(4, 3), "linear": Launch(4, 3), "d_queries": Launch(4, 2),
+        "d_keys": Launch(4, 1),
+    },
+    "100": {"forward": Launch(8, 3), "features": Launch(8, 2), "d_queries": Launch(4, 2), "d_keys": Launch(4, 1)},
+    "gfx942": {"mixed": Launch(4, 3), "d_queries": Launch(4, 1), "d_keys": Launch(4, 1)},
 }
-FP32_STAGES = 1                             # tiles of twice the size leave no shared memory for more
 
 
-def launch_options(name: str, x: Tensor) -> dict[str, int | bool]:
+def launch_options(name: str) -> dict[str, int | bool]:
     """Keyword arguments of a launch. FP fusion is asked for by name: Triton 3.10 turns it off by default."""
     found = TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
-    stages = FP32_STAGES if x.dtype == torch.float32 else found.stages
-    return {"num_warps": found.warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True}
 
 
 def architecture() -> str:
     """The name of the active device's architecture in TABLE: "90" for sm_90, "gfx942"."""
     try:
-        return str(triton.runtime.driver.active.get_current_target().arch)
+        arch = triton.runtime.driver.active.get_current_target().arch
     except Exception:                       # the interpreter has no driver
         return "other"
+    return "100" if arch in (101, 103, 110) else str(arch)          # datacentre Blackwell, all with tcgen05

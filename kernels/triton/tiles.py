@@ -62,7 +62,7 @@ def store_rows(base_ptr, rows, stride, tile, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
+def softmax_step(scores, v, best, total, acc):
     """Take one tile of scores (in log2 units, -inf = absent) and its values into the running softmax.
 
     best, total `(BLOCK,)`: running maximum and sum; acc `(BLOCK, DP)`: running sum of values. All in float32; the
@@ -73,5 +73,5 @@ def softmax_step(scores, v, best, total, acc, PRECISION: tl.constexpr):
     weights = tl.exp2(scores - shift[:, None])
     fade = tl.exp2(best - shift)
     total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
     return higher, total, acc

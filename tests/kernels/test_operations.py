@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from blocks import LIMITS, ragged, reference, selected, table, tensors, wide
+from blocks import LIMITS, feature_map, mixing_case, ragged, reference, selected, sparse_case, table, tensors, wide
 from fields import relative_error
 from pack_loader import load
 
@@ -18,13 +18,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] + ([] if INTERPRET else 
 HALF = [torch.float16, torch.bfloat16]
 
 
-def sparse_case(tokens, dtype, width=64, batch=1, heads=2, scale=1.0, keep=None):
-    q, k, v = tensors(*[(batch, heads, tokens, width)] * 3, dtype=dtype, scale=scale)
-    blocks = table(tokens, shuffled=True)
-    indices, counts, tail = selected(q, k, blocks, blocks, keep or max(1, blocks.shape[0] // 3))
-    return (q, k, v, blocks, blocks, indices, counts), tail
-
-
 def same(found, expected, dtype, limit=None):
     limit = limit or LIMITS[dtype]
     assert torch.isfinite(found).all()
@@ -33,7 +26,7 @@ def same(found, expected, dtype, limit=None):
 
 # --- attention over kept blocks
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 129, 1000])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 129, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_attention_matches_its_definition(tokens, dtype):
     case, _ = sparse_case(tokens, dtype, batch=2 if tokens < 100 else 1, keep=4 if tokens == 1000 else None)
@@ -44,12 +37,14 @@ def test_sparse_attention_matches_its_definition(tokens, dtype):
     assert (lse - expected_lse).abs().max() < max(LIMITS[dtype], 1e-5)
 
 
+@pytest.mark.slow
 def test_many_blocks():
     case, _ = sparse_case(4097, torch.bfloat16, heads=1, keep=2)
     out, _ = ops.block_sparse_attention(*case, **BACKEND)
     same(out, reference.block_sparse_attention(*wide(case))[0], torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 80, 96, 128])
 @pytest.mark.parametrize("scale", [1.0, 16.0, 64.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -153,7 +148,7 @@ def test_blocks_of_other_sizes(block):
 # --- gradients
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, width", [(150, 64), (129, 80)])
+@pytest.mark.parametrize("tokens, width", [(150, 64), pytest.param(129, 80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kept", ["some", "ragged", "all"])
 def test_gradients_match_those_of_the_definition(dtype, tokens, width, kept):
     """Ragged ends gave wrong dQ and dV in the field, and delta summed in bf16 wrong everything."""
@@ -193,6 +188,7 @@ def test_gradients_at_large_activations(dtype):
         same(a, b, dtype, 2e-4 + (limit * LIMITS[dtype] if dtype == torch.bfloat16 else 0))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_on_every_run():
     q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, 300, 32)] * 3, dtype=torch.float32))
     blocks = table(300)
@@ -233,7 +229,10 @@ def test_pooling_counts_only_real_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("forced_share", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("keep, blocks", [(1, 11), (4, 32), (99, 33), (99, 1100), (2000, 1100)])
+@pytest.mark.parametrize("keep, blocks", [
+    (1, 11), (4, 32), (99, 33), pytest.param(99, 1100, marks=pytest.mark.slow),
+    pytest.param(2000, 1100, marks=pytest.mark.slow),
+])
 def test_selection_matches_its_definition(keep, forced_share, blocks):
     pooled_q, pooled_k = tensors((1, 2, 3, 32), (1, 2, blocks, 32), dtype=torch.float32)
     sizes = torch.tensor([64] * (blocks - 1) + [5])
@@ -293,15 +292,6 @@ def test_bits_and_lists_say_the_same(blocks):
 
 # --- background
 
-def feature_map(act, heads, tokens, width, rank, dtype, full=True):
-    a, pe = tensors((heads, rank, width), (heads, 9, rank), dtype=dtype, seed=5)
-    angles = tensors((tokens, width // 2), dtype=dtype, seed=6)[0]
-    number = torch.arange(tokens)
-    places = torch.stack((number % 3, 3 + number % 4, 7 + number % 2), dim=1).int()
-    extra = (angles.cos(), angles.sin(), 0.3 * pe, places) if full else (None,) * 4
-    return background.FeatureMap(act, a / width**0.5, *extra)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", [1, 3])
 def test_first_order_state_matches_its_definition(dtype, inner):
@@ -317,33 +307,13 @@ def test_first_order_state_matches_its_definition(dtype, inner):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ["softmax", "elu", "relu"])
-@pytest.mark.parametrize("rank, full", [(16, True), (24, False), (0, False)])
+@pytest.mark.parametrize("rank, full", [(16, True), pytest.param(24, False, marks=pytest.mark.slow), (0, False)])
 def test_low_rank_state_matches_its_definition(dtype, act, rank, full):
     k, v = tensors(*[(1, 2, 170, 48)] * 2, dtype=dtype)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     fmap = feature_map(act, 2, 170, 48, rank, sums, full) if rank else background.FeatureMap(act)
     for a, b in zip(ops.low_rank_state(k, v, fmap, **BACKEND), reference.low_rank_state(*wide((k, v, fmap)))):
         same(a, b, dtype)
-
-
-def mixing_case(dtype, tokens=170, width=48, heads=2, scale=1.0, rank=None, low_rank=None, x=False, sharpness=1.0):
-    case, tail = sparse_case(tokens, dtype, width, heads=heads, scale=scale, keep=1)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    c, b, beta = tensors((1, heads), (1, heads), (1, heads, width), dtype=sums, seed=7)
-    tail, k, v = (x.to(sums) for x in (tail, *case[1:3]))
-    if tail.shape[2] > 1:
-        tail[0, 0, 1] = -torch.inf              # a row block that dropped nothing
-    features = torch.stack([torch.randperm(width)[:rank] for _ in range(heads)])[None] if rank else None
-    _, v_mean, cov = reference.block_pool_state(k, v, case[4], tail.shape[2], features)
-    gate_x = tensors((1, heads, tokens), dtype=sums, seed=8)[0] if x else None
-    first = background.FirstOrder(v_mean, cov, beta[..., :rank] / width**0.5, features)
-    branch = None
-    if low_rank:
-        fmap = feature_map(low_rank, heads, tokens, width, 24, sums)
-        fmap = fmap._replace(a=sharpness * fmap.a)
-        state = background.LinearState(*reference.low_rank_state(k, v, fmap), 1e-5)
-        branch = background.LowRank(fmap, state, torch.linspace(0.5, 1, heads, dtype=sums))
-    return (*case, tail, background.Gate(c, b, gate_x), first, branch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

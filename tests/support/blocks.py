@@ -6,7 +6,7 @@ import torch
 from pack_loader import load
 from torch import Tensor
 
-reference = load(".kernels.reference")
+reference, background = load(".kernels.reference"), load(".kernels.background")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -49,3 +49,42 @@ def wide(values):
     if hasattr(values, "_fields"):
         return type(values)(*map(wide, values))
     return [wide(x) for x in values] if isinstance(values, (list, tuple)) else values
+
+
+def sparse_case(tokens, dtype, width=64, batch=1, heads=2, scale=1.0, keep=None):
+    """Arguments of the sparse operation, and the tail: lists of the definition over shuffled blocks."""
+    q, k, v = tensors(*[(batch, heads, tokens, width)] * 3, dtype=dtype, scale=scale)
+    blocks = table(tokens, shuffled=True)
+    indices, counts, tail = selected(q, k, blocks, blocks, keep or max(1, blocks.shape[0] // 3))
+    return (q, k, v, blocks, blocks, indices, counts), tail
+
+
+def feature_map(act, heads, tokens, width, rank, dtype, full=True):
+    """A feature map with everything that it may have; full=False: the projection alone."""
+    a, pe = tensors((heads, rank, width), (heads, 9, rank), dtype=dtype, seed=5)
+    angles = tensors((tokens, width // 2), dtype=dtype, seed=6)[0]
+    number = torch.arange(tokens)
+    places = torch.stack((number % 3, 3 + number % 4, 7 + number % 2), dim=1).int()
+    extra = (angles.cos(), angles.sin(), 0.3 * pe, places) if full else (None,) * 4
+    return background.FeatureMap(act, a / width**0.5, *extra)
+
+
+def mixing_case(dtype, tokens=170, width=48, heads=2, scale=1.0, rank=None, low_rank=None, x=False, sharpness=1.0):
+    """Arguments of the mixed operation; rank: channels of the first order; low_rank: the act of a branch."""
+    case, tail = sparse_case(tokens, dtype, width, heads=heads, scale=scale, keep=1)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    c, b, beta = tensors((1, heads), (1, heads), (1, heads, width), dtype=sums, seed=7)
+    tail, k, v = (x.to(sums) for x in (tail, *case[1:3]))
+    if tail.shape[2] > 1:
+        tail[0, 0, 1] = -torch.inf              # a row block that dropped nothing
+    features = torch.stack([torch.randperm(width)[:rank] for _ in range(heads)])[None] if rank else None
+    _, v_mean, cov = reference.block_pool_state(k, v, case[4], tail.shape[2], features)
+    gate_x = tensors((1, heads, tokens), dtype=sums, seed=8)[0] if x else None
+    first = background.FirstOrder(v_mean, cov, beta[..., :rank] / width**0.5, features)
+    branch = None
+    if low_rank:
+        fmap = feature_map(low_rank, heads, tokens, width, 24, sums)
+        fmap = fmap._replace(a=sharpness * fmap.a)
+        state = background.LinearState(*reference.low_rank_state(k, v, fmap), 1e-5)
+        branch = background.LowRank(fmap, state, torch.linspace(0.5, 1, heads, dtype=sums))
+    return (*case, tail, background.Gate(c, b, gate_x), first, branch)

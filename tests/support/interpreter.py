@@ -8,7 +8,9 @@ what another stored, integer overflow, a failed device_assert.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ import triton.runtime.interpreter as interpreter
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 FLOATS = (tl.bfloat16, tl.float16, tl.float32, tl.float64)
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+
+LARGE = 1 << 28                             # elements: of a larger tensor only the bounds are watched
 
 
 class MemoryFault(Exception):
@@ -119,11 +124,37 @@ class _Buffer:
         self.shape, self.item = tuple(tensor.shape), tensor.element_size()
         self.start = tensor.data_ptr()
         self.end = self.start + elements * self.item
-        self.stored_by = np.full(elements, -1, np.int64)
+        self.stored_by = np.full(elements if elements < LARGE else 0, -1, np.int64)
 
 
 _buffers: list[_Buffer] = []
 _program = 0
+
+
+class Traffic:
+    """Elements loaded from and stored to each tensor, by where it lies."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, int], int] = {}
+
+    def loaded(self, tensor: torch.Tensor) -> int:
+        return self.counts.get(("load", tensor.data_ptr()), 0)
+
+    def stored(self, tensor: torch.Tensor) -> int:
+        return self.counts.get(("store", tensor.data_ptr()), 0)
+
+
+_traffic: list[Traffic] = []
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts what the launches inside load and store."""
+    _traffic.append(Traffic())
+    try:
+        yield _traffic[-1]
+    finally:
+        _traffic.pop()
 
 
 def _find_buffers(value: Any) -> None:
@@ -144,6 +175,11 @@ def _touch(what: str, pointers: Any, mask: Any) -> None:
         if not here.any():
             continue
         outside &= ~here
+        for seen in _traffic:
+            key = (what, buffer.start)
+            seen.counts[key] = seen.counts.get(key, 0) + int(here.sum())
+        if not buffer.stored_by.size:
+            continue
         elements = ((addresses[here] - np.uint64(buffer.start)) // np.uint64(buffer.item)).astype(np.int64)
         owners = buffer.stored_by[elements]
         others = owners[(owners >= 0) & (owners != _program)]

@@ -1,0 +1,125 @@
+"""What every kernel compiles to on every GPU, without one: `python -m benchmarks.compile [--out FILE.json]`.
+
+Runs the library's own launchers on meta tensors under a fake driver (see `static`), and tells registers, spilled bytes,
+shared memory, tensor-core use, and how much of the tensor-core work is useful: the FLOPs that the algorithm needs in a
+turn of the hottest loop over those that are issued. Needs torch and triton, and takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+
+from . import commit, load_pack
+from .static import TARGETS, capture, report
+
+backend = load_pack(".kernels.triton.backend")
+parts = load_pack(".kernels.background")
+
+HEADS, TOKENS, RANK, BLOCK = 12, 32_760, 64, 64
+# FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x 64 x 64 x D each.
+PRODUCTS = {
+    "plain": 2, "tail": 2, "mixed": 2, "low_rank": 2, "linear": 2, "dense": 2, "mass": 1, "d_queries": 3, "d_keys": 4,
+}
+FORWARD = ("plain", "tail", "mixed", "low_rank", "linear", "dense")
+ALL = (*FORWARD, "pool", "state", "low_rank_state", "linear_state", "select", "mass", "unpack", "backward")
+FEW = ("plain", "mixed", "pool", "state", "select", "backward")
+# sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of the default method.
+CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
+
+
+def cases(
+    tokens: int = TOKENS, heads: int = HEADS, width: int = 128, dtype: torch.dtype = torch.bfloat16, kept: int = 51,
+    rank: int = RANK,
+) -> dict[str, Callable]:
+    """Every launcher with the tensors of a Wan layer, on the meta device: name -> call."""
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    count, width_scale = -(-tokens // BLOCK), width**-0.5
+    q = empty(1, tokens, heads, width, of=dtype).transpose(1, 2)
+    blocks = empty(count, BLOCK, of=torch.int32)
+    indices, counts = empty(1, heads, count, kept, of=torch.int32), empty(1, heads, count, of=torch.int32)
+    sparse = (q, q, q, blocks, blocks, indices, counts)
+    pooled, lse, tail = empty(1, heads, count, width), empty(1, heads, tokens), empty(1, heads, count)
+    per_head = empty(1, heads)
+    first = parts.FirstOrder(empty(1, heads, width), empty(1, heads, width, width), empty(1, heads, width))
+    angles = empty(tokens, width // 2)
+    places = empty(tokens, 3, of=torch.int32)
+    fmap = parts.FeatureMap("softmax", empty(heads, rank, width), angles, angles, empty(heads, 150, rank), places)
+    low_rank = parts.LowRank(fmap, parts.LinearState(empty(1, heads, rank, width), empty(1, heads, rank)), empty(heads))
+    gate, plain_map = parts.Gate(per_head, per_head), parts.FeatureMap("softmax")
+    folded = parts.LinearState(empty(1, heads, width, width), empty(1, heads, width))
+    mixed = (*sparse, tail, gate, first)
+    sizes, bits = empty(count, of=torch.int64), empty(1, heads, count, -(-count // 32), of=torch.int32)
+    return {
+        "plain": lambda: backend.block_sparse_attention(*sparse, None, None, width_scale),
+        "tail": lambda: backend.block_sparse_attention(*sparse, pooled, pooled, width_scale),
+        "mixed": lambda: backend.block_sparse_mixed(*mixed, None, width_scale),
+        "low_rank": lambda: backend.block_sparse_mixed(*mixed, low_rank, width_scale),
+        "linear": lambda: backend.block_sparse_linear(*sparse, plain_map, folded, empty(width), width_scale),
+        "dense": lambda: backend.dense_attention(q[:, :, :128], q, q, width_scale),
+        "pool": lambda: backend.block_pool(q, blocks),
+        "state": lambda: backend.block_pool_state(q, q, blocks, count),
+        "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
+        "linear_state": lambda: backend.low_rank_state(q, q, plain_map),
+        "select": lambda: backend.block_select(pooled, pooled, sizes, kept, None, width_scale, 0),
+        "mass": lambda: backend.block_mass(q, q, lse, blocks, blocks, [kept, 20, 70], None, width_scale),
+        "unpack": lambda: backend.lists_from_bits(bits, count, kept),
+        "backward": lambda: backend.block_sparse_attention_backward(
+            q, None, q, q, q, q, lse, *sparse[3:], None, None, width_scale
+        ),
+    }
+
+
+def compile_case(target: str, name: str, call: Callable, width: int = 128) -> list[dict]:
+    """One row per kernel that the case launches."""
+    with capture(target) as compiled:
+        call()
+    rows, seen = [], set()
+    for kernel_name, kernel in compiled:
+        kernel_name = kernel_name.lstrip("_")
+        if kernel_name not in seen:
+            seen.add(kernel_name)
+            found = report(kernel)
+            issued = found.pop("mma_flops_of_loop")
+            needed = 2 * BLOCK * BLOCK * width * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
+            found["useful_mma"] = round(needed / issued, 3) if issued and needed else None
+            rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--out", help="write the table to this JSON file")
+    options = parser.parse_args()
+    rows = []
+    for target in options.targets:
+        calls = cases()
+        for name in CASES.get(target, ALL):
+            for row in compile_case(target, name, calls[name]):
+                rows.append(row)
+                print(
+                    f"{target:>10} {name:>15} {row['kernel']:>15}  {row['warps']} warps {row['stages']} stages "
+                    f"{row['registers']:>4} regs {row['spilled_bytes']:>5} B spilled {row['shared_bytes']:>7} B shared "
+                    f"{row['blocks_per_sm']} per SM  {row['tensor_cores']} useful {row['useful_mma']}", flush=True,
+                )
+    if options.out:
+        record = {
+            "benchmark": "compile", "date": datetime.date.today().isoformat(), "triton": triton.__version__,
+            "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
+            "dtype": "bfloat16", "head_width": 128, "block": BLOCK, "rank": RANK, "rows": rows,
+        }
+        with open(options.out, "w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Which backend runs and why: every reason in words, no silent change, and a failing kernel does not end a run."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from blocks import reference, table, tensors
+from pack_loader import load
+
+ops, dispatch = load(".kernels.ops"), load(".kernels.dispatch")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU of some kind, with some Triton installed."""
+    def pretend(major=9, minor=0, triton="3.6.0", hip=None):
+        dispatch._why_not_installed.cache_clear()
+        dispatch._why_not_device.cache_clear()
+        properties = SimpleNamespace(name="a GPU", major=major, minor=minor, gcnArchName=f"{hip}:sramecc+")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: triton and object())
+        monkeypatch.setattr(dispatch.metadata, "version", lambda name: triton)
+    yield pretend
+    dispatch._why_not_installed.cache_clear()
+    dispatch._why_not_device.cache_clear()
+
+
+def why(dtype=torch.bfloat16, width=128, blocks=(64, 64), device=GPU):
+    return dispatch.why_not_triton(device, dtype, width, blocks)
+
+
+@pytest.mark.parametrize("machine", [dict(major=8), dict(major=8, minor=9), dict(major=12), dict(hip="gfx942")])
+def test_where_the_kernels_can_run_nothing_stands_against_them(gpu, machine):
+    gpu(**machine)
+    assert all(why(dtype) is None for dtype in (torch.float16, torch.bfloat16))
+    assert why(width=64) is None and why(width=80) is None
+
+
+@pytest.mark.parametrize("machine, call, says", [
+    (dict(), dict(device=torch.device("cpu")), "the tensors are on cpu"),
+    (dict(), dict(device=torch.device("mps")), "the tensors are on mps"),
+    (dict(triton=None), dict(), "the package triton is not installed"),
+    (dict(triton="3.3.1"), dict(), "triton is 3.3.1, and 3.4 or newer is needed"),
+    (dict(major=7, minor=5), dict(), "a GPU is sm_75, and its tensor cores need sm_80"),
+    (dict(hip="gfx1100"), dict(), "gfx1100 is not among gfx90a, gfx942"),
+    (dict(), dict(dtype=torch.float32), "the kernels are for float16 and bfloat16, not float32"),
+    (dict(), dict(width=36), "head width 36 is not a multiple of 8"),
+    (dict(), dict(width=256), "head width 256 is not a multiple of 8 up to 128"),
+    (dict(), dict(blocks=(64, 48)), "blocks of 64 and 48 tokens"),
+])
+def test_every_reason_is_told(gpu, machine, call, says):
+    gpu(**machine)
+    assert says in why(**call)
+
+
+def test_triton_by_name_where_it_cannot_run_is_an_error_and_auto_is_not():
+    q, k, v = tensors(*[(1, 1, 64, 32)] * 3, dtype=torch.float32)
+    with pytest.raises(ops.TritonNotUsable, match="cannot be used: the tensors are on cpu.*Or set backend to auto"):
+        ops.dense_attention(q, k, v, backend="triton")
+    ops.dense_attention(q, k, v, backend="auto")
+    assert ops.backend_for(q, "auto", 64)[0] == "pytorch" and "cpu" in ops.backend_for(q, "auto", 64)[1]
+    assert ops.backend_for(q, "pytorch", 64) == ("pytorch", "backend is set to pytorch")
+
+
+@pytest.mark.parametrize("torch_version, says", [
+    ("2.9.1+cu128", 'pip install -U "triton-windows>=3.5,<3.6"'), ("2.10.0", 'triton-windows>=3.6,<3.7'),
+    ("2.13.0+cu130", "the table in the README of triton-windows names it for torch 2.13.0"),
+])
+def test_windows_is_told_what_to_install(gpu, monkeypatch, torch_version, says):
+    gpu(triton=None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    text = dispatch.explain(why())
+    assert says in text and "python_embeded" in text and "Visual C++" in text and "\n" not in text
+
+
+def test_a_kernel_that_fails_is_said_once_and_replaced(monkeypatch, caplog):
+    """A missing compiler or an old driver shows only at the first launch, with a page of somebody else's errors."""
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        raise RuntimeError("a page of text\nfatal error: Python.h: No such file")
+
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_triton", lambda: SimpleNamespace(block_pool=broken))
+    monkeypatch.setattr(dispatch, "_failed", {})
+    (x,) = tensors((1, 1, 100, 32), dtype=torch.float32)
+    blocks = table(100)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            torch.testing.assert_close(ops.block_pool(x, blocks), reference.block_pool(x, blocks))
+    assert len(calls) == 1 and len(caplog.records) == 1
+    assert "block_pool failed: RuntimeError: fatal error: Python.h: No such file" in caplog.records[0].message
+    assert ops.backend_for(x, "auto", 64)[0] == "pytorch"
+    with pytest.raises(ops.TritonNotUsable, match="Python.h"):
+        ops.block_pool(x, blocks, backend="triton")
+
+
+def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_triton", lambda: SimpleNamespace(block_pool=full))
+    monkeypatch.setattr(dispatch, "_failed", {})
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ops.block_pool(torch.ones(1, 1, 100, 32), table(100))
+    assert not dispatch._failed

@@ -1,0 +1,89 @@
+"""The watched interpreter itself, and what only it can see: memory traffic, and addresses beyond 32 bits."""
+
+import re
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from blocks import mixing_case, reference, selected, table, tensors, wide
+from fields import relative_error
+from interpreter import traffic
+from pack_loader import load
+
+backend = load(".kernels.triton.backend")
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr, size, shift, FAULT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + at, mask=at < (size + shift if FAULT == 1 else size), other=0.0)
+    tl.store(y_ptr + (at % BLOCK if FAULT == 2 else at), value, mask=at < size)
+    if FAULT == 3:
+        tl.store(y_ptr + at, tl.load(y_ptr + (at + BLOCK) % size, mask=at < size), mask=at < size)
+    if FAULT == 4:
+        tl.store(y_ptr + at, (at + 2147483600).to(tl.float32), mask=at < size)
+
+
+@pytest.mark.parametrize("fault, says", [
+    (1, "load: .* outside of every tensor"), (2, "store to one address"), (3, "loads what program"), (4, "overflow"),
+])
+def test_planted_faults_are_caught(fault, says):
+    x, y = torch.zeros(100), torch.zeros(100)
+    _copy[(4,)](x, y, 100, 0, FAULT=0, BLOCK=32)
+    with pytest.raises(Exception) as caught:
+        _copy[(4,)](x, y, 100, 7, FAULT=fault, BLOCK=32)
+    said = ""
+    error = caught.value
+    while error is not None:
+        said, error = f"{said} {error!r}", error.__cause__
+    assert re.search(says, said), said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_as_a_gpu_would(dtype):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, lse = backend.dense_attention(x[None, None], x[None, None], x[None, None], 0.1)
+    expected = (x.double() @ x.double().T * 0.1).logsumexp(-1)
+    assert (lse[0, 0] - expected).abs().max() < 1e-5
+
+
+def test_rows_may_lie_further_apart_than_32_bits_reach():
+    """Rows of a million tokens of 40 heads are 5e9 elements apart; here 2^24, in memory never touched."""
+    rows, apart = 130, 1 << 24
+    memory = torch.empty(rows * apart, dtype=torch.float16)
+    q, k, v = tensors(*[(1, 1, rows, 32)] * 3, dtype=torch.float16)
+    far = []
+    for i, x in enumerate((q, k, v)):
+        view = memory.as_strided((1, 1, rows, 32), (rows * apart, 0, apart, 1), 32 * i)
+        view.copy_(x)
+        far.append(view)
+    blocks = table(rows)
+    indices, counts, _ = selected(q, k, blocks, blocks, 2)
+    found, _ = backend.block_sparse_attention(*far, blocks, blocks, indices, counts, None, None, 32**-0.5)
+    expected, _ = reference.block_sparse_attention(*wide((q, k, v)), blocks, blocks, indices, counts)
+    assert relative_error(found, expected) < 2e-3
+    assert relative_error(backend.block_pool(far[0], blocks), reference.block_pool(q.double(), blocks)) < 1e-5
+
+
+def test_bytes_that_the_default_method_moves():
+    """The counts of block_sparse.py's docstring: rows of q, k, v and out that each pass reads and writes."""
+    q, k, v, blocks, _, indices, counts, tail, gate, first, _ = mixing_case(torch.bfloat16, tokens=256, width=64)
+    tokens, heads = 256, 2
+
+    def rows(call, *named):
+        with traffic() as seen:
+            out = call()
+        size = heads * tokens * 64
+        found = [seen.loaded(x) / size for x in named]
+        return out, found, seen
+
+    _, (read,), _ = rows(lambda: backend.block_pool(q, blocks), q)
+    assert read == 1
+    _, read, _ = rows(lambda: backend.block_pool_state(k, v, blocks, 4), k, v)
+    assert read == [1, 1]
+    kept = counts.float().mean().item() / 4
+    mixed = (q, k, v, blocks, blocks, indices, counts, tail, gate, first, None, 0.125)
+    out, read, seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
+    assert read == [1, 4 * kept, 4 * kept]          # k and v once for each of the four query blocks that keeps them
+    assert seen.stored(out) == out.numel()
