@@ -1,0 +1,364 @@
+"""The kernels on one GPU, in one command: `python -m benchmarks.kernels [--out FILE.json] [--quick] [--device cpu]`.
+
+Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes. In this order:
+correctness of every operation against float64, ceilings (matrix product, copy), exact attention of others, ours part by
+part and as the WHOLE replaced call, backward, memory, cold start. What does not fit into --minutes is left out and
+named. Random inputs, larger than the cache. On a CPU it runs at small sizes in plain PyTorch, which tries this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+if "TRITON_CACHE_DIR" not in os.environ:    # an empty one, so that the first calls show what a new user waits for
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="ropeslr-triton-")
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from . import baselines, load_pack  # noqa: E402
+from .correctness import errors  # noqa: E402
+from .gpu import Stopwatch, machine  # noqa: E402
+
+attention, ops = load_pack(".attention"), load_pack(".kernels.ops")
+registered = load_pack(".kernels.registered")
+parts = load_pack(".kernels.background")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention layer of a model at a resolution; sparsities are shares of blocks left out."""
+
+    name: str
+    grid: tuple[int, int, int]
+    heads: int
+    sparsities: tuple[float, ...] = (0.80, 0.90, 0.95, 0.97)
+    text: int = 0
+    order: str = "cube"
+    width: int = 128
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid) + self.text
+
+
+CASES = (
+    Case("Wan 480p", (21, 30, 52), 12),
+    Case("Wan 720p", (21, 45, 80), 40),
+    Case("HunyuanVideo 720p", (33, 45, 80), 24, text=256),
+    Case("109,632 tokens, 64 of 1,713 blocks", (1713, 8, 8), 7, (1 - 64.5 / 1713,), order="raster"),
+)
+QUICK = (Case("Wan 480p", (21, 30, 52), 12, (0.90,)),)
+CPU = (Case("small", (4, 16, 16), 2, (0.80, 0.90), text=40),)
+CALIBRATE_EVERY = 5
+# Whole call at 90 %, at least 75,000 tokens, D 128, on an H200; for other GPUs they stand beside what is measured.
+TARGETS = {
+    "sparse efficiency at 90 %": 0.85, "kept-block TFLOPS at 90 %": 450.0, "share of routing and background": 0.10,
+    "backward efficiency at 95 %": 0.60, "cold start, seconds": 15.0, "kept memory, MB a layer": 12.0,
+}
+AT_MOST = {"share of routing and background", "cold start, seconds", "kept memory, MB a layer"}
+
+
+class Run:
+    """One run of the benchmark: its device, its clock, and the record that it fills."""
+
+    def __init__(self, device: torch.device, minutes: float, seconds: float, least: int) -> None:
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.watch = Stopwatch(device, seconds, least)
+        self.ends = time.monotonic() + 60 * minutes
+        self.record: dict = {"benchmark": "kernels", **machine(device), "skipped": [], "cases": []}
+
+    def has_time(self, what: str) -> bool:
+        if time.monotonic() < self.ends:
+            return True
+        self.record["skipped"].append(what)
+        return False
+
+    def measure(self, call: Callable[[int], object]) -> dict:
+        """Milliseconds, or the first line of the error."""
+        try:
+            found = self.watch.time(call)
+        except Exception as error:
+            self._clear()
+            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+        return {"ms": found.median, "low": found.low, "high": found.high, "samples": found.samples}
+
+    def _clear(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="write the measurements to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="one case, one sparsity")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing new after so many")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    run = Run(device, options.minutes, 1.0 if on_gpu else 0.1, 20 if on_gpu else 3)
+    cases = (QUICK if options.quick else CASES) if on_gpu else CPU
+    with torch.inference_mode():
+        run.record["cold_start"] = cold_start(run, cases[0])
+        run.record["errors"] = errors(device)
+        run.record["ceilings"] = ceilings(run)
+        for case in cases:
+            if run.has_time(case.name):
+                run.record["cases"].append(measure_case(run, case))
+                print(f"# {case.name} done", file=sys.stderr, flush=True)
+    run.record["targets"] = targets(run.record)
+    if options.out:
+        with open(options.out, "w", encoding="utf-8") as file:
+            file.write(json.dumps(run.record, indent=1) + "\n")
+    print(table(run.record))
+
+
+def inputs(run: Run, case: Case, requires_grad: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k, v as the host hands them over, in as many sets as it takes to be twice the size of the cache."""
+    size = 3 * case.tokens * case.heads * case.width * torch.finfo(run.dtype).bits // 8
+    cache = torch.cuda.get_device_properties(run.device).L2_cache_size if run.device.type == "cuda" else 0
+    shape = (1, case.tokens, case.heads, case.width)
+    return [
+        tuple(
+            torch.randn(shape, device=run.device, dtype=run.dtype, requires_grad=requires_grad).transpose(1, 2)
+            for _ in range(3)
+        )
+        for _ in range(max(1, -(-2 * cache // size)))
+    ]
+
+
+def layout_of(case: Case):
+    return attention.TokenLayout(case.grid, after=case.text, order=case.order)
+
+
+def whole_call(case: Case, sets: list, method: str, sparsity: float, calibrate: str = "first step") -> Callable:
+    """Everything that replaces one dense call, by the code that the node runs."""
+    session = attention.AttentionRun(attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate))
+    layout = layout_of(case)
+    return lambda turn: session.attend(*sets[turn % len(sets)], layout, step=turn)
+
+
+def measure_case(run: Run, case: Case) -> dict:
+    """Exact attention, ours and others', forward and backward, of one case."""
+    sets = inputs(run, case)
+    found: dict = {"case": case.name, "tokens": case.tokens, "heads": case.heads, "width": case.width, "rows": []}
+    found["dense"] = {
+        name: run.measure(lambda turn, f=attend: f(*sets[turn % len(sets)]))
+        for name, attend in baselines.dense(run.device).items()
+    }
+    known = [row["ms"] for row in found["dense"].values() if "ms" in row]
+    found["dense_ms"] = min(known) if known else None
+    for sparsity in case.sparsities:
+        if run.has_time(f"{case.name} at {sparsity:.2f}"):
+            found["rows"].append(measure_sparsity(run, case, sets, sparsity, found["dense_ms"]))
+    sets.clear()                            # the backward makes its own
+    if run.has_time(f"{case.name}, backward"):
+        found["backward"] = backward(run, case)
+    return found
+
+
+def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms: float | None) -> dict:
+    """Parts, whole calls, memory and other packages at one sparsity."""
+    row: dict = {"sparsity": sparsity, "parts": {}, "whole": {}, "others": {}}
+    tables = layout_of(case).tables(False, False, run.device)
+    plan = attention.SparsePlan(sparsity=sparsity)
+    blocks, scale = tables.video.shape[0], case.width**-0.5
+    keep, most = plan.kept_blocks(blocks), int(tables.forced_counts.max())
+    video = [(q[:, :, : math.prod(case.grid)], k, v) for q, k, v in sets]
+
+    def at(turn: int) -> tuple[Tensor, Tensor, Tensor]:
+        return video[turn % len(video)]
+
+    q, k, v = at(0)
+    pooled_q = ops.block_pool(q, tables.video)
+    pooled_k, v_mean, cov = ops.block_pool_state(k, v, tables.keys, blocks)
+    indices, counts, tail = ops.block_select(pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, scale, most)
+    lists = (tables.video, tables.keys, indices, counts)
+    ones = torch.ones(q.shape[:2], device=run.device)
+    gate = parts.Gate(ones, torch.zeros_like(ones))
+    first = parts.FirstOrder(v_mean, cov, torch.full(v_mean.shape, scale, device=run.device))
+    pooled_v = ops.block_pool(v, tables.keys)
+    calls: dict[str, Callable[[int], object]] = {
+        "block_pool": lambda turn: ops.block_pool(at(turn)[0], tables.video),
+        "block_pool_state": lambda turn: ops.block_pool_state(*at(turn)[1:], tables.keys, blocks),
+        "block_select": lambda turn: ops.block_select(
+            pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, scale, most
+        ),
+        "sparse": lambda turn: ops.block_sparse_attention(*at(turn), *lists, trusted=True),
+        "sparse + tail": lambda turn: ops.block_sparse_attention(*at(turn), *lists, pooled_k, pooled_v, trusted=True),
+        "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), *lists, tail, gate, first, trusted=True),
+    }
+    row["parts"] = {name: run.measure(call) for name, call in calls.items()}
+    density = tables.density(keep)
+    row["density"] = density
+    row["kept_tflop"] = 4e-12 * q.shape[2] * k.shape[2] * density * case.width * case.heads
+    for method in ("ropeslr", "top-k", "top-k plain"):
+        row["whole"][method] = run.measure(whole_call(case, sets, method, sparsity))
+    calibrating = run.measure(whole_call(case, sets, "ropeslr", sparsity, "every step"))
+    row["whole"]["ropeslr, calibrating"] = calibrating
+    plain = row["whole"]["ropeslr"]
+    if "ms" in plain and "ms" in calibrating:
+        average = plain["ms"] + (calibrating["ms"] - plain["ms"]) / CALIBRATE_EVERY
+        row["ropeslr_ms"] = average
+        row["times_dense"] = dense_ms / average if dense_ms else None
+        row["sparse_efficiency"] = row["times_dense"] * density if dense_ms else None
+        routing = sum(row["parts"][name].get("ms", 0) for name in ("block_pool", "block_pool_state", "block_select"))
+        mixing = row["parts"]["sparse + background"].get("ms", 0) - row["parts"]["sparse"].get("ms", 0)
+        row["share_of_routing_and_background"] = (routing + max(mixing, 0)) / average
+        row["kept_tflops"] = row["kept_tflop"] / row["parts"]["sparse"]["ms"] * 1e3
+    row["memory_mb"] = memory(run, case, sets, sparsity)
+    for name, call in baselines.sparse(run.device).items():
+        row["others"][name] = run.measure(lambda turn, f=call: f(*sets[turn % len(sets)], 1 - sparsity))
+    return row
+
+
+def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict | None:
+    """MB above the inputs: at the peak of a call, output included, and kept after it for one layer."""
+    if run.device.type != "cuda":
+        return None
+    session = attention.AttentionRun(attention.SparsePlan(sparsity=sparsity))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = session.attend(*sets[0], layout_of(case))
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del out
+    return {"peak": peak / 1e6, "kept": (torch.cuda.memory_allocated() - before) / 1e6}
+
+
+def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
+    """Gradients of the sparse operation against those of exact attention; forward and backward, less the forward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        sets = inputs(run, Case(case.name, case.grid, case.heads, width=case.width, order=case.order), True)
+        tables = layout_of(Case(case.name, case.grid, case.heads, order=case.order)).tables(False, False, run.device)
+        keep = attention.SparsePlan(sparsity=sparsity).kept_blocks(tables.video.shape[0])
+        with torch.no_grad():
+            pooled = [ops.block_pool(x, tables.keys) for x in sets[0][:2]]
+            indices, counts, _ = ops.block_select(*pooled, tables.key_sizes, keep)
+        lists = (tables.video, tables.keys, indices, counts)
+        gradient = torch.randn_like(sets[0][0])
+
+        def both(attend: Callable) -> Callable[[int], object]:
+            def call(turn: int) -> object:
+                q, k, v = sets[turn % len(sets)]
+                return torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
+            return call
+
+        found: dict = {"sparsity": sparsity, "density": tables.density(keep)}
+        for name, attend in {
+            **{n: f for n, f in baselines.dense(run.device).items() if n.startswith("sdpa")},
+            "ours": lambda q, k, v: ops.block_sparse_attention(q, k, v, *lists, trusted=True)[0],
+        }.items():
+            forward = run.measure(lambda turn, f=attend: f(*sets[turn % len(sets)]))
+            whole = run.measure(both(attend))
+            found[name] = whole if "error" in whole else {
+                "forward_ms": forward.get("ms"), "both_ms": whole["ms"], "backward_ms": whole["ms"] - forward["ms"]
+            }
+    dense = [x["backward_ms"] for n, x in found.items() if n.startswith("sdpa") and "backward_ms" in x]
+    if dense and "backward_ms" in found["ours"]:
+        found["efficiency"] = min(dense) / found["ours"]["backward_ms"] * found["density"]
+    return found
+
+
+def ceilings(run: Run) -> dict:
+    """What this device reaches at best: a large matrix product, and copying."""
+    side, bytes_ = (8192, 1 << 30) if run.device.type == "cuda" else (512, 1 << 22)
+    a, b = (torch.randn(side, side, device=run.device, dtype=run.dtype) for _ in range(2))
+    source = torch.empty(bytes_, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    product, copy = run.measure(lambda _: a @ b), run.measure(lambda _: target.copy_(source))
+    return {
+        "matmul_tflops": 2e-9 * side**3 / product["ms"], "copy_gb_per_s": 2e-6 * bytes_ / copy["ms"],
+    }
+
+
+def cold_start(run: Run, case: Case) -> dict:
+    """Seconds from nothing compiled to the end of the first calls, and those of other lengths, sparsities and ranks."""
+    def first_call(grid: tuple[int, int, int], sparsity: float, rank: int) -> float:
+        sets = inputs(run, Case(case.name, grid, case.heads, text=case.text))
+        session = attention.AttentionRun(attention.SparsePlan(sparsity=sparsity, rank=rank))
+        started = time.perf_counter()
+        for step in range(2):               # the first calibrates, the second is fused
+            session.attend(*sets[0], layout_of(Case(case.name, grid, case.heads, text=case.text)), step=step)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    t, h, w = case.grid
+    return {
+        "seconds": first_call(case.grid, 0.9, 0), "same_again": first_call(case.grid, 0.9, 0),
+        "another_length": first_call((t, h, w - 2), 0.9, 0), "another_sparsity": first_call(case.grid, 0.83, 0),
+        "another_rank": first_call(case.grid, 0.9, 24), "empty_cache": os.environ["TRITON_CACHE_DIR"],
+    }
+
+
+def targets(record: dict) -> dict:
+    """Target, best measured value on the cases they are set for, and whether it is met; None where not measured."""
+    long = [case for case in record["cases"] if case["tokens"] >= 75_000]
+    rows = [row for case in long for row in case["rows"]]
+
+    def at(sparsity: float, key: str) -> list[float]:
+        return [row[key] for row in rows if row["sparsity"] == sparsity and row.get(key) is not None]
+
+    measured = {
+        "sparse efficiency at 90 %": at(0.90, "sparse_efficiency"),
+        "kept-block TFLOPS at 90 %": at(0.90, "kept_tflops"),
+        "share of routing and background": at(0.90, "share_of_routing_and_background"),
+        "backward efficiency at 95 %": [case["backward"]["efficiency"] for case in long
+                                        if case.get("backward", {}).get("efficiency")],
+        "cold start, seconds": [record["cold_start"]["seconds"]],
+        "kept memory, MB a layer": [row["memory_mb"]["kept"] for row in rows if row.get("memory_mb")],
+    }
+    found = {}
+    for name, target in TARGETS.items():
+        values = measured[name] if record["device"].startswith("cuda") else []
+        worst = (max(values) if name in AT_MOST else min(values)) if values else None
+        met = None if worst is None else worst <= target if name in AT_MOST else worst >= target
+        found[name] = {"target": target, "measured": worst, "met": met}
+    return found
+
+
+def table(record: dict) -> str:
+    """The record in a screenful."""
+    lines = [f"{record['machine']}, torch {record['torch']}, triton {record['triton']}, {record['date']}"]
+    worst = max(record["errors"].items(), key=lambda item: item[1]["error"] / item[1]["limit"])
+    lines.append(f"errors against float64: worst {worst[0]} {worst[1]['error']:.1e} (limit {worst[1]['limit']:.0e})")
+    lines.append("  ".join(f"{name} {value:.0f}" for name, value in record["ceilings"].items()))
+    for case in record["cases"]:
+        lines.append(f"\n{case['case']}: {case['tokens']:,} tokens, {case['heads']} heads of {case['width']}")
+        for name, row in case["dense"].items():
+            lines.append(f"  {name:<22}" + (f"{row['ms']:9.2f} ms" if "ms" in row else f" {row['error'][:80]}"))
+        for row in case["rows"]:
+            whole = "  ".join(f"{n} {x['ms']:.2f}" if "ms" in x else f"{n} failed" for n, x in row["whole"].items())
+            lines.append(f"  {row['sparsity']:.2f}  density {row['density']:.3f}  ms: {whole}")
+            if row.get("times_dense"):
+                lines.append(
+                    f"        ropeslr {row['times_dense']:.2f}x dense, efficiency {row['sparse_efficiency']:.2f}, "
+                    f"{row['kept_tflops']:.0f} TFLOPS on kept blocks, routing and background "
+                    f"{100 * row['share_of_routing_and_background']:.0f} %"
+                )
+        gradient = case.get("backward", {})
+        if gradient.get("efficiency"):
+            lines.append(f"  backward at {gradient['sparsity']}: efficiency {gradient['efficiency']:.2f}")
+    lines.append("")
+    for name, row in record["targets"].items():
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.2f}"
+        lines.append(f"{name:<34} target {row['target']:<6} {measured:>12} {'' if row['met'] is None else row['met']}")
+    if record["skipped"]:
+        lines.append("left out for lack of time: " + ", ".join(record["skipped"]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
