@@ -18,6 +18,7 @@ import triton
 
 from . import commit, load_pack
 from .static import TARGETS, capture, report
+from .traffic import bytes_per_token
 
 backend = load_pack(".kernels.triton.backend")
 parts = load_pack(".kernels.background")
@@ -115,7 +116,8 @@ def main() -> None:
         record = {
             "benchmark": "compile", "date": datetime.date.today().isoformat(), "triton": triton.__version__,
             "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
-            "dtype": "bfloat16", "head_width": 128, "block": BLOCK, "rank": RANK, "rows": rows,
+            "dtype": "bfloat16", "head_width": 128, "block": BLOCK, "rank": RANK,
+            "bytes_per_token_and_head": bytes_per_token(), "rows": rows,
         }
         with open(options.out, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=1) + "\n")

@@ -6,7 +6,11 @@ import json
 
 from . import ROOT
 
-BEGIN, END = "<!-- cpu table: begin -->\n", "<!-- cpu table: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+SHOWN = {                                   # case of the compile table -> what a reader calls it
+    "plain": "kept blocks alone", "tail": "with pooled tail", "mixed": "with first-order background (default)",
+    "low_rank": "with low-rank background", "linear": "with linear branch (SLA)",
+}
 
 
 def cpu_table(record: dict) -> str:
@@ -28,11 +32,69 @@ def cpu_table(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compile_table(record: dict) -> str:
+    """The record of `benchmarks.compile`: the attention kernel's forms on every architecture, and the bytes moved."""
+    rows = {(row["target"], row["case"]): row for row in record["rows"] if row["kernel"] == "forward"}
+    targets = list(dict.fromkeys(row["target"] for row in record["rows"]))
+    names = [target.replace("cuda:", "sm_").removeprefix("hip:") for target in targets]
+    lines = ["| registers / spilled bytes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, title in SHOWN.items():
+        cells = []
+        for target in targets:
+            row = rows.get((target, case))
+            cells.append(f"{row['registers']} / {row['spilled_bytes']}" if row else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    useful = [row["useful_mma"] for row in record["rows"] if row["useful_mma"] is not None]
+    spilled = sum(row["spilled_bytes"] for row in record["rows"])
+    bytes_ = record["bytes_per_token_and_head"]
+    passes = ", ".join(f"{name} {value:,.0f}" for name, value in bytes_.items() if name not in ("whole call", "floor"))
+    lines.append(
+        f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head width {record['head_width']}. All "
+        f"{len(record['rows'])} compiled kernels together, backward included: {spilled} bytes spilled, useful share of "
+        f"tensor-core work at least {min(useful):.2f}. Bytes per token and head at 90 % of 75,600 tokens: {passes}; "
+        f"{bytes_['whole call']:,.0f} in all, where {bytes_['floor']:,.0f} is the least that any attention moves."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def gpu_table(records: list[dict]) -> str:
+    """The records of `benchmarks.kernels` on GPUs, or that there is none."""
+    if not records:
+        return "No record from a GPU yet: `python -m benchmarks.kernels --out benchmarks/results/kernels-NAME.json`.\n"
+    lines = ["| | tokens x heads | sparsity | fastest dense | ropeslr | efficiency |", "|---|---|---|---|---|---|"]
+    notes = []
+    for record in records:
+        for case in record["cases"]:
+            for row in case["rows"]:
+                if row.get("times_dense"):
+                    lines.append(
+                        f"| {record['machine']}, {case['case']} | {case['tokens']:,} x {case['heads']} | "
+                        f"{row['sparsity']:.2f} | {case['dense_ms']:.1f} ms | {row['times_dense']:.2f}x | "
+                        f"{row['sparse_efficiency']:.2f} |"
+                    )
+        met = "; ".join(
+            f"{name} {row['measured']:.2f} (target {row['target']}, {'met' if row['met'] else 'missed'})"
+            for name, row in record["targets"].items() if row["measured"] is not None
+        )
+        versions = f"torch {record['torch']}, Triton {record['triton']}"
+        notes.append(f"{record['machine']}, {record['date']}, {versions}: {met}.")
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
 def with_tables(text: str) -> str:
     """README.md with its tables made anew."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + cpu_table(record) + END + rest.split(END)[1]
+    for name, table in {
+        "cpu": cpu_table(_read("cpu.json")), "compile": compile_table(_read("compile.json")),
+        "gpu": gpu_table([json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("kernels-*.json"))]),
+    }.items():
+        begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"
+        before, rest = text.split(begin)
+        text = before + begin + table + end + rest.split(end)[1]
+    return text
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Block-sparse attention, forward, with the background mixed in before anything is written.
 
 One program per query block and head walks the list of key blocks that the block keeps. Its epilogue may add, in
-registers, what the dropped blocks would have said; see `_forward`. Bytes per token and head, at width D in a dtype of
-e bytes (D = 128, bf16: 256 a row), of a whole call of the training-free RoPeSLR method:
+registers, what the dropped blocks would have said; see `_forward`. Rows of D numbers that a whole call of the
+training-free method moves per token and head (D = 128, half precision: 256 bytes a row):
 
-    queries pooled       read q                      1 row        block_pool
-    keys and state       read k, v                   2 rows       block_pool_state
-    this kernel          read q, k, v; write out     4 rows       + 4 for the LSE, + 2 x 4 for token tables
+    block_pool           read q                      1 row
+    block_pool_state     read k, v                   2 rows
+    this kernel          read q, k, v; write out     4 rows       a low-rank branch reads q once more
     floor                read q, k, v; write out     4 rows
 
-that is 7 rows = 1,792 bytes + 12, against a floor of 1,024: routing needs all keys before the first query block can
-start, so q, k and v are read twice. k and v are counted once here; each is read again by every query block that keeps
-it, from the cache as far as it holds. Sparse output and background never travel to memory.
+With the small tensors 2,018 bytes at 75,600 tokens against a floor of 1,024 (benchmarks/traffic.py; a test counts the
+rows load by load): routing needs every key before the first query block can start, so q, k and v are read twice. k and
+v are counted once here; each query block that keeps them reads them again, from the cache as far as it holds. Sparse
+output and background never travel to memory.
 """
 
 from __future__ import annotations

@@ -22,6 +22,32 @@ def test_the_cpu_benchmark_runs_and_records(tmp_path):
     assert {"date", "machine", "threads", "torch", "commit"} <= set(record)
 
 
+def test_the_kernel_benchmark_runs_on_a_cpu_and_records(tmp_path):
+    """Its correctness part runs first, on every operation; the rest shows that the harness works."""
+    out = tmp_path / "kernels.json"
+    done = run("benchmarks.kernels", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert len(record["errors"]) > 50 and all(row["error"] < row["limit"] for row in record["errors"].values())
+    (case,) = record["cases"]
+    assert [row["sparsity"] for row in case["rows"]] == [0.8, 0.9] and not record["skipped"]
+    for row in case["rows"]:
+        assert all(found["ms"] > 0 for group in ("parts", "whole") for found in row[group].values()), row
+    assert case["backward"]["efficiency"] > 0
+    assert record["cold_start"]["seconds"] > 0 and set(record["targets"]) >= {"sparse efficiency at 90 %"}
+    assert "errors against float64" in done.stdout and "not measured" in done.stdout
+
+
+def test_the_model_benchmark_runs_on_tiny_models(tmp_path):
+    out = tmp_path / "models.json"
+    done = run("benchmarks.models", "--tiny", "--device", "cpu", "--steps", "4", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "ropeslr", "top-k", "top-k plain", "dense"]
+    assert all(row["sparse_calls"] == 8 and row["backend"] == "pytorch" for row in rows[1:4])
+    assert "hunyuan-tiny is not sparse: HunyuanVideo is not supported yet" in done.stdout
+
+
 def test_the_readme_shows_the_record_as_it_is():
     code = (
         "from benchmarks import ROOT, readme; text = (ROOT / 'README.md').read_text(encoding='utf-8'); "

@@ -67,7 +67,7 @@ def test_rows_may_lie_further_apart_than_32_bits_reach():
 
 
 def test_bytes_that_the_default_method_moves():
-    """The counts of block_sparse.py's docstring: rows of q, k, v and out that each pass reads and writes."""
+    """The rows of q, k, v and out that each pass reads and writes are those that block_sparse.py and the table tell."""
     q, k, v, blocks, _, indices, counts, tail, gate, first, _ = mixing_case(torch.bfloat16, tokens=256, width=64)
     tokens, heads = 256, 2
 
@@ -78,12 +78,13 @@ def test_bytes_that_the_default_method_moves():
         found = [seen.loaded(x) / size for x in named]
         return out, found, seen
 
-    _, (read,), _ = rows(lambda: backend.block_pool(q, blocks), q)
-    assert read == 1
-    _, read, _ = rows(lambda: backend.block_pool_state(k, v, blocks, 4), k, v)
-    assert read == [1, 1]
-    kept = counts.float().mean().item() / 4
+    expected = {name: list(read) for name, (read, _) in load(".benchmarks.traffic").ROWS.items()}
+    _, read, _ = rows(lambda: backend.block_pool(q, blocks), q, k, v)
+    assert read == expected["block_pool"]
+    _, read, _ = rows(lambda: backend.block_pool_state(k, v, blocks, 4), q, k, v)
+    assert read == expected["block_pool_state"]
+    times_kept = counts.float().mean().item()       # k and v once for each of the four query blocks that keeps them
     mixed = (q, k, v, blocks, blocks, indices, counts, tail, gate, first, None, 0.125)
-    out, read, seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
-    assert read == [1, 4 * kept, 4 * kept]          # k and v once for each of the four query blocks that keeps them
+    out, (q_read, *kv_read), seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
+    assert [q_read, *(x / times_kept for x in kv_read)] == expected["block_sparse_mixed"]
     assert seen.stored(out) == out.numel()

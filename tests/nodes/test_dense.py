@@ -19,6 +19,16 @@ def warnings(caplog):
     return [record.message for record in caplog.records if "runs dense" in record.message]
 
 
+def test_triton_by_name_where_it_cannot_run_ends_the_run_with_the_reason():
+    """To go on without what was asked for by name would be a silent no; auto is there for that."""
+    model = load_model("tiny_wan21_t2v")
+    with pytest.raises(RuntimeError, match="cannot be used: the tensors are on cpu.*set backend to auto"):
+        sample(sparse(model, backend="triton"))
+    patched = sparse(model, backend="auto")
+    sample(patched)
+    assert report(patched).backend == "pytorch" and "in pytorch" in report(patched).summary()
+
+
 def test_another_model_runs_dense_and_untouched(caplog):
     model = load_model("tiny_flux")
     patched = sparse(model)
