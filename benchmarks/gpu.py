@@ -80,7 +80,7 @@ def machine(device: torch.device) -> dict:
         found |= {
             "machine": properties.name, "architecture": f"sm_{properties.major}{properties.minor}",
             "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30),
-            "cuda": torch.version.cuda, "hip": torch.version.hip, "driver_and_clocks": _driver(),
+            "cuda": torch.version.cuda, "hip": torch.version.hip, "driver_and_clocks": clocks(),
         }
     return found
 
@@ -93,7 +93,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def clocks() -> str | None:
     """Driver, clocks now and at most, and power limit, as nvidia-smi tells them; nothing is set."""
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     try:

@@ -3,8 +3,8 @@
 `COMFYUI_PATH=... python -m benchmarks.models [--models wan-1.3b wan-14b] [--out FILE.json] [--device cpu --tiny]`
 
 Needs a ComfyUI. The models are ComfyUI's own classes at their released sizes; random weights take the same time as
-trained ones. Every figure is the median over the sampler's steps after the first two; calibrating steps are among them
-as often as a run has them.
+trained ones. Every figure is the mean over as many steps as lie between two calibrations, from the second on, so that
+one calibrating step is among them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from . import ROOT, load_pack
 from .gpu import machine
 
+PERIOD = load_pack(".attention.plan").CALIBRATE_EVERY
 METHODS = ("ropeslr", "top-k", "top-k plain")
 TEXT_WIDTH = 4096
 WAN = ("wan.model", "WanModel")
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     parser.add_argument("--sparsity", type=float, default=0.90)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=PERIOD + 1, help="the last period of them is timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try this program")
     parser.add_argument("--out", help="write the measurements to this JSON file")
@@ -134,7 +135,7 @@ def random_model(kind: tuple[str, str], settings: dict):
 
 
 def step_seconds(model, latent: tuple[int, ...], steps: int) -> float:
-    """Median seconds of a step of the stock Euler sampler at CFG 1, without the first two."""
+    """Mean seconds of the last PERIOD steps (all but the first, if there are fewer) of the Euler sampler at CFG 1."""
     import comfy.sample
 
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +152,8 @@ def step_seconds(model, latent: tuple[int, ...], steps: int) -> float:
         model, noise, steps, 1.0, "euler", "simple", text, text, torch.zeros(1, *latent), callback=ended,
         disable_pbar=True,
     )
-    return statistics.median(after - before for before, after in zip(ends[1:], ends[2:]))
+    last = ends[-PERIOD - 1:]
+    return statistics.mean(after - before for before, after in zip(last, last[1:]))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,33 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_table(name: str, blocks: Tensor, tokens: int) -> None:
-    """An integer table with a slot for every token and no block more than they need to be spread over."""
+    """An integer table of the right size; on a CPU, where looking is free, one that names every token once."""
     if blocks.ndim != 2 or blocks.dtype.is_floating_point:
         raise ValueError(f"{name} must be an integer table (blocks, slots); found {tuple(blocks.shape)} {blocks.dtype}")
     if blocks.numel() < tokens:
         raise ValueError(f"{name} has {blocks.numel()} slots, too few for {tokens} tokens")
+    if blocks.device.type == "cpu" and not torch.compiler.is_compiling() and type(blocks) is Tensor:
+        named = int((blocks >= 0).sum())
+        if named != tokens or int(blocks.max()) != tokens - 1:
+            raise ValueError(f"{name} names {named} tokens up to {int(blocks.max())}; expected {tokens}, each once")
+
+
+def check_devices(like: Tensor, *values: object) -> None:
+    """All tensors, in whatever tuples they come, on one device."""
+    for value in values:
+        if isinstance(value, tuple):
+            check_devices(like, *value)
+        elif isinstance(value, Tensor) and value.device != like.device:
+            found = f"{tuple(value.shape)} on {value.device}"
+            raise ValueError(f"all tensors must be on {like.device}, as q is; found {found}")
+
+
+def check_linear(name: str, map: FeatureMap, state: Tensor, norm: Tensor, x: Tensor) -> None:
+    """State and norm of a linear branch that fit its map and x `(B, H, L, D)`."""
+    batch, heads, _, width = x.shape
+    rank = width if map.a is None else map.a.shape[1]
+    check_shape(f"{name}.state", state, (batch, heads, rank, width))
+    check_shape(f"{name}.norm", norm, (batch, heads, rank))
 
 
 def check_lists(indices: Tensor, counts: Tensor, rows: Sequence[int], blocks: int, values: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import re
@@ -32,7 +33,7 @@ class TritonNotUsable(RuntimeError):
     """Triton was asked for and cannot run; the message says why and what to do."""
 
 
-_failed: dict[str, str] = {}                # operations whose kernel failed here, with the error's first line
+_failed: dict[tuple, str] = {}              # kind of call whose kernel failed here -> why
 
 
 def why_not_triton(
@@ -61,8 +62,8 @@ def choice(
     if backend == "pytorch":
         return "pytorch", "backend is set to pytorch"
     reason = why_not_triton(device, dtype, width, block_sizes)
-    if reason is None and backend == "auto" and _failed:
-        reason = next(iter(_failed.values()))
+    if reason is None and backend == "auto":
+        reason = next((why for (_, *kind), why in _failed.items() if kind[:2] == [dtype, width]), None)
     return ("triton", None) if reason is None else ("pytorch", reason)
 
 
@@ -76,24 +77,35 @@ def run(
     """
     if backend == "pytorch":
         return call(pytorch)
+    kind = (operation, dtype, width, block_sizes)
     reason = why_not_triton(device, dtype, width, block_sizes)
-    if reason is None and backend == "auto" and operation in _failed:
-        reason = _failed[operation]
+    if reason is None and backend == "auto":
+        reason = _failed.get(kind)
     if reason is not None:
         if backend == "triton":
             raise TritonNotUsable(explain(reason))
         return call(pytorch)
     try:
-        return call(_triton())
-    except torch.cuda.OutOfMemoryError:
-        raise
+        # Triton launches on the current device and its stream, whatever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return call(_triton())
     except Exception as error:              # a compiler that is missing, a driver too old: many kinds, all of Triton's
-        words = f"the kernel {operation} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+            raise
+        words = f"the kernel {operation} failed: {_last_words(error)}"
         if backend == "triton":
             raise TritonNotUsable(explain(words)) from error
-        _failed[operation] = words
+        _failed[kind] = words
         logging.warning("RoPeSLR: %s Going on with plain PyTorch.", explain(words))
         return call(pytorch)
+
+
+def _last_words(error: BaseException) -> str:
+    """What the innermost error says: its last line that holds a word, since compilers end in carets."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"[A-Za-z]{2}", line)]
+    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__
 
 
 def explain(reason: str) -> str:

@@ -17,7 +17,9 @@ from .background import ACTS, FeatureMap, FirstOrder, Gate, LinearState, LowRank
 from .checks import (
     check_attention,
     check_backend,
+    check_devices,
     check_heads,
+    check_linear,
     check_lists,
     check_map,
     check_shape,
@@ -211,7 +213,8 @@ def block_sparse_linear(
     _check_sparse(q, k, v, q_blocks, k_blocks, indices, counts, trusted)
     check_map(map, q)
     check_shape("bias", bias, q.shape[3:])
-    check_shape("linear.norm", linear.norm, linear.state.shape[:3])
+    check_linear("linear", map, linear.state, linear.norm, q)
+    check_devices(q, map, linear, bias)
     if _wants_gradients(q, k, v, bias, linear.state, linear.norm, *map):
         out, _ = registered.block_sparse_attention(
             q, k, v, q_blocks, k_blocks, indices, counts, None, None, _scale(q, scale), backend
@@ -224,12 +227,14 @@ def block_sparse_linear(
 
 def _check_sparse(q, k, v, q_blocks, k_blocks, indices, counts, trusted: bool) -> None:
     check_attention(q, k, v)
+    check_devices(q, q_blocks, k_blocks, indices, counts)
     check_table("q_blocks", q_blocks, q.shape[2])
     check_table("k_blocks", k_blocks, k.shape[2])
     check_lists(indices, counts, (*q.shape[:2], q_blocks.shape[0]), k_blocks.shape[0], values=not trusted)
 
 
 def _check_background(q, q_blocks, tail, gate: Gate, first: FirstOrder, low_rank: LowRank | None) -> None:
+    check_devices(q, q_blocks, tail, gate, first, low_rank)
     batch, heads, tokens, width = q.shape
     channels = width if first.features is None else first.features.shape[2]
     for name, x, shape in (
@@ -242,6 +247,7 @@ def _check_background(q, q_blocks, tail, gate: Gate, first: FirstOrder, low_rank
             check_shape(name, x, shape)
     if low_rank is not None:
         check_map(low_rank.map, q)
+        check_linear("low_rank.linear", low_rank.map, low_rank.linear.state, low_rank.linear.norm, q)
         check_shape("low_rank.eta", low_rank.eta, (heads,))
 
 

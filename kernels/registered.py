@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autocast
+from torch.library import custom_op
 
 from . import dispatch
 from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
@@ -38,10 +38,9 @@ def _run(name: str, backend: str, x: Tensor, tables: tuple[Tensor, ...], *argume
 
 
 def _run_on(name: str, backend: str, device: torch.device, *arguments):
-    """An operation that takes tensors of any dtype and width, so that only the device may stand against Triton."""
-    return dispatch.run(
-        name, backend, device, torch.float16, 64, (), lambda module: getattr(module, name)(*arguments)
-    )
+    """An operation that takes float32 or integers of any width, so that only the device may stand against Triton."""
+    dtype = torch.float64 if arguments[0].dtype == torch.float64 else torch.float16
+    return dispatch.run(name, backend, device, dtype, 64, (), lambda module: getattr(module, name)(*arguments))
 
 
 @custom_op("ropeslr::block_pool", mutates_args=())
@@ -243,6 +242,3 @@ def block_sparse_linear(
 def _(q, *_):
     return _like_host(q, q.shape[2])
 
-
-for _op in (block_sparse_attention, block_sparse_mixed, block_sparse_linear, dense_attention):
-    register_autocast(_op, "cuda", torch.bfloat16)

@@ -64,7 +64,7 @@ def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan, pooled_k: Ten
     pooled_k: the key blocks' means, where the caller has them already.
     """
     tables, backend = call.tables, call.backend
-    pooled_q = ops.block_pool(q, tables.video, backend)
+    pooled_q = ops.block_pool(q.detach(), tables.video, backend)              # which blocks are kept has no gradient
     if pooled_k is None:
         pooled_k = ops.block_pool(k, tables.keys, backend)
     keep = plan.kept_blocks(tables.video.shape[0])

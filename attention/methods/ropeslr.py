@@ -102,7 +102,7 @@ def _exact_rows(
     count = min(wanted, walk.numel())
     generator = torch.Generator().manual_seed(call.step)
     inside = torch.rand(count, generator=generator, dtype=torch.float64)
-    place = ((torch.arange(count) + inside) * (walk.numel() / count)).long().to(q.device)
+    place = ((torch.arange(count) + inside) * (walk.numel() / count)).long().to(q.device, non_blocking=True)
     rows = walk[place]
     row_q = q.index_select(2, rows)
     row_out, row_lse = ops.dense_attention(row_q, k, v, call.scale, call.backend)

@@ -88,12 +88,11 @@ def block_select(
     tail = q.new_empty(batch, heads, n_q)
     log_sizes = k_sizes.to(torch.float32).log2()
     forced = None if forced is None else forced.to(torch.uint8).contiguous()
-    lines = [x.view(batch * heads, n_q, *x.shape[3:]) for x in (indices, counts, tail)]
     for some in _head_chunks(batch * heads, n_q * n_k):
         scores = torch.bmm(q[some] * scale, k[some].mT)
         _select[(scores.shape[0] * n_q, 1)](
-            scores, forced, log_sizes, None, *(x[some] for x in lines), None, None,
-            n_q, n_k, keep, list_width, 0, 1, CHUNK=SELECT_CHUNK, **launch_options("select"),
+            scores, forced, log_sizes, None, indices, counts, tail, None, None,
+            some.start * n_q, n_q, n_k, keep, list_width, 0, 1, CHUNK=SELECT_CHUNK, **launch_options("select"),
         )
     return indices, counts, tail
 
@@ -109,7 +108,8 @@ def block_mass(
     words = -(-n_k // 32)
     bits = q.new_empty(batch * heads, n_q, choices, words, dtype=torch.int32)
     kept_mass = q.new_empty(batch * heads, n_q, choices, dtype=torch.float32)
-    keeps_there = torch.tensor(keeps, dtype=torch.int32, device=q.device)
+    all_mass = []
+    keeps_there = torch.tensor(keeps, dtype=torch.int32).to(q.device, non_blocking=True)
     forced = None if forced is None else forced.to(torch.uint8).contiguous()
     lse = lse.contiguous()
     for some in _head_chunks(batch * heads, n_q * n_k):
@@ -120,12 +120,13 @@ def block_mass(
             D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1],
             **launch_options("mass"),
         )
+        all_mass.append(mass.sum(dim=(1, 2)))
         _select[(mass.shape[0] * n_q, choices)](
-            mass, forced, None, keeps_there, None, None, None, bits[some], kept_mass[some],
-            n_q, n_k, 0, 0, words, choices, CHUNK=SELECT_CHUNK, **launch_options("select"),
+            mass, forced, None, keeps_there, None, None, None, bits, kept_mass,
+            some.start * n_q, n_q, n_k, 0, 0, words, choices, CHUNK=SELECT_CHUNK, **launch_options("select"),
         )
     bits, kept_mass = (x.unflatten(0, (batch, heads)).movedim(3, 2) for x in (bits, kept_mass))
-    return bits.contiguous(), kept_mass.sum(dim=-1) / tokens
+    return bits.contiguous(), kept_mass.sum(dim=-1) / torch.cat(all_mass).view(batch, heads, 1)
 
 
 def lists_from_bits(bits: Tensor, blocks: int, longest: int) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,10 @@ def _map_pointers(map: FeatureMap) -> list[Tensor | None]:
 
 
 def _contiguous(tensors) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+    """Every tensor as a kernel can take it; float64 is no dtype of theirs."""
+    return [
+        None if x is None else (x.float() if x.dtype == torch.float64 else x).contiguous() for x in tensors
+    ]
 
 
 def _pe_rows(map: FeatureMap) -> int:

@@ -34,10 +34,11 @@ def _ranks(scores_ptr, forced_ptr, columns, n_k):
 @kernel
 def _select(
     scores_ptr, forced_ptr, log_sizes_ptr, keeps_ptr, lists_ptr, counts_ptr, tail_ptr, bits_ptr, kept_mass_ptr,
-    n_q, n_k, keep, list_width, words, choices, CHUNK: tl.constexpr,
+    first_line, n_q, n_k, keep, list_width, words, choices, CHUNK: tl.constexpr,
 ):
     """One program per row of scores `(n_q, n_k)` and, for bits, per choice of how many to keep.
 
+    Scores hold some heads at a time; their first row is row first_line of the outputs.
     lists: indices, counts and the log-mass of the rest. bits: a mask of `words` int32 and the mass that it keeps.
     """
     line = tl.program_id(0).to(tl.int64)
@@ -47,6 +48,7 @@ def _select(
         forced_ptr += (line % n_q) * n_k
     if keeps_ptr is not None:
         keep = tl.load(keeps_ptr + choice)
+    line += first_line
     lanes = tl.arange(0, CHUNK)
 
     threshold = tl.full((), 0, tl.uint32)
@@ -80,7 +82,7 @@ def _select(
         kept = there & (chosen | _forced(forced_ptr, columns, n_k))
         if lists_ptr is not None:
             place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(lists_ptr + line * list_width + place, columns, mask=kept)
+            tl.store(lists_ptr + line * list_width + place, columns, mask=kept & (place < list_width))
             written += tl.sum(kept.to(tl.int32), 0)
             sizes = tl.load(log_sizes_ptr + columns, mask=there, other=0.0)
             rest = tl.where(there & (kept == 0), scores * LOG2_E + sizes, -float("inf"))
@@ -97,7 +99,7 @@ def _select(
         for start in range(written, list_width, CHUNK):
             place = start + lanes
             tl.store(lists_ptr + line * list_width + place, tl.zeros_like(place) + n_k, mask=place < list_width)
-        tl.store(counts_ptr + line, written)
+        tl.store(counts_ptr + line, tl.minimum(written, list_width))
         tl.store(tail_ptr + line, tl.where(total > 0, (best + tl.log2(total)) * LN_2, -float("inf")))
     else:
         tl.store(kept_mass_ptr + line * choices + choice, mass)

@@ -28,7 +28,7 @@ def feature_tile(
         logits = load_rows(x_ptr, rows, row, D, DP).to(tl.float32)
     else:
         logits = tl.zeros((BLOCK, RP), tl.float32)
-        PIECE: tl.constexpr = min(DP, 32)
+        PIECE: tl.constexpr = 32
         for first in tl.range(0, DP, PIECE, num_stages=1):
             channels = first + tl.arange(0, PIECE)
             inside = there[:, None] & (channels < D)[None, :]

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
@@ -46,10 +45,10 @@ def aligned(x: Tensor) -> Tensor:
     return x if in_place else x.contiguous()
 
 
-def like_host(x: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
+def like_host(x: Tensor, tokens: int) -> Tensor:
     """An empty `(B, H, tokens, D)` whose heads lie side by side in each token, as hosts want them back."""
     batch, heads, _, width = x.shape
-    return x.new_empty(batch, tokens, heads, width, dtype=dtype or x.dtype).transpose(1, 2)
+    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def padded(width: int) -> int:

@@ -28,7 +28,7 @@ def test_the_kernel_benchmark_runs_on_a_cpu_and_records(tmp_path):
     done = run("benchmarks.kernels", "--device", "cpu", "--out", str(out))
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
-    assert len(record["errors"]) > 50 and all(row["error"] < row["limit"] for row in record["errors"].values())
+    assert len(record["errors"]) > 40 and all(row["error"] < row["limit"] for row in record["errors"].values())
     (case,) = record["cases"]
     assert [row["sparsity"] for row in case["rows"]] == [0.8, 0.9] and not record["skipped"]
     for row in case["rows"]:

@@ -47,6 +47,9 @@ def test_block_tables():
         ops.block_pool(q, table(100).float())
     with pytest.raises(ValueError, match="blocks has 64 slots, too few for 100 tokens"):
         ops.block_pool(q, table(64))
+    for wrong in (120, 90):                 # others would be read and stored out of bounds, or never written
+        with pytest.raises(ValueError, match=f"blocks names {wrong} tokens up to {wrong - 1}; expected 100, each once"):
+            ops.block_pool(q, table(wrong))
 
 
 @pytest.mark.parametrize("keep, says", [
@@ -100,6 +103,9 @@ def test_backgrounds():
         ((tail, gate._replace(c=gate.c[0]), first), r"gate.c must have the shape \(1, 2\)"),
         ((tail, gate, first._replace(cov=first.cov[..., :3])), "first.cov must have the shape"),
         ((tail, gate, first, branch._replace(eta=branch.eta[:1])), r"low_rank.eta must have the shape \(2,\)"),
+        ((tail, gate, first, branch._replace(linear=branch.linear._replace(state=branch.linear.state[:, :, :16]))),
+         r"low_rank.linear.state must have the shape \(1, 2, 24, 48\)"),
+        ((tail.to("meta"), gate, first), r"all tensors must be on cpu, as q is; found \(1, 2, 3\) on meta"),
     ):
         with pytest.raises(ValueError, match=says):
             ops.block_sparse_mixed(*sparse, *wrong)

@@ -101,13 +101,32 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(monkeypatch, caplog):
         ops.block_pool(x, blocks, backend="triton")
 
 
-def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch):
+def test_what_the_innermost_error_says_is_told():
+    inner = ValueError("no kernel image\n  at 100:14:\n     ^")
+    outer = RuntimeError("a page of text")
+    outer.__cause__ = inner
+    assert dispatch._last_words(outer) == "ValueError: at 100:14:"
+    assert dispatch._last_words(AssertionError()) == "AssertionError"
+
+
+def test_one_failure_does_not_speak_for_other_kinds_of_call(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_failed", {("block_pool", torch.float16, 64, (64,)): "it failed"})
+    half = torch.ones(1, 1, 64, 64, dtype=torch.float16)
+    assert ops.backend_for(half, "auto", 64) == ("pytorch", "it failed")
+    assert ops.backend_for(half.bfloat16(), "auto", 64) == ("triton", None)
+
+
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("out of memory"), RuntimeError("Triton Error [CUDA]: out of memory"),
+])
+def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch, error):
     def full(*arguments):
-        raise torch.cuda.OutOfMemoryError("out of memory")
+        raise error
 
     monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
     monkeypatch.setattr(dispatch, "_triton", lambda: SimpleNamespace(block_pool=full))
     monkeypatch.setattr(dispatch, "_failed", {})
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(type(error), match="out of memory"):
         ops.block_pool(torch.ones(1, 1, 100, 32), table(100))
     assert not dispatch._failed
