@@ -62,7 +62,7 @@ TABLE: dict[str, dict[str, Launch]] = {
     "other": {
         "forward": Launch(4, 3), "mixed": Launch(8, 3), "tail": Launch(8, 3), "linear": Launch(8, 3),
         "low_rank": Launch(8, 3), "d_queries": Launch(8, 2), "d_keys": Launch(8, 2), "mass": Launch(4, 3),
-        "pool": Launch(4, 1), "state": Launch(8, 2), "features": Launch(8, 1), "select": Launch(4, 1),
+        "pool": Launch(4, 1), "state": Launch(8, 2), "features": Launch(8, 1), "select": Launch(8, 1),
     },
     "80": {"mixed": Launch(4, 3)},
     # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as much again.
