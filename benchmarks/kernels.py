@@ -221,6 +221,8 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
         "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), *lists, tail, gate, first, **on_lists),
     }
     row["parts"] = {name: run.measure(call) for name, call in calls.items()}
+    if run.device.type == "cuda":
+        row["token_order"] = token_order(run, at, tables, indices, counts, scale)
     density = tables.density(keep)
     row["density"] = density
     row["kept_tflop"] = 4e-12 * q.shape[2] * k.shape[2] * density * case.width * case.heads
@@ -244,6 +246,21 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
     for name, call in baselines.sparse(run.device).items():
         row["others"][name] = run.measure(lambda turn, f=call: f(*sets[turn % len(sets)], 1 - sparsity))
     return row
+
+
+def token_order(run: Run, at: Callable, tables, indices: Tensor, counts: Tensor, scale: float) -> dict:
+    """What reading tokens through block tables costs, and what permuting q, k, v and out would cost instead."""
+    backend = load_pack(".kernels.triton.backend")
+    walk = tables.video.flatten()
+    walk = walk[walk >= 0].long()
+    return {
+        "sparse, tokens as they lie": run.measure(
+            lambda turn: backend._attend(*at(turn), None, None, indices, counts, scale)
+        ),
+        "permuting q, k, v and out": run.measure(
+            lambda turn: [x.index_select(2, walk) for x in (*at(turn), at(turn)[0])]
+        ),
+    }
 
 
 def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
