@@ -39,13 +39,12 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, width, dtype", [
     ("cuda:80", 64, torch.float16), ("cuda:90", 80, torch.float16), ("cuda:120", 96, torch.bfloat16),
 ], ids=str)
 @pytest.mark.parametrize("name", ["mixed", "state", "backward"])
 def test_other_widths_and_dtypes_fit(target, width, dtype, name):
-    if not RECORDED:
-        pytest.skip("the recorded compiler covers these")
     for row in table.compile_case(target, name, table.cases(width=width, dtype=dtype)[name], width):
         assert row["fits"], row
         if row["kernel"] != "delta":
