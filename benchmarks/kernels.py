@@ -1,9 +1,10 @@
 """The kernels on one GPU, in one command: `python -m benchmarks.kernels [--out FILE.json] [--quick] [--device cpu]`.
 
-Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes. In this order:
-correctness of every operation against float64, ceilings (matrix product, copy), exact attention of others, ours part by
-part and as the WHOLE replaced call, backward, memory, cold start. What does not fit into --minutes is left out and
-named. Random inputs, larger than the cache. On a CPU it runs at small sizes in plain PyTorch, which tries this program.
+Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes. In this order: cold
+start, correctness of every operation against float64, ceilings (matrix product, copy), and for each case exact
+attention of others, ours part by part and as the WHOLE replaced call, memory, backward. What does not fit into
+--minutes is left out and named. Random inputs, larger than the cache. On a CPU it runs at small sizes in plain PyTorch,
+which tries this program.
 """
 
 from __future__ import annotations

@@ -21,12 +21,11 @@ OLDEST_TRITON = (3, 4)
 OLDEST_CUDA = (8, 0)                        # before sm_80 Triton's dots use no tensor cores
 TRITON_OF_TORCH = {"2.8": (3, 4), "2.9": (3, 5), "2.10": (3, 6)}
 AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
-# float32 takes three products on tensor cores, whose operands fill the registers many times over (measured: 7 to 100 kB
-# spilled); cuBLAS, which the portable path runs on, does not.
+# float32 takes three products on tensor cores, whose operands overflow the registers (compiled: up to 7 kB spilled on
+# sm_90 and sm_120, 107 kB on sm_80; the backward does not fit); the portable path runs on cuBLAS instead.
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
 BLOCK_SIZES = (16, 32, 64, 128)
-
 
 
 class TritonNotUsable(RuntimeError):

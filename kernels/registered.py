@@ -15,15 +15,11 @@ from torch.library import custom_op
 
 from . import dispatch
 from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
-
-
-def _like_host(x: Tensor, tokens: int) -> Tensor:
-    batch, heads, _, width = x.shape
-    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+from .pytorch.heads import like_host, wide
 
 
 def _wide(x: Tensor, *shape) -> Tensor:
-    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(shape, dtype=wide(x.dtype))
 
 
 def _lists_like(x: Tensor, *shape) -> Tensor:
@@ -142,7 +138,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str)
 
 @dense_attention.register_fake
 def _(q, k, v, scale, backend):
-    return _like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
+    return like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
 
 
 @custom_op("ropeslr::block_sparse_attention", mutates_args=())
@@ -159,7 +155,7 @@ def block_sparse_attention(
 
 @block_sparse_attention.register_fake
 def _(q, k, v, q_blocks, k_blocks, indices, counts, tail_k, tail_v, scale, backend):
-    return _like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
+    return like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
 
 
 @custom_op("ropeslr::block_sparse_attention_backward", mutates_args=())
@@ -178,7 +174,7 @@ def block_sparse_attention_backward(
 @block_sparse_attention_backward.register_fake
 def _(d_out, d_lse, q, k, v, out, lse, q_blocks, k_blocks, indices, counts, tail_k, tail_v, scale, backend):
     tail = [] if tail_k is None else [_wide(x, *x.shape) for x in (tail_k, tail_v)]
-    return [_like_host(x, x.shape[2]) for x in (q, k, v)] + tail
+    return [like_host(x, x.shape[2]) for x in (q, k, v)] + tail
 
 
 def _save(ctx, inputs, output) -> None:
@@ -222,7 +218,7 @@ def block_sparse_mixed(
 
 @block_sparse_mixed.register_fake
 def _(q, *_):
-    return _like_host(q, q.shape[2])
+    return like_host(q, q.shape[2])
 
 
 @custom_op("ropeslr::block_sparse_linear", mutates_args=())
@@ -240,5 +236,5 @@ def block_sparse_linear(
 
 @block_sparse_linear.register_fake
 def _(q, *_):
-    return _like_host(q, q.shape[2])
+    return like_host(q, q.shape[2])
 

@@ -65,6 +65,12 @@ def per_head(
     return tuple(results)
 
 
+def like_host(x: Tensor, tokens: int) -> Tensor:
+    """An empty `(B, H, tokens, D)` whose heads lie side by side in each token, as hosts want them back."""
+    batch, heads, _, width = x.shape
+    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums of such numbers are made in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

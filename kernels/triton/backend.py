@@ -8,12 +8,13 @@ from torch import Tensor
 from .. import pytorch
 from ..background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
 from ..lists import transpose_lists
+from ..pytorch.heads import block_sizes, like_host
 from .block_pool import _low_rank_state, _pool, _pool_state
 from .block_select import _mass, _select, _unpack
 from .block_sparse import _forward
 from .block_sparse_backward import _d_keys, _d_queries, _delta
 from .features import ACTS
-from .launch import aligned, launch_options, like_host, padded, strides
+from .launch import aligned, launch_options, padded, strides
 
 SELECT_CHUNK = 1024
 SCRATCH_BYTES = 64 << 20                    # scores or masses of so many rows at a time
@@ -153,7 +154,7 @@ def block_sparse_attention(
     """See `reference.block_sparse_attention`; pooled keys and values enter in q's dtype."""
     tail = None
     if tail_k is not None:
-        log_sizes = (k_blocks >= 0).sum(dim=-1).float().log2()
+        log_sizes = block_sizes(k_blocks).float().log2()
         tail = (tail_k.to(q.dtype).contiguous(), tail_v.to(q.dtype).contiguous(), log_sizes)
     return _attend(q, k, v, q_blocks, k_blocks, indices, counts, scale, tail)
 
@@ -169,15 +170,9 @@ def block_sparse_mixed(
         whole = matrix.new_zeros(*matrix.shape[:2], width, width)
         matrix = whole.scatter_(2, first.features[..., None].expand_as(matrix), matrix)
     matrix, size = _normalised(matrix.float(), q.dtype)
-    mixing = [
-        tail, gate.c, gate.b, gate.x, matrix, size, first.v_mean, None,
-    ]
-    if low_rank is None:
-        return _attend(q, k, v, q_blocks, k_blocks, indices, counts, scale, None, mixing, lse=False)[0]
-    eta = low_rank.eta
-    return _attend(
-        q, k, v, q_blocks, k_blocks, indices, counts, scale, None, mixing, low_rank.map, low_rank.linear, eta, lse=False
-    )[0]
+    mixing = [tail, *gate, matrix, size, first.v_mean, None]
+    branch = low_rank or (None,) * 3
+    return _attend(q, k, v, q_blocks, k_blocks, indices, counts, scale, None, mixing, *branch, lse=False)[0]
 
 
 def block_sparse_linear(
@@ -204,9 +199,7 @@ def block_sparse_attention_backward(
     q_blocks, k_blocks, indices, counts = _table(q_blocks), _table(k_blocks), indices.contiguous(), counts.contiguous()
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.float().contiguous()
     n_q, n_k, k_tokens = q_blocks.shape[0], k_blocks.shape[0], k.shape[2]
-    shape = dict(
-        D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1]
-    )
+    shape = dict(D=width, DP=padded(width), BLOCK_Q=q_blocks.shape[1], BLOCK_K=k_blocks.shape[1])
     delta = torch.empty_like(lse)
     _delta[(-(-tokens // BLOCK), batch * heads)](
         out, d_out, d_lse, delta, *strides(out), *strides(d_out), heads, tokens,
@@ -240,8 +233,13 @@ def _attend(
     indices, counts = (None if x is None else x.contiguous() for x in (indices, counts))
     n_q, block_q = (-(-tokens // BLOCK), BLOCK) if q_blocks is None else q_blocks.shape
     n_k, block_k = (-(-k.shape[2] // BLOCK), BLOCK) if k_blocks is None else k_blocks.shape
-    mixed = mixing is not None and mixing[0] is not None
-    variant = "tail" if tail else "forward" if not mixing else "linear" if not mixed else "low_rank" if map else "mixed"
+    if mixing is None:
+        variant = "tail" if tail else "forward"
+    elif mixing[0] is None:
+        variant = "linear"
+    else:
+        variant = "low_rank" if linear else "mixed"
+    map = map or FeatureMap("softmax")
     out = like_host(q, tokens)
     sums = q.new_empty(batch, heads, tokens, dtype=torch.float32) if lse else None
     rank, state = 0, (None,) * 5
@@ -252,12 +250,12 @@ def _attend(
     _forward[(n_q, batch * heads)](
         q, k, v, out, sums, q_blocks, k_blocks, indices, counts,
         *(tail or (None,) * 3), *_contiguous(mixing or [None] * 8),
-        *_map_pointers(map or FeatureMap("softmax")), *_contiguous(state),
+        *_map_pointers(map), *_contiguous(state),
         *strides(q), *strides(k), *strides(v), *strides(out),
         heads, tokens, k.shape[2], n_q, n_k, 0 if indices is None else indices.shape[-1], rank,
-        0 if map is None else _pe_rows(map), scale,
+        _pe_rows(map), scale,
         D=width, DP=padded(width), RP=padded(rank or 1), BLOCK_Q=block_q, BLOCK_K=block_k,
-        ACT=0 if map is None else ACTS[map.act], **launch_options(variant),
+        ACT=ACTS[map.act], **launch_options(variant),
     )
     return out, sums
 

@@ -45,12 +45,6 @@ def aligned(x: Tensor) -> Tensor:
     return x if in_place else x.contiguous()
 
 
-def like_host(x: Tensor, tokens: int) -> Tensor:
-    """An empty `(B, H, tokens, D)` whose heads lie side by side in each token, as hosts want them back."""
-    batch, heads, _, width = x.shape
-    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def padded(width: int) -> int:
     """The power of two, at least 32, that holds a width: a product takes 16 channels, and features come in pairs."""
     return max(32, triton.next_power_of_2(width))
