@@ -7,7 +7,9 @@
 """
 
 from .layout import TokenLayout
+from .methods import LayerInputs
 from .plan import SparsePlan
+from .positions import Positions
 from .run import AttentionRun
 
-__all__ = ["AttentionRun", "SparsePlan", "TokenLayout"]
+__all__ = ["AttentionRun", "LayerInputs", "Positions", "SparsePlan", "TokenLayout"]

@@ -14,7 +14,8 @@ class AttentionCost:
     sparse: float                           # scores and values of the kept blocks
     routing: float = 0.0                    # pooling and block scores
     background: float = 0.0                 # low rank, first order or pooled tail
-    calibration: float = 0.0                # exact rows, on the steps that calibrate
+    calibration: float = 0.0                # exact rows or exact search, on the steps that do it
+    recall: float | None = None             # softmax mass kept, where it was measured
 
     @property
     def total(self) -> float:
@@ -54,3 +55,23 @@ def pooled_tail_flops(tokens: int, width: int, heads: int, k_blocks: int) -> flo
 def calibration_flops(tokens: int, width: int, heads: int, rows: int) -> float:
     """Exact attention of R rows: 4 R L D per head."""
     return 4.0 * rows * tokens * width * heads
+
+
+def linear_flops(tokens: int, width: int, heads: int) -> float:
+    """SLA's linear branch: state and readout, 2 L D^2 each per head; its projection is folded into the state."""
+    return 4.0 * tokens * width * width * heads
+
+
+def marginal_flops(tokens: int, width: int, heads: int, q_blocks: int, k_blocks: int) -> float:
+    """SLA's linear branch over some blocks: a state per key block, their sum per query block 2 Nq Nk D^2, readout."""
+    return (4.0 * tokens + 2.0 * q_blocks * k_blocks) * width * width * heads
+
+
+def search_flops(tokens: int, width: int, heads: int) -> float:
+    """Exact search of block mass: the scores once more, 2 L^2 D per head."""
+    return dense_flops(tokens, width, heads) / 2
+
+
+def mask_cache_bytes(heads: int, tokens: int, q_blocks: int, k_blocks: int) -> int:
+    """What AdaSpa keeps per layer and conditioning: one bit per block pair, in words of 32, and two bytes per LSE."""
+    return heads * (4 * q_blocks * -(-k_blocks // 32) + 2 * tokens)

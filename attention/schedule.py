@@ -31,6 +31,11 @@ class StepSchedule:
         """Steps of this sampler."""
         return max(0, len(self.sigmas) - 1)
 
+    @property
+    def whole_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.before + self.steps + self.after
+
     def step(self, sigma: float) -> int:
         """The step, counted within this sampler, that a model call at `sigma` belongs to.
 
@@ -49,6 +54,6 @@ class StepSchedule:
         done = self.before + self.step(sigma)
         if done < self.dense_first:
             return FIRST_STEPS
-        if self.before + self.steps + self.after - done <= self.dense_last:
+        if self.whole_steps - done <= self.dense_last:
             return LAST_STEPS
         return None

@@ -37,6 +37,18 @@ class FeatureMap(NamedTuple):
     places: Tensor | None = None            # (L, 3) int32: E(p) is the sum of these rows of pe
 
 
+class SiluMap(NamedTuple):
+    """phi(x, p) = turn(silu(A x + E(p))), x taken back to where it was before RoPE; turn rotates pairs of features."""
+
+    a: Tensor                               # (H, r, D)
+    cos: Tensor                             # (L, D / 2) float32: RoPE's, interleaved pairs
+    sin: Tensor
+    pe: Tensor | None = None                # (H, P, r) float32
+    places: Tensor | None = None            # (L, 3) int32: E(p) is the sum of these rows of pe
+    turn_cos: Tensor | None = None          # (L, T): the first 2 T features are rotated; None = none
+    turn_sin: Tensor | None = None
+
+
 class LinearState(NamedTuple):
     """What a linear branch reads: phi_q S / (eps + phi_q z), with means over the tokens of v's side."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .background import ACTS, FeatureMap
+from .background import ACTS, FeatureMap, FirstOrder, Gate, LowRank, SiluMap
 from .dispatch import BACKENDS
 
 
@@ -126,11 +126,56 @@ def check_map(map: FeatureMap, x: Tensor) -> None:
         check_shape("map.a", map.a, (heads, rank, width))
     elif map.cos is not None:
         raise ValueError("cos and sin undo RoPE before the projection a; without a there is nothing to undo it for")
-    if (map.cos is None) != (map.sin is None) or (map.pe is None) != (map.places is None):
-        raise ValueError("cos and sin go together, and so do pe and places")
+    if (map.cos is None) != (map.sin is None):
+        raise ValueError("cos and sin go together")
     if map.cos is not None:
         check_shape("map.cos", map.cos, (tokens, width // 2))
         check_shape("map.sin", map.sin, (tokens, width // 2))
+    _check_places(map, heads, tokens, rank)
+
+
+def check_silu_map(name: str, map: SiluMap, x: Tensor) -> None:
+    """A SiLU map that fits x `(B, H, L, D)`."""
+    _, heads, tokens, width = x.shape
+    rank = map.a.shape[1] if map.a.ndim == 3 else 0
+    check_shape(f"{name}.a", map.a, (heads, rank, width))
+    check_shape(f"{name}.cos", map.cos, (tokens, width // 2))
+    check_shape(f"{name}.sin", map.sin, (tokens, width // 2))
+    _check_places(map, heads, tokens, rank)
+    if (map.turn_cos is None) != (map.turn_sin is None):
+        raise ValueError("turn_cos and turn_sin go together")
+    if map.turn_cos is not None:
+        turns = map.turn_cos.shape[-1]
+        if 2 * turns > rank:
+            raise ValueError(f"{name} turns {turns} pairs of features, but has {rank} features only")
+        check_shape(f"{name}.turn_cos", map.turn_cos, (tokens, turns))
+        check_shape(f"{name}.turn_sin", map.turn_sin, (tokens, turns))
+
+
+def _check_places(map: FeatureMap | SiluMap, heads: int, tokens: int, rank: int) -> None:
+    if (map.pe is None) != (map.places is None):
+        raise ValueError("pe and places go together")
     if map.pe is not None:
         check_shape("map.pe", map.pe, (heads, map.pe.shape[1], rank))
         check_shape("map.places", map.places, (tokens, 3))
+
+
+def check_background(
+    q: Tensor, q_blocks: Tensor, tail: Tensor, gate: Gate, first: FirstOrder, low_rank: LowRank | None
+) -> None:
+    """What mixing by mass takes, for q `(B, H, L, D)`."""
+    check_devices(q, q_blocks, tail, gate, first, low_rank)
+    batch, heads, tokens, width = q.shape
+    channels = width if first.features is None else first.features.shape[2]
+    for name, x, shape in (
+        ("tail", tail, (batch, heads, q_blocks.shape[0])), ("gate.c", gate.c, (batch, heads)),
+        ("gate.b", gate.b, (batch, heads)), ("gate.x", gate.x, (batch, heads, tokens)),
+        ("first.v_mean", first.v_mean, (batch, heads, width)), ("first.beta", first.beta, (batch, heads, channels)),
+        ("first.cov", first.cov, (batch, heads, channels, width)),
+    ):
+        if x is not None:
+            check_shape(name, x, shape)
+    if low_rank is not None:
+        check_map(low_rank.map, q)
+        check_linear("low_rank.linear", low_rank.map, low_rank.linear.state, low_rank.linear.norm, q)
+        check_shape("low_rank.eta", low_rank.eta, (heads,))

@@ -13,25 +13,28 @@ import torch
 from torch import Tensor
 
 from . import dispatch, pytorch, registered
-from .background import ACTS, FeatureMap, FirstOrder, Gate, LinearState, LowRank
+from .background import ACTS, FeatureMap, FirstOrder, Gate, LinearState, LowRank, SiluMap
 from .checks import (
     check_attention,
     check_backend,
+    check_background,
     check_devices,
     check_heads,
     check_linear,
     check_lists,
     check_map,
     check_shape,
+    check_silu_map,
     check_table,
     whole_number,
 )
 from .dispatch import TritonNotUsable
 
 __all__ = [
-    "TritonNotUsable", "backend_for", "block_mass", "block_pool", "block_pool_state", "block_select",
-    "block_sparse_attention", "block_sparse_linear", "block_sparse_mixed", "dense_attention", "lists_from_bits",
-    "low_rank_state", "mix_background", "why_not",
+    "TritonNotUsable", "add_rms_low_rank", "backend_for", "block_mass", "block_pool", "block_pool_state",
+    "block_select", "block_sparse_attention", "block_sparse_linear", "block_sparse_mixed", "dense_attention",
+    "feature_energy", "linear_read", "lists_from_bits", "low_rank_state", "marginal_linear", "mix_background",
+    "rms_low_rank", "why_not",
 ]
 
 MAX_HEAD_WIDTH = 512
@@ -141,7 +144,7 @@ def lists_from_bits(bits: Tensor, blocks: int, longest: int, backend: str = "aut
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of a few query rows: -> out `(B, H, Lq, D)`, LSE `(B, H, Lq)`."""
+    """Exact attention of the given query rows: -> out `(B, H, Lq, D)`, LSE `(B, H, Lq)`."""
     check_backend(backend)
     check_attention(q, k, v)
     if _wants_gradients(q, k, v):
@@ -178,7 +181,7 @@ def block_sparse_mixed(
     """Kept blocks and background in one: -> `(B, H, Lq, D)`. Where gradients are wanted, its parts one by one."""
     check_backend(backend)
     _check_sparse(q, k, v, q_blocks, k_blocks, indices, counts, trusted)
-    _check_background(q, q_blocks, tail, gate, first, low_rank)
+    check_background(q, q_blocks, tail, gate, first, low_rank)
     scale = _scale(q, scale)
     linear = (None, None, 0.0, None, ACTS[0], *(None,) * 5)
     if low_rank is not None:
@@ -199,8 +202,50 @@ def mix_background(
 ) -> Tensor:
     """The mixing alone, for who has the sparse output at hand: -> `(B, H, Lq, D)`. Plain PyTorch everywhere."""
     check_heads(q=q, out=out)
-    _check_background(q, q_blocks, tail, gate, first, low_rank)
+    check_background(q, q_blocks, tail, gate, first, low_rank)
     return pytorch.mix_background(q, out, lse, tail, q_blocks, gate, first, low_rank)
+
+
+def linear_read(q: Tensor, map: FeatureMap, linear: LinearState) -> Tensor:
+    """What a linear branch alone reads: -> `(B, H, Lq, D)`, float32 or wider. Plain PyTorch everywhere."""
+    check_heads(q=q)
+    check_map(map, q)
+    check_linear("linear", map, linear.state, linear.norm, q)
+    return pytorch.linear_read(q, map, linear)
+
+
+def add_rms_low_rank(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, gate: Tensor, q_map: SiluMap, k_map: SiluMap, eps: float
+) -> Tensor:
+    """Sparse output plus RoLA's branch, gate `(B, H, Lq)`: -> `(B, H, Lq, D)`. Plain PyTorch everywhere."""
+    check_shape("out", out, q.shape)
+    check_shape("gate", gate, q.shape[:3])
+    _check_silu(q, k, v, q_map, k_map)
+    return pytorch.add_rms_low_rank(q, k, v, out, gate, q_map, k_map, eps)
+
+
+def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap, eps: float) -> Tensor:
+    """RoLA's branch alone: -> `(B, H, Lq, D)`, float32 or wider. Plain PyTorch everywhere."""
+    _check_silu(q, k, v, q_map, k_map)
+    return pytorch.rms_low_rank(q, k, v, q_map, k_map, eps)
+
+
+def feature_energy(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap) -> Tensor:
+    """How much each feature of RoLA's branch adds, mean square over q's rows: -> `(B, H, r)`, float32 or wider."""
+    check_silu_map("q_map", q_map, q)
+    check_silu_map("k_map", k_map, k)
+    return pytorch.feature_energy(q, k, v, q_map, k_map)
+
+
+def marginal_linear(
+    q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, marginal: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """Linear attention over the blocks that marginal `(B, H, Nq, Nk)` marks: -> `(B, H, Lq, D)`, float32 or wider."""
+    check_attention(q, k, v)
+    check_table("q_blocks", q_blocks, q.shape[2])
+    check_table("k_blocks", k_blocks, k.shape[2])
+    check_shape("marginal", marginal, (*q.shape[:2], q_blocks.shape[0], k_blocks.shape[0]))
+    return pytorch.marginal_linear(q, k, v, q_blocks, k_blocks, marginal, eps)
 
 
 def block_sparse_linear(
@@ -233,22 +278,11 @@ def _check_sparse(q, k, v, q_blocks, k_blocks, indices, counts, trusted: bool) -
     check_lists(indices, counts, (*q.shape[:2], q_blocks.shape[0]), k_blocks.shape[0], values=not trusted)
 
 
-def _check_background(q, q_blocks, tail, gate: Gate, first: FirstOrder, low_rank: LowRank | None) -> None:
-    check_devices(q, q_blocks, tail, gate, first, low_rank)
-    batch, heads, tokens, width = q.shape
-    channels = width if first.features is None else first.features.shape[2]
-    for name, x, shape in (
-        ("tail", tail, (batch, heads, q_blocks.shape[0])), ("gate.c", gate.c, (batch, heads)),
-        ("gate.b", gate.b, (batch, heads)), ("gate.x", gate.x, (batch, heads, tokens)),
-        ("first.v_mean", first.v_mean, (batch, heads, width)), ("first.beta", first.beta, (batch, heads, channels)),
-        ("first.cov", first.cov, (batch, heads, channels, width)),
-    ):
-        if x is not None:
-            check_shape(name, x, shape)
-    if low_rank is not None:
-        check_map(low_rank.map, q)
-        check_linear("low_rank.linear", low_rank.map, low_rank.linear.state, low_rank.linear.norm, q)
-        check_shape("low_rank.eta", low_rank.eta, (heads,))
+def _check_silu(q, k, v, q_map: SiluMap, k_map: SiluMap) -> None:
+    check_attention(q, k, v)
+    check_silu_map("q_map", q_map, q)
+    check_silu_map("k_map", k_map, k)
+    check_devices(q, q_map, k_map)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
+from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank, SiluMap
 
 
 def block_sizes(blocks: Tensor) -> Tensor:
@@ -175,6 +175,55 @@ def block_sparse_linear(
     """Sparse output + linear branch + bias `(D,)`: SLA, whose projection W is folded into the state as S W^T."""
     out, _ = block_sparse_attention(q, k, v, q_blocks, k_blocks, indices, counts, scale=scale)
     return out + linear_read(q, map, linear) + bias
+
+
+def silu_map(x: Tensor, map: SiluMap) -> Tensor:
+    """phi = turn(silu(A x + E(p))): x `(B, H, L, D)` after RoPE, which is undone first -> `(B, H, L, r)`."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    x = torch.stack((even * map.cos + odd * map.sin, odd * map.cos - even * map.sin), dim=-1).flatten(-2)
+    logits = torch.einsum("bhld,hrd->bhlr", x, map.a)
+    if map.pe is not None:
+        logits = logits + sum(map.pe[:, map.places[:, axis].long()] for axis in range(3))
+    phi = torch.nn.functional.silu(logits)
+    if map.turn_cos is None:
+        return phi
+    turned = 2 * map.turn_cos.shape[1]
+    even, odd = phi[..., :turned:2], phi[..., 1:turned:2]
+    pairs = (even * map.turn_cos - odd * map.turn_sin, even * map.turn_sin + odd * map.turn_cos)
+    return torch.cat((torch.stack(pairs, dim=-1).flatten(-2), phi[..., turned:]), dim=-1)
+
+
+def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap, eps: float) -> Tensor:
+    """RMSNorm over D of phi_q (sum phi_k^T v), without a normaliser and without a weight: -> `(B, H, Lq, D)`."""
+    read = silu_map(q, q_map) @ torch.einsum("bhlr,bhld->bhrd", silu_map(k, k_map), v)
+    return read * (read.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+
+
+def add_rms_low_rank(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, gate: Tensor, q_map: SiluMap, k_map: SiluMap, eps: float
+) -> Tensor:
+    """(out / s + gate * rms_low_rank) * s with s = sqrt(mean_D(out^2) + 1e-5); gate `(B, H, Lq)`."""
+    size = (out.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    return (out / size + gate[..., None] * rms_low_rank(q, k, v, q_map, k_map, eps)) * size
+
+
+def feature_energy(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap) -> Tensor:
+    """Mean square of what each feature adds to phi_q sum(phi_k^T v), summed over D: -> `(B, H, r)`."""
+    state = torch.einsum("bhlr,bhld->bhrd", silu_map(k, k_map), v)
+    return torch.einsum("bhlr,bhrd->bhlrd", silu_map(q, q_map), state).square().sum(dim=-1).mean(dim=2)
+
+
+def marginal_linear(
+    q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, marginal: Tensor, eps: float
+) -> Tensor:
+    """Linear attention of each query over the key blocks that its own block marks: marginal `(B, H, Nq, Nk)` bool.
+
+    phi_q sum(phi_k^T v) / (eps + phi_q sum(phi_k)) with phi = softmax over the channels -> `(B, H, Lq, D)`.
+    """
+    phi_q, phi_k = q.softmax(dim=-1), k.softmax(dim=-1)
+    seen = marginal[:, :, token_to_block(q_blocks)][..., token_to_block(k_blocks)]
+    weights = torch.einsum("bhqd,bhkd->bhqk", phi_q, phi_k) * seen
+    return (weights @ v) / (eps + weights.sum(dim=-1, keepdim=True))
 
 
 def block_mass(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import folders
+from .adapter_io import RoPeSLRLoadAdapter, RoPeSLRSaveAdapter
+from .checkpoint import RoPeSLRLoadSparseCheckpoint
+from .sigmas import RoPeSLRFewStepSigmas
 from .sparse_attention import RoPeSLRSparseAttention
 
 
@@ -11,4 +15,8 @@ class RoPeSLRExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [RoPeSLRSparseAttention]
+        folders.register()                  # before a schema lists its files
+        return [
+            RoPeSLRSparseAttention, RoPeSLRLoadAdapter, RoPeSLRSaveAdapter, RoPeSLRLoadSparseCheckpoint,
+            RoPeSLRFewStepSigmas,
+        ]

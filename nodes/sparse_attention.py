@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention.plan import (
+    AUTO,
     BACKENDS,
     BLOCK_ORDERS,
     CALIBRATE,
@@ -12,12 +13,12 @@ from ..attention.plan import (
     MAX_RANK,
     MAX_SPARSITY,
     METHODS,
+    SLA_VARIANTS,
     SparsePlan,
     parse_layers,
 )
+from .adapter_io import AdapterType
 from .patching import install
-
-Adapter = io.Custom("ROPESLR_ADAPTER")
 
 
 class RoPeSLRSparseAttention(io.ComfyNode):
@@ -36,15 +37,18 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             search_aliases=["sparse attention", "block sparse", "wan speed"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan model. Other models pass through and run dense, with a note."),
-                Adapter.Input(
+                AdapterType.Input(
                     "adapter", optional=True,
-                    tooltip="Trained low-rank weights. None exist in this version; leave it open.",
+                    tooltip="Trained weights, from Load RoPeSLR Adapter or Load Sparse Checkpoint. Left open, the node "
+                            "runs training-free.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default="auto",
                     tooltip="auto: the adapter's own method; without an adapter, ropeslr. "
                             "ropeslr: sparse attention plus a background that calibrates itself. "
-                            "top-k: sparse attention plus one averaged key for every block left out. "
+                            "rola, sla: sparse attention plus a trained low-rank branch; they need their checkpoint's "
+                            "adapter. adaspa: searches the blocks that matter exactly, twice a run, and is dense until "
+                            "the first search. top-k: sparse attention plus one averaged key for every block left out. "
                             "top-k plain: the kept blocks and nothing else.",
                 ),
                 io.Float.Input(
@@ -56,8 +60,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "rank", default=0, min=0, max=MAX_RANK, step=2,
-                    tooltip="Channels per head that the background uses. 0 = all of them (or the adapter's own rank). "
-                            "Lower is a little faster and coarser; 64 is a good second choice.",
+                    tooltip="Channels and features per head that the background uses. 0 = all of them (or the "
+                            "adapter's own rank). Lower is a little faster and coarser, and keeps the most important "
+                            "ones; 64 is a good second choice.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -68,9 +73,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip="Sampling after this point of the schedule stays dense.",
                 ),
                 io.Int.Input(
-                    "dense_first_steps", default=1, min=0, max=1000,
+                    "dense_first_steps", default=AUTO, min=AUTO, max=1000,
                     tooltip="This many steps at the start of the whole schedule stay dense; they decide the layout of "
-                            "the video. Two experts share one count. Use 0 or 1 with 4 to 8 steps.",
+                            "the video. Two experts share one count. -1 = auto: 1, but 0 with a checkpoint that was "
+                            "trained sparse (rola, sla), and 0 for adaspa, which warms up by itself.",
                 ),
                 io.Int.Input(
                     "dense_last_steps", default=0, min=0, max=1000,
@@ -82,8 +88,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "calibrate", options=list(CALIBRATE), default="auto", advanced=True,
-                    tooltip="ropeslr without an adapter: when a few rows are computed exactly to adjust the "
-                            "background. auto: at the first sparse step and every 5 steps.",
+                    tooltip="ropeslr: when a few rows are computed exactly to adjust the background. auto: at the "
+                            "first sparse step and every 5 steps; with an adapter, never. on top: with an adapter "
+                            "too, starting from its values.",
                 ),
                 io.Int.Input(
                     "calibrate_rows", default=128, min=1, max=MAX_CALIBRATE_ROWS, advanced=True,
@@ -98,7 +105,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 io.Combo.Input(
                     "block_order", options=list(BLOCK_ORDERS), default="auto", advanced=True,
                     tooltip="Which tokens form a block. cube: neighbours in time and space (better without training). "
-                            "raster: as they lie in memory. auto: cube.",
+                            "raster: as they lie in memory. auto: cube, or what the adapter was trained with.",
                 ),
                 io.Int.Input(
                     "min_tokens", default=4096, min=0, max=1 << 20, advanced=True,
@@ -118,6 +125,11 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip="Stop with an error, before sampling where possible, instead of running dense.",
                 ),
                 io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Log every model call."),
+                io.Combo.Input(
+                    "sla_variant", options=list(SLA_VARIANTS), default="released", optional=True, advanced=True,
+                    tooltip="sla: which blocks its linear branch covers. released: all of them, as in every checkpoint "
+                            "that can be downloaded. paper: those neither kept nor among a row's worst 10 %.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -137,8 +149,6 @@ class RoPeSLRSparseAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, method, dense_layers="", adapter=None, **settings) -> io.NodeOutput:
         """Build the plan from the widgets and install it on a clone of the model."""
-        if adapter is not None:
-            raise ValueError("This version has no adapters yet; disconnect the adapter input to run training-free.")
         plan = SparsePlan(method=method, dense_layers=parse_layers(dense_layers), **settings)
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        return io.NodeOutput(install(model, plan, node_id))
+        return io.NodeOutput(install(model, plan, node_id, adapter))

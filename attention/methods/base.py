@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,14 +12,22 @@ from ...kernels import ops
 from ..accounting import routing_flops
 from ..layout import BlockTables, TokenLayout
 from ..plan import SparsePlan
+from ..positions import Positions
+
+
+class LayerInputs(NamedTuple):
+    """What a host knows of a layer besides q, k, v; None where it does not."""
+
+    x: Tensor | None = None                 # (B, L, H*D): the hidden state that enters the attention
+    positions: Positions | None = None      # of the video's tokens
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Everything but the tensors that a method may know about one attention call.
+    """Everything but q, k, v that a method may know about one attention call.
 
-    layer: identity of the layer. step: step of the sampler. conditioning: (key, batch rows) in batch order, so that
-    what is learned for one conditioning is never used for another.
+    layer: identity of the layer. step of `steps`: place in the whole sampling schedule. conditioning: (key, batch rows)
+    in batch order, so that what is learned for one conditioning is never used for another. noise: 1 = pure noise.
     """
 
     layer: Hashable
@@ -29,6 +37,15 @@ class LayerCall:
     tables: BlockTables
     scale: float
     backend: str = "auto"                   # of kernels.ops
+    steps: int = 1
+    noise: float | None = None
+    inputs: LayerInputs = LayerInputs()
+    part: Hashable = 0                      # which piece of a longer video
+
+    @property
+    def video(self) -> slice:
+        """The video's tokens in the sequence."""
+        return slice(self.layout.before, self.layout.before + self.layout.video_tokens)
 
 
 class VideoOutput(NamedTuple):
@@ -37,15 +54,23 @@ class VideoOutput(NamedTuple):
     out: Tensor                             # (B, H, Lv, D)
     density: float                          # kept blocks / all blocks, mean over rows
     background: float                       # FLOPs of the background
-    calibration: float = 0.0                # FLOPs of calibration in this call
+    calibration: float = 0.0                # FLOPs of calibration or search in this call
+    recall: float | None = None             # softmax mass kept, where this call measured it
 
 
-class Method(Protocol):
+class Method:
     """One instance serves one sampling run and owns whatever it remembers between calls."""
+
+    needs_x = False                         # calls without inputs.x cannot run
+    needs_positions = False                 # calls without inputs.positions cannot run
+
+    def dense_reason(self, step: int, steps: int) -> str | None:
+        """Why the method itself leaves a step of the schedule dense; None where it does not."""
+        return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """q `(B, H, Lv, D)` of the video; k, v `(B, H, L, D)` of the whole sequence, all after RoPE."""
-        ...
+        raise NotImplementedError
 
 
 class Routing(NamedTuple):

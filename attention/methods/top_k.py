@@ -14,10 +14,10 @@ from torch import Tensor
 from ...kernels import ops
 from ..accounting import pooled_tail_flops
 from ..plan import SparsePlan
-from .base import LayerCall, VideoOutput, route
+from .base import LayerCall, Method, VideoOutput, route
 
 
-class TopK:
+class TopK(Method):
     """Block top-k; `tail` adds the pooled blocks."""
 
     def __init__(self, plan: SparsePlan, tail: bool) -> None:

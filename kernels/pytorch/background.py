@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
+from ..background import FeatureMap, FirstOrder, Gate, LinearState, LowRank, SiluMap
 from .attention import block_sparse_attention
 from .heads import block_sizes, channels, gather, per_head, token_slots, wide
 
@@ -92,6 +92,11 @@ def add_linear(q: Tensor, out: Tensor, map: FeatureMap, linear: LinearState, bia
     return per_head(q, add, host=1)[0]
 
 
+def linear_read(q: Tensor, map: FeatureMap, linear: LinearState) -> Tensor:
+    """What a linear branch reads, in q's dtype or wider: see `reference.linear_read`."""
+    return per_head(q, lambda b, h: (_read(q[b, h].to(wide(q.dtype)), map, linear, b, h),))[0]
+
+
 def _read(x: Tensor, map: FeatureMap, linear: LinearState, b: int, h: int) -> Tensor:
     phi = _features(x, map, h)
     return (phi @ linear.state[b, h].to(x.dtype)) / (linear.eps + phi @ linear.norm[b, h].to(x.dtype))[:, None]
@@ -99,15 +104,24 @@ def _read(x: Tensor, map: FeatureMap, linear: LinearState, b: int, h: int) -> Te
 
 def _features(x: Tensor, map: FeatureMap, h: int) -> Tensor:
     """phi of one head: x `(L, D)` -> `(L, r)`."""
-    logits = x
-    if map.a is not None:
-        if map.cos is not None:
-            even, odd = x[:, 0::2], x[:, 1::2]
-            x = torch.stack((even * map.cos + odd * map.sin, odd * map.cos - even * map.sin), dim=-1).flatten(-2)
-        logits = x @ map.a[h].to(x.dtype).T
+    logits = project(x, map, h) if map.a is not None else x
     if map.pe is not None:
-        for axis in range(3):
-            logits = logits + map.pe[h].index_select(0, map.places[:, axis])
+        logits = add_places(logits, map, h)
     if map.act == "softmax":
         return logits.softmax(dim=-1)
     return F.elu(logits) + 1 if map.act == "elu" else F.relu(logits)
+
+
+def project(x: Tensor, map: FeatureMap | SiluMap, h: int) -> Tensor:
+    """A x of one head, before RoPE: x `(L, D)` -> `(L, r)`."""
+    if map.cos is not None:
+        even, odd = x[:, 0::2], x[:, 1::2]
+        x = torch.stack((even * map.cos + odd * map.sin, odd * map.cos - even * map.sin), dim=-1).flatten(-2)
+    return x @ map.a[h].to(x.dtype).T
+
+
+def add_places(logits: Tensor, map: FeatureMap | SiluMap, h: int) -> Tensor:
+    """logits `(L, r)` + E(p) of one head."""
+    for axis in range(3):
+        logits = logits + map.pe[h].index_select(0, map.places[:, axis])
+    return logits

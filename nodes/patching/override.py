@@ -12,10 +12,10 @@ from collections.abc import Callable, Hashable
 import torch
 
 from ...kernels.ops import TritonNotUsable
+from .layer_inputs import CALL, EnteringLayer
 from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun
 
 SLOT = "optimized_attention_override"
-CALL = "ropeslr_call"
 
 
 class ModelCall:
@@ -23,13 +23,16 @@ class ModelCall:
 
     def __init__(
         self, run: SamplingRun, sigma: float, conditioning: tuple[tuple[Hashable, int], ...],
-        context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None,
+        context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None, part: int = 0,
     ) -> None:
         self.run = run
         self.unsupported = unsupported
+        self.sigma = sigma
         self.step = run.schedule.step(sigma)
+        self.entering = EnteringLayer()
         self.dense_reason = run.call_reason(sigma)
         self.conditioning = conditioning
+        self.part = part
         self.context_lengths = context_lengths
         self.below = below
         self.attention_calls = 0
@@ -83,10 +86,15 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     grid = _grid(options)
     if reason is None:
         reason, chosen = run.layer_reason(layer, tokens, grid, mask is not None, width, heads, kv_heads)
+    inputs = call.entering.take(q.shape[0], tokens, q.device)
+    if reason is None:
+        reason, chosen = run.input_reason(inputs), False
     if reason is None:
         try:
             views = (x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
-            out = run.attend(*views, grid, layer, call.step, call.conditioning, kwargs.get("scale"))
+            out = run.attend(
+                *views, grid, layer, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs
+            )
             return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
         except TritonNotUsable:             # asked for by name: to go on without it would be a silent no
             raise

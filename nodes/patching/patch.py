@@ -11,10 +11,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention import SparsePlan
-from .override import CALL, SLOT, ModelCall, sparse_override
+from ...attention.adapters import Adapter, check_model
+from .layer_inputs import CALL, watching
+from .override import SLOT, ModelCall, sparse_override
 from .recognise import recognise, unwrap
 from .report import RunReport
 from .sampling_run import SamplingRun, SparseNotPossible
+from .weights import carried
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,9 @@ RUN = "ropeslr_run"
 class SparsePatch:
     """A plan on one model, shared by the model's clones; remembers the report of the last run."""
 
-    def __init__(self, plan: SparsePlan, node_id: str | None) -> None:
+    def __init__(self, plan: SparsePlan, node_id: str | None, adapter: Adapter | None = None) -> None:
         self.plan = plan
+        self.adapter = adapter
         self.node_id = node_id
         self.last_report: RunReport | None = None
         self.already_said: set[str] = set()
@@ -38,12 +42,14 @@ class SparsePatch:
         self.last_report = None             # a run that strict refuses must not show the report of the one before
         run = SamplingRun(
             self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
-            patcher.get_model_object("model_sampling"), self.already_said,
+            patcher.get_model_object("model_sampling"), self.already_said, self.adapter,
         )
+        method = run.attention.method
         guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
         completed = False
         try:
-            result = executor(*args, **kwargs)
+            with watching(patcher.model.diffusion_model, method.needs_x or method.needs_positions):
+                result = executor(*args, **kwargs)
             completed = True
             return result
         finally:
@@ -67,7 +73,7 @@ class SparsePatch:
             unsupported = unsupported or f"a second model, {facts.name}, takes part in this run"
         call = options[CALL] = ModelCall(
             run, float(options["sigmas"][0]), _conditioning(options, x.shape[0]),
-            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT), unsupported,
+            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT), unsupported, _part(options),
         )
         options[SLOT] = sparse_override
         if self.plan.verbose:
@@ -91,12 +97,22 @@ class SparsePatch:
         return result
 
 
-def install(model, plan: SparsePlan, node_id: str | None = None):
+def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None):
     """A clone of MODEL that samples as the plan says; a plan installed before by this node is replaced.
 
-    Raises SparseNotPossible when the plan is strict and the model cannot run sparse.
+    Raises SparseNotPossible when the plan is strict and the model cannot run sparse, ValueError when the adapter fits
+    neither the plan's method nor the model.
     """
     facts = recognise(model.model.diffusion_model)
+    if adapter is None:
+        plan = plan.resolve()
+    else:
+        plan = plan.resolve(adapter.info.method, adapter.info.block_order)
+        if not facts.unsupported:
+            check_model(adapter, facts.layers, facts.heads, facts.head_width, f"this {facts.name}")
+    _say_what_is_missing(plan, adapter)
+    if adapter is not None and adapter.info.method != plan.method:
+        adapter = None
     if plan.strict and facts.unsupported:
         raise SparseNotPossible(facts.unsupported)
     beyond = sorted(layer for layer in plan.dense_layers if layer >= facts.layers) if not facts.unsupported else []
@@ -106,12 +122,29 @@ def install(model, plan: SparsePlan, node_id: str | None = None):
             facts.layers, facts.layers - 1,
         )
     patched = model.clone()
-    patch = SparsePatch(plan, node_id)
+    patched.remove_additional_models(KEY)
+    if adapter is not None:
+        patcher, adapter = carried(adapter)
+        patched.set_additional_models(KEY, [patcher])
+    patch = SparsePatch(plan, node_id, adapter)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.set_attachments(KEY, patch)
     return patched
+
+
+def _say_what_is_missing(plan: SparsePlan, adapter: Adapter | None) -> None:
+    """Where a method runs as less than its name: without weights, or with weights that it has no use for."""
+    if adapter is None and plan.method in ("rola", "sla"):
+        logger.warning(
+            "RoPeSLR: %s has no adapter, so its low-rank branch has no weights: the kept blocks run alone. Connect an "
+            "adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none", plan.method,
+        )
+    elif adapter is not None and adapter.info.method != plan.method:
+        logger.warning("RoPeSLR: %s takes no adapter; '%s' plays no part", plan.method, adapter.name)
+    elif adapter is not None and adapter.sparse_only:
+        logger.warning("RoPeSLR: the projection in '%s' is zero: the kept blocks run alone", adapter.name)
 
 
 def last_report(model) -> RunReport | None:
@@ -126,6 +159,12 @@ def _conditioning(options: dict, batch: int) -> tuple[tuple[object, int], ...]:
     if batch % len(keys):
         return (("all", batch),)
     return tuple((key, batch // len(keys)) for key in keys)
+
+
+def _part(options: dict) -> int:
+    """The first frame of the context window that a model call looks at; 0 without windows."""
+    window = getattr(options.get("context_window"), "index_list", None)
+    return int(window[0]) if window else 0
 
 
 def _is_compiled(base_model: torch.nn.Module, options: dict) -> bool:

@@ -20,12 +20,13 @@ class RunReport:
 
     dense_calls counts the self-attention calls that stayed dense by reason, other_calls the attention that is never
     replaced (cross-attention). backend is that of the sparse calls, "" where there were none. density is the mean share
-    of key blocks kept by the sparse calls. FLOPs are those of all self-attention calls of the run, in TFLOP; seconds is
-    the wall time of the run.
+    of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. FLOPs are those
+    of all self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
     """
 
     model: str
     method: str
+    adapter: str
     sparsity: float
     block_order: str
     backend: str
@@ -35,6 +36,7 @@ class RunReport:
     density: float
     dense_tflop: float
     spent_tflop: float
+    recall: float | None
     calibrations: int
     model_calls: int
     seconds: float
@@ -49,10 +51,12 @@ class RunReport:
         """The one line for the log."""
         dense = sum(self.dense_calls.values())
         total = self.sparse_calls + dense
-        text = f"RoPeSLR {self.method} on {self.model}: {self.sparse_calls} of {total} self-attention calls sparse"
+        method = f"{self.method} ({self.adapter})" if self.adapter else self.method
+        text = f"RoPeSLR {method} on {self.model}: {self.sparse_calls} of {total} self-attention calls sparse"
         if self.sparse_calls:
             text += f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, "
-            text += f"{self.calibrations} calibrated)"
+            text += f"{self.calibrations} {'searched' if self.method == 'adaspa' else 'calibrated'}"
+            text += f", recall {self.recall:.3f})" if self.recall is not None else ")"
         text += f", attention FLOPs saved {100 * self.flops_saved:.1f} %"
         if dense:
             text += "; dense: " + ", ".join(f"{n} {why}" for why, n in sorted(self.dense_calls.items()))
@@ -82,6 +86,8 @@ class Tally:
     dense_flops: float = 0.0
     spent_flops: float = 0.0
     calibrations: int = 0
+    recall: float = 0.0                     # the sum over the calls that measured it
+    measured: int = 0
     model_calls: int = 0
     backend: str = ""
 
@@ -92,6 +98,9 @@ class Tally:
         self.dense_flops += cost.dense
         self.spent_flops += cost.total
         self.calibrations += cost.calibration > 0
+        if cost.recall is not None:
+            self.recall += cost.recall
+            self.measured += 1
 
     def dense(self, reason: str, flops: float) -> None:
         self.dense_calls[reason] += 1

@@ -9,8 +9,9 @@ from collections.abc import Hashable
 
 import torch
 
-from ...attention import AttentionRun, SparsePlan, TokenLayout
+from ...attention import AttentionRun, LayerInputs, SparsePlan, TokenLayout
 from ...attention.accounting import dense_flops
+from ...attention.adapters import Adapter
 from ...attention.plan import BLOCK
 from ...attention.schedule import StepSchedule
 from ...kernels import ops
@@ -39,12 +40,13 @@ class SamplingRun:
 
     def __init__(
         self, plan: SparsePlan, facts: ModelFacts, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object,
-        already_said: set[str],
+        already_said: set[str], adapter: Adapter | None = None,
     ) -> None:
-        self.plan = plan
+        self.attention = AttentionRun(plan, adapter)
+        self.plan = plan = self.attention.plan
+        self.adapter = adapter
         self.facts = facts
         self.schedule = _schedule(plan, noise, sigmas, model_sampling)
-        self.attention = AttentionRun(plan)
         self.tally = Tally()
         self.already_said = already_said
         self.started = time.perf_counter()
@@ -70,7 +72,13 @@ class SamplingRun:
         """Why a whole model call stays dense; None where its layers may be sparse."""
         if self.plan.backend == "dense":
             return BACKEND_DENSE
-        return self.schedule.dense_reason(sigma)
+        place = self.schedule.before + self.schedule.step(sigma)
+        return self.schedule.dense_reason(sigma) or self.attention.method.dense_reason(place, self.schedule.whole_steps)
+
+    def input_reason(self, inputs: LayerInputs) -> str | None:
+        """Why a call stays dense for want of what an adapter needs."""
+        missing = self.attention.missing(inputs)
+        return missing and f"{missing} (is the layer's self-attention replaced by another node?)"
 
     def layer_reason(
         self, layer: int, tokens: int, grid: tuple[int, int, int] | None, mask: bool, head_width: int, heads: int,
@@ -95,12 +103,16 @@ class SamplingRun:
         return (NOTHING_TO_SKIP if self.plan.kept_blocks(blocks) >= blocks else None), True
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, step: int,
-        conditioning: tuple[tuple[Hashable, int], ...], scale: float | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, sigma: float,
+        conditioning: tuple[tuple[Hashable, int], ...], part: int, scale: float | None, inputs: LayerInputs,
     ) -> torch.Tensor:
         """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
-        layout = TokenLayout(grid, order=self.plan.resolved_order)
-        out, cost = self.attention.attend(q, k, v, layout, layer, step, conditioning, scale)
+        layout = TokenLayout(grid, order=self.plan.block_order)
+        schedule = self.schedule
+        out, cost = self.attention.attend(
+            q, k, v, layout, layer, schedule.before + schedule.step(sigma), conditioning, scale, schedule.whole_steps,
+            sigma, inputs, part,
+        )
         backend, why = ops.backend_for(q, self.plan.backend, BLOCK)
         if backend == "pytorch" and q.device.type != "cpu" and self.plan.backend == "auto":
             self.say_once(
@@ -130,12 +142,14 @@ class SamplingRun:
         """The run in numbers."""
         tally = self.tally
         return RunReport(
-            model=self.facts.name, method=self.plan.resolved_method, sparsity=self.plan.sparsity,
-            block_order=self.plan.resolved_order, backend=tally.backend, sparse_calls=tally.sparse_calls,
+            model=self.facts.name, method=self.plan.method, adapter=self.adapter.name if self.adapter else "",
+            sparsity=self.plan.sparsity, block_order=self.plan.block_order, backend=tally.backend,
+            sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls), other_calls=dict(tally.other_calls),
             density=tally.density / tally.sparse_calls if tally.sparse_calls else 1.0,
             dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,
-            calibrations=tally.calibrations, model_calls=tally.model_calls,
+            recall=tally.recall / tally.measured if tally.measured else None, calibrations=tally.calibrations,
+            model_calls=tally.model_calls,
             seconds=time.perf_counter() - self.started, completed=completed,
         )
 
@@ -143,7 +157,8 @@ class SamplingRun:
 def _schedule(plan: SparsePlan, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object) -> StepSchedule:
     levels = [float(s) for s in sigmas]
     before, after = steps_outside(
-        levels, adds_noise(noise), model_sampling, plan.dense_first_steps > 0, plan.dense_last_steps > 0
+        levels, adds_noise(noise), model_sampling, plan.dense_first_steps > 0 or plan.method == "adaspa",
+        plan.dense_last_steps > 0 or plan.method == "adaspa",
     )
     return StepSchedule(
         tuple(levels),

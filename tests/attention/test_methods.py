@@ -122,7 +122,7 @@ def test_calibration_solves_its_normal_equations():
     sparse_lse, v_mean, cov = noise(1, 1, rows), noise(1, 1, width), noise(1, 1, width, width)
     tail, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
     found = module.calibrate(
-        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0, 0.25), 0.25
+        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0.25), 0.25
     )
     odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
     estimate = (tail - sparse_lse).flatten()
@@ -146,7 +146,7 @@ def test_calibration_solves_its_normal_equations():
 def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
     module = load(".attention.methods.calibration")
     cov = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    start = module.untrained(cov, 0, 8**-0.5)
+    start = module.untrained(cov, 8**-0.5)
     vectors, numbers = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     rows = [vectors, vectors, numbers, vectors, numbers, numbers]
     broken = cov.clone()
@@ -164,7 +164,7 @@ def test_one_sharp_row_does_not_end_a_calibration():
     lse = torch.rand(1, 1, 40, generator=generator) + 0.1
     lse[..., 0] = 90.0
     rows = module.ExactRows(q, out, lse, sparse, torch.zeros(1, 1, 40), torch.randn(1, 1, 40, generator=generator))
-    start = module.untrained(cov, 0, 0.25)
+    start = module.untrained(cov, 0.25)
     found = module.calibrate(rows, torch.zeros(1, 1, 16), cov, start, 0.25)
     assert all(torch.isfinite(each).all() for each in found[:3])
     assert not torch.equal(found.gate_b, start.gate_b) and not torch.equal(found.beta, start.beta)

@@ -14,7 +14,7 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     ("sparsity", 1.5, "sparsity is 1.5; it must be from 0.0 to 0.98"),
     ("sparsity", float("nan"), "sparsity is nan"),
     ("rank", -2, "rank is -2; it must be from 0 to 128"),
-    ("dense_first_steps", -1, "dense_first_steps is -1; it must be 0 or more"),
+    ("dense_first_steps", -2, "dense_first_steps is -2; it must be -1 or more"),
     ("calibrate", "sometimes", "calibrate is 'sometimes'"),
     ("calibrate_rows", 0, "calibrate_rows is 0"),
     ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, triton, pytorch, dense"),

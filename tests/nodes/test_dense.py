@@ -99,7 +99,7 @@ class Calls:
 
     def __init__(self, **settings):
         patching = {name: comfy_host.module(f".nodes.patching.{name}") for name in ("override", "sampling_run")}
-        plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, **settings)
+        plan = comfy_host.module(".attention").SparsePlan(**(dict(min_tokens=64, dense_first_steps=0) | settings))
         model = load_model("tiny_wan21_t2v")
         facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
         self.run = patching["sampling_run"].SamplingRun(

@@ -12,7 +12,7 @@ NODE = "RoPeSLRSparseAttention"
 INPUTS = [
     "model", "adapter", "method", "sparsity", "rank", "start_percent", "end_percent", "dense_first_steps",
     "dense_last_steps", "dense_layers", "calibrate", "calibrate_rows", "backend", "block_order", "min_tokens",
-    "keep_diagonal", "keep_first_frame", "strict", "verbose",
+    "keep_diagonal", "keep_first_frame", "strict", "verbose", "sla_variant",
 ]
 
 
@@ -34,9 +34,7 @@ def test_every_option_of_the_plan_is_an_input_and_the_defaults_agree():
     inputs = {each.id: each for each in schema().inputs}
     assert set(fields) == set(inputs) - {"model", "adapter"}
     different = {name for name in fields if getattr(inputs[name], "default", None) != fields[name]}
-    # The plan is a list of layers and starts sparse at once; the node takes text and keeps the first step dense.
-    assert different == {"dense_layers", "dense_first_steps"}
-    assert inputs["dense_first_steps"].default == 1
+    assert different == {"dense_layers"}                                      # the plan holds numbers, the node text
 
 
 def prompt(**inputs):
@@ -100,7 +98,6 @@ def test_bad_input_is_refused_before_the_run_with_found_and_expected(inputs, say
     (dict(sparsity=1.5), "sparsity is 1.5; it must be from 0.0 to 0.98"),
     (dict(dense_layers="0,x,9-"), "'x', '9-' cannot be read"),
     (dict(start_percent=0.6, end_percent=0.3), "the window ends before it starts"),
-    (dict(adapter=object()), "no adapters yet; disconnect"),
 ])
 def test_the_node_itself_refuses_what_validation_did_not_see(inputs, says):
     """Linked inputs and direct calls come past the prompt's validation."""
@@ -147,7 +144,7 @@ def test_the_report_is_sent_to_the_browser_that_queued_the_run(monkeypatch):
 
     monkeypatch.setattr(server.PromptServer, "instance", Instance, raising=False)
     patching = comfy_host.module(".nodes.patching")
-    plan = comfy_host.module(".attention").SparsePlan(min_tokens=64)
+    plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, dense_first_steps=0)
     patched = patching.install(load_model("tiny_wan21_t2v"), plan, node_id="12:7")
     sample(patched)
     ((event, detail, client),) = sent
@@ -166,7 +163,7 @@ def test_a_browser_that_is_gone_does_not_end_the_run(monkeypatch):
             raise ConnectionError
 
     monkeypatch.setattr(server.PromptServer, "instance", Instance, raising=False)
-    plan = comfy_host.module(".attention").SparsePlan(min_tokens=64)
+    plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, dense_first_steps=0)
     patched = comfy_host.module(".nodes.patching").install(load_model("tiny_wan21_t2v"), plan, node_id="1")
     assert sample(patched) is not None and report(patched).completed
 

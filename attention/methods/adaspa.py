@@ -1,0 +1,151 @@
+"""AdaSpa: exact search of the blocks that hold the softmax mass, a few times a run; between searches the mask stands.
+
+    search   W_ij = sum over block (i, j) of exp(q k^T / sqrt D - LSE); a row keeps the blocks of largest W
+    recall   of a head = kept mass / all mass, at the sparsity s
+    heads    n = min(#heads with recall > 0.8, H // 2): the n of highest recall get the sparsity (1 + s) / 2, the n of
+             lowest (3 s - 1) / 2, the others s, so that the mean stays s; for s < 1/3 all get s
+    when     steps before the first search, at 0.2 of the schedule, are dense; that step is dense and searches; at 0.6
+             a second search reuses the first one's LSE (one pass instead of two). Runs of up to 8 steps search at their
+             first step and no more: a second search would cost them half a dense step.
+
+Masks and LSE belong to one layer, one conditioning, one context window, one shape, one run; a
+call that finds none is dense and searches.
+Masks are kept as bits, the LSE in half precision. Source: AdaSpa (arXiv 2502.21079); no public code, written from the
+paper; the guard H // 2 and the few-step rule are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels import ops
+from ..accounting import search_flops
+from ..layout import TokenLayout
+from ..plan import SparsePlan
+from .base import LayerCall, Method, VideoOutput
+
+FIRST, SECOND = 0.2, 0.6                    # of the steps
+FEW_STEPS = 8
+GOOD_RECALL = 0.8
+HALF_MAX = 6e4                              # an LSE beyond half precision would become infinite
+BEFORE_SEARCH = "before AdaSpa's first search"
+
+
+class Found(NamedTuple):
+    """What one search leaves behind, batch rows in front."""
+
+    bits: Tensor                            # (B, H, Nq, words) int32
+    lse: Tensor                             # (B, H, Lq) float16, of the last dense pass
+    longest: int                            # the most blocks that a row keeps
+    density: float
+    step: int                               # of the search
+
+
+class AdaSpa(Method):
+    """Remembers masks by layer, conditioning, part of the video, and layout."""
+
+    def __init__(self, plan: SparsePlan) -> None:
+        self.plan = plan
+        self.memory: dict[tuple[Hashable, Hashable, Hashable, TokenLayout], Found] = {}
+
+    def dense_reason(self, step: int, steps: int) -> str | None:
+        """See `Method.dense_reason`."""
+        return BEFORE_SEARCH if step < search_steps(steps)[0] else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
+        """See `Method.attend`."""
+        known = self._recall(call)
+        batch, heads, tokens, width = q.shape
+        if known is None:
+            out, lse = ops.dense_attention(q, k, v, call.scale, call.backend)
+            found, recall = self._search(q, k, lse, call)
+            self._remember(found, lse.clamp(-HALF_MAX, HALF_MAX).half(), call)
+            cost = batch * search_flops(k.shape[2], width, heads)
+            return VideoOutput(out, 1.0, 0.0, cost, recall)
+        cost, recall = 0.0, None
+        if any(step > known.step and call.step >= step for step in search_steps(call.steps)[1:]):
+            found, recall = self._search(q, k, known.lse.float(), call)
+            self._remember(found, known.lse, call)
+            known, cost = self._recall(call), batch * search_flops(k.shape[2], width, heads)
+        blocks = call.tables.keys.shape[0]
+        indices, counts = ops.lists_from_bits(known.bits, blocks, known.longest, call.backend)
+        out, _ = ops.block_sparse_attention(
+            q, k, v, call.tables.video, call.tables.keys, indices, counts, scale=call.scale, backend=call.backend,
+            trusted=True,
+        )
+        return VideoOutput(out, known.density, 0.0, cost, recall)
+
+    def _search(self, q: Tensor, k: Tensor, lse: Tensor, call: LayerCall) -> tuple[Found, float]:
+        """Masks of the best blocks, heads sharing the work by their recall: -> Found without its LSE, mean recall."""
+        tables = call.tables
+        blocks = tables.video.shape[0]
+        sparsities = head_sparsities(self.plan.sparsity)
+        keeps = [_kept(sparsity, blocks) for sparsity in sparsities]
+        bits, recall = ops.block_mass(
+            q, k, lse, tables.video, tables.keys, keeps, tables.forced, call.scale, call.backend
+        )
+        recall = recall.float().nan_to_num(0.0, 0.0, 0.0)
+        choice = choose(recall[..., len(keeps) // 2])
+        if len(keeps) == 1:
+            choice = torch.zeros_like(choice)
+        picked = choice[:, :, None, None, None].expand(-1, -1, 1, *bits.shape[3:])
+        bits = bits.gather(2, picked).squeeze(2)
+        recall = recall.gather(2, choice[..., None]).mean().item()
+        of_level = torch.tensor([tables.density(keep) for keep in keeps], dtype=torch.float64)
+        density = of_level[choice.cpu()].mean().item()
+        longest = min(tables.keys.shape[0], max(keeps) + int(tables.forced_counts.max()))
+        return Found(bits, lse, longest, density, call.step), recall
+
+    def _recall(self, call: LayerCall) -> Found | None:
+        """What is known for all conditionings of the call; None where any is new or of another batch size."""
+        parts = [self.memory.get((call.layer, key, call.part, call.layout)) for key, _ in call.conditioning]
+        rows = [count for _, count in call.conditioning]
+        if any(part is None for part in parts) or [part.bits.shape[0] for part in parts] != rows:
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        density = sum(part.density * count for part, count in zip(parts, rows)) / sum(rows)
+        return Found(
+            torch.cat([part.bits for part in parts]), torch.cat([part.lse for part in parts]), parts[0].longest,
+            density, min(part.step for part in parts),
+        )
+
+    def _remember(self, found: Found, lse: Tensor, call: LayerCall) -> None:
+        start = 0
+        for key, rows in call.conditioning:
+            own = slice(start, start + rows)
+            # A part of a larger tensor would keep all of it alive.
+            part = found._replace(bits=found.bits[own].clone(), lse=lse[own].clone())
+            self.memory[call.layer, key, call.part, call.layout] = part
+            start += rows
+
+
+def search_steps(steps: int) -> tuple[int, ...]:
+    """The steps of a schedule of so many that search."""
+    if steps <= FEW_STEPS:
+        return (0,)
+    return (math.floor(FIRST * steps), math.floor(SECOND * steps))
+
+
+def head_sparsities(sparsity: float) -> tuple[float, ...]:
+    """The three sparsities that heads share, highest first; one alone where the lowest would be negative."""
+    if sparsity < 1 / 3:
+        return (sparsity,)
+    return ((1 + sparsity) / 2, sparsity, max(0.0, (3 * sparsity - 1) / 2))
+
+
+def choose(recall: Tensor) -> Tensor:
+    """Which of the three sparsities each head gets: recall `(B, H)` -> `(B, H)` int64, 0 = the highest sparsity."""
+    heads = recall.shape[-1]
+    count = (recall > GOOD_RECALL).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
+    rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)    # 0 = the highest recall
+    return 1 - (rank < count).long() + (rank >= heads - count).long()
+
+
+def _kept(sparsity: float, blocks: int) -> int:
+    return max(1, math.floor((1.0 - sparsity) * blocks + 1e-6))

@@ -1,0 +1,100 @@
+"""Load and save adapters: the trained weights of a method, as files in models/ropeslr."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..attention.adapters import read_adapter, write_adapter
+from ..attention.plan import MAX_RANK
+from . import folders
+
+NONE = "none (training-free)"
+AdapterType = io.Custom("ROPESLR_ADAPTER")
+
+
+class RoPeSLRLoadAdapter(io.ComfyNode):
+    """A file of models/ropeslr -> ROPESLR_ADAPTER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RoPeSLRLoadAdapter",
+            display_name="Load RoPeSLR Adapter",
+            category="RoPeSLR",
+            description="Loads trained weights of a sparse-attention method from models/ropeslr. Connect it to RoPeSLR "
+                        "Sparse Attention; the first entry runs without any.",
+            search_aliases=["sparse attention weights"],
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name", options=[NONE, *folder_paths.get_filename_list(folders.ADAPTERS)], default=NONE,
+                    tooltip="Files in models/ropeslr. They hold the facts of their model; one that does not fit yours "
+                            "is refused with a word about what it was made for.",
+                ),
+                io.Int.Input(
+                    "rank", default=0, min=0, max=MAX_RANK, step=2,
+                    tooltip="Use this many of the adapter's features; 0 = all. The rank of RoPeSLR Sparse Attention, "
+                            "where it is not 0, counts instead.",
+                ),
+            ],
+            outputs=[AdapterType.Output(display_name="adapter")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name, rank=0) -> str:
+        """A file that was written anew is loaded anew."""
+        if adapter_name == NONE:
+            return NONE
+        path = folder_paths.get_full_path(folders.ADAPTERS, adapter_name)
+        return f"{adapter_name} {rank} {os.stat(path).st_mtime_ns if path else 'missing'}"
+
+    @classmethod
+    def execute(cls, adapter_name, rank=0) -> io.NodeOutput:
+        """Read and check the file."""
+        if adapter_name == NONE:
+            return io.NodeOutput(None)
+        adapter = read_adapter(folder_paths.get_full_path_or_raise(folders.ADAPTERS, adapter_name))
+        return io.NodeOutput(replace(adapter, use_rank=rank))
+
+
+class RoPeSLRSaveAdapter(io.ComfyNode):
+    """ROPESLR_ADAPTER -> a file of models/ropeslr."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RoPeSLRSaveAdapter",
+            display_name="Save RoPeSLR Adapter",
+            category="RoPeSLR",
+            description="Writes an adapter to models/ropeslr, where Load RoPeSLR Adapter finds it. A file that is "
+                        "there already is never overwritten: the new one gets a number.",
+            inputs=[
+                AdapterType.Input("adapter", tooltip="What Load Sparse Checkpoint or a training node gives."),
+                io.String.Input(
+                    "name", default="adapter",
+                    tooltip="File name without ending, in models/ropeslr; a subfolder is allowed: wan/my-adapter.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name=None) -> bool | str:
+        """Refuse a name that could not be written, before anything runs."""
+        try:
+            folders.free_path(folders.ADAPTERS, name if name is not None else "adapter")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, adapter, name) -> io.NodeOutput:
+        """Write the file whole or not at all."""
+        if adapter is None:
+            raise ValueError("There is no adapter to save: the adapter input holds 'none (training-free)'.")
+        path = write_adapter(adapter, folders.free_path(folders.ADAPTERS, name))
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))

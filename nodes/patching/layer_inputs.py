@@ -1,0 +1,72 @@
+"""What an attention layer is given besides q, k, v: its hidden state and the model's RoPE, seen by forward pre-hooks.
+
+Attention itself shows neither: q and k arrive projected and rotated. The hooks live for one sampling run, only where an
+adapter needs them, and hold nothing themselves: they write into the model call that is under way, if there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ...attention import LayerInputs, Positions
+from .recognise import unwrap
+
+CALL = "ropeslr_call"
+
+
+class EnteringLayer:
+    """The hidden state and RoPE that the layer under way was called with; taken once, by its attention."""
+
+    def __init__(self) -> None:
+        self._x: torch.Tensor | None = None
+        self._rope: torch.Tensor | None = None
+        self._read: tuple[torch.Tensor, Positions | None] | None = None     # of the last layer: all share one RoPE
+
+    def enter(self, x: torch.Tensor, rope: torch.Tensor | None) -> None:
+        self._x, self._rope = x, rope
+
+    def take(self, batch: int, tokens: int, device: torch.device) -> LayerInputs:
+        """What was seen, if it belongs to an attention of so many tokens; a second call sees nothing."""
+        x, rope, self._x, self._rope = self._x, self._rope, None, None
+        if x is None or x.shape[:2] != (batch, tokens) or x.device != device:
+            return LayerInputs()
+        if self._read is None or self._read[0] is not rope:
+            self._read = (rope, read_positions(rope, tokens))
+        return LayerInputs(x, self._read[1])
+
+
+def read_positions(rope: torch.Tensor | None, tokens: int) -> Positions | None:
+    """cos and sin of ComfyUI's rotation matrices `(1, L, 1, D/2, 2, 2)`; None for any other form."""
+    if not isinstance(rope, torch.Tensor) or rope.ndim != 6 or rope.shape[-2:] != (2, 2):
+        return None
+    if rope.shape[0] != 1 or rope.shape[1] != tokens or rope.shape[2] != 1:
+        return None
+    matrices = rope[0, :, 0].float()
+    return Positions(matrices[..., 0, 0].contiguous(), matrices[..., 1, 0].contiguous())
+
+
+@torch.compiler.disable
+def note_inputs(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a self-attention module, called with (x, rope, transformer_options=...)."""
+    options = kwargs.get("transformer_options")
+    call = options.get(CALL) if isinstance(options, dict) else None
+    if call is not None and args:
+        call.entering.enter(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))
+
+
+@contextlib.contextmanager
+def watching(diffusion_model: torch.nn.Module, needed: bool) -> Iterator[None]:
+    """Hook every self-attention of a model for the length of a `with` block; nothing is left behind."""
+    handles = []
+    try:
+        for block in getattr(unwrap(diffusion_model), "blocks", ()) if needed else ():
+            attention = getattr(unwrap(block), "self_attn", None)
+            if isinstance(attention, torch.nn.Module):
+                handles.append(unwrap(attention).register_forward_pre_hook(note_inputs, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
