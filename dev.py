@@ -1,8 +1,13 @@
-"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels`. Standard library only.
+"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels | inspect | convert`.
+
+Standard library only.
 
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
     kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
+    inspect FILE    say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it
+    convert FILE    write a released checkpoint as .safetensors in ComfyUI's layout; --out NAME, --adapter NAME for the
+                    sparse weights alone. These two need no ComfyUI, and use the Python that runs them if it has torch
 
 The first run downloads several hundred MB and needs a few minutes. Everything that is kept lies in a cache outside
 this tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -48,10 +54,11 @@ class SetupError(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("demo", "test", "kernels"))
+    commands = {"demo": demo, "test": test, "kernels": kernels, "inspect": inspect, "convert": convert}
+    parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()
     try:
-        return {"demo": demo, "test": test, "kernels": kernels}[arguments.command](rest)
+        return commands[arguments.command](rest)
     except SetupError as error:
         print(f"\ndev.py: {error}", file=sys.stderr)
         return 1
@@ -99,6 +106,52 @@ def kernels(rest: list[str]) -> int:
             output.seek(0)
             say(f"{name}, Triton {version}:\n{output.read().decode(errors='replace')}")
     return code
+
+
+def inspect(rest: list[str]) -> int:
+    """Print what a file holds."""
+    parser = argparse.ArgumentParser(prog="dev.py inspect")
+    parser.add_argument("file")
+    return with_adapters(rest, parser, lambda adapters, options: print("\n".join(adapters.describe(options.file))))
+
+
+def convert(rest: list[str]) -> int:
+    """Write a released checkpoint in ComfyUI's layout."""
+    parser = argparse.ArgumentParser(prog="dev.py convert")
+    parser.add_argument("file")
+    parser.add_argument("--out", help="by default the file's name with -comfyui.safetensors behind, beside it")
+    parser.add_argument("--adapter", help="also write the sparse weights alone to this .safetensors")
+
+    def run(adapters, options) -> None:
+        out = Path(options.out or Path(options.file).with_suffix("").as_posix() + "-comfyui.safetensors")
+        for target in filter(None, (str(out), options.adapter)):
+            if Path(target).suffix != ".safetensors":
+                raise SetupError(f"{target} must end in .safetensors.")
+            if Path(target).exists():
+                raise SetupError(f"{target} exists already; name another with --out or --adapter, or move it away.")
+        print(f"wrote {adapters.convert(options.file, out, options.adapter)}")
+        if options.adapter:
+            print(f"wrote {options.adapter}")
+
+    return with_adapters(rest, parser, run)
+
+
+def with_adapters(rest: list[str], parser: argparse.ArgumentParser, run) -> int:
+    """Call run(the pack's adapters module, options); under the test environment's Python where this one lacks torch."""
+    options = parser.parse_args(rest)
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
+        say("this Python has no torch; using the test environment's")
+        return subprocess.call([str(environment()), str(ROOT / "dev.py"), parser.prog.split()[-1], *rest])
+    spec = importlib.util.spec_from_file_location(
+        "ropeslr", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["ropeslr"] = importlib.util.module_from_spec(spec)
+    adapters = importlib.import_module("ropeslr.attention.adapters")
+    try:
+        run(adapters, options)
+    except adapters.AdapterError as error:
+        raise SetupError(str(error)) from None
+    return 0
 
 
 def triton(python: Path, version: str) -> Path:

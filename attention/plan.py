@@ -98,7 +98,12 @@ class SparsePlan:
 
     def kept_blocks(self, blocks: int) -> int:
         """Key blocks that each row keeps by score, out of `blocks`."""
-        return max(1, math.floor((1.0 - self.sparsity) * blocks + 1e-6))      # 1 - 0.9 is a little less than 0.1
+        return kept_blocks(self.sparsity, blocks)
+
+
+def kept_blocks(sparsity: float, blocks: int) -> int:
+    """Key blocks that a row keeps out of `blocks`: at least one."""
+    return max(1, math.floor((1.0 - sparsity) * blocks + 1e-6))               # 1 - 0.9 is a little less than 0.1
 
 
 def parse_layers(text: str) -> frozenset[int]:

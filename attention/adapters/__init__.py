@@ -5,11 +5,13 @@
     adapter, backbone = checkpoint.adapter(), checkpoint.backbone()
 """
 
+from .describe import describe
 from .files import read_adapter, write_adapter
 from .foreign import Checkpoint, convert, open_checkpoint
 from .format import Adapter, AdapterError, AdapterInfo, check_model, layer_name
+from .importance import order_features
 
 __all__ = [
-    "Adapter", "AdapterError", "AdapterInfo", "Checkpoint", "check_model", "convert", "layer_name", "open_checkpoint",
-    "read_adapter", "write_adapter",
+    "Adapter", "AdapterError", "AdapterInfo", "Checkpoint", "check_model", "convert", "describe", "layer_name",
+    "open_checkpoint", "order_features", "read_adapter", "write_adapter",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -43,6 +43,15 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike) -> Path:
     return write_safetensors(tensors, path, adapter.info.header())
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a file claims to be one of ours; False also where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of a file."""
     if not path.is_file():
@@ -57,8 +66,7 @@ def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, str], d
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> Path:
     """Write beside the target under another name, then move: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=path.stem + ".", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial")
     try:
         save_file(dict(tensors), partial, dict(header or {}))
         os.replace(partial, path)

@@ -67,7 +67,7 @@ class AdapterInfo:
     pe_grid: tuple[int, ...] = ()
     noise_levels: tuple[float, ...] = ()
     fusion: str = "mass"
-    created_by: str = ""
+    created_by: str = "ComfyUI-RoPeSLR"
     source: str = ""
 
     def __post_init__(self) -> None:

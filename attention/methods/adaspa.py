@@ -26,7 +26,7 @@ from torch import Tensor
 from ...kernels import ops
 from ..accounting import search_flops
 from ..layout import TokenLayout
-from ..plan import SparsePlan
+from ..plan import SparsePlan, kept_blocks
 from .base import LayerCall, Method, VideoOutput
 
 FIRST, SECOND = 0.2, 0.6                    # of the steps
@@ -85,7 +85,7 @@ class AdaSpa(Method):
         tables = call.tables
         blocks = tables.video.shape[0]
         sparsities = head_sparsities(self.plan.sparsity)
-        keeps = [_kept(sparsity, blocks) for sparsity in sparsities]
+        keeps = [kept_blocks(sparsity, blocks) for sparsity in sparsities]
         bits, recall = ops.block_mass(
             q, k, lse, tables.video, tables.keys, keeps, tables.forced, call.scale, call.backend
         )
@@ -145,7 +145,3 @@ def choose(recall: Tensor) -> Tensor:
     count = (recall > GOOD_RECALL).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)    # 0 = the highest recall
     return 1 - (rank < count).long() + (rank >= heads - count).long()
-
-
-def _kept(sparsity: float, blocks: int) -> int:
-    return max(1, math.floor((1.0 - sparsity) * blocks + 1e-6))

@@ -1,7 +1,7 @@
 """Checkpoints as they were released, made up: real key names, shapes, dtypes and quirks, random weights.
 
-A SparkWan file is a Wan model with RoLA's four tensors in each self-attention, a TurboWan file one with SLA's two; their
-patch embedding is a matrix, and names may stand behind `net.` or `net_ema.`.
+A SparkWan file is a Wan model with RoLA's four tensors in each self-attention, a TurboWan file one with SLA's two. The
+patch embedding is a matrix there, and names may stand behind `net.` or `net_ema.`.
 """
 
 from __future__ import annotations
@@ -111,15 +111,11 @@ def save(weights: dict[str, Tensor], path: Path, prefix: str = "", wrap: str | N
     return path
 
 
-def sparkwan(path: Path, dim: int = 256, layers: int = 2, prefix: str = "net.", wrap: str | None = None, **model) -> Path:
-    """A small SparkWan file."""
-    dtype = model.get("dtype", torch.bfloat16)
-    weights = wan_weights(dim, layers, 2 * dim, **model) | rola_weights(dim, layers, dtype=dtype)
-    return save(weights, path, prefix, wrap)
+def sparkwan(dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model) -> dict[str, Tensor]:
+    """The weights of a small SparkWan file."""
+    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | rola_weights(dim, layers, dtype=dtype)
 
 
-def turbowan(path: Path, dim: int = 256, layers: int = 2, prefix: str = "", quant: bool = False, **model) -> Path:
-    """A small TurboWan file."""
-    dtype = model.get("dtype", torch.bfloat16)
-    weights = wan_weights(dim, layers, 2 * dim, **model) | sla_weights(layers, dtype=dtype)
-    return save(quantised(weights) if quant else weights, path, prefix)
+def turbowan(dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model) -> dict[str, Tensor]:
+    """The weights of a small TurboWan file."""
+    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | sla_weights(layers, dtype=dtype)
