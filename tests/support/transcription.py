@@ -348,7 +348,7 @@ def ropeslr(
     gate_x = torch.zeros(heads, tokens, dtype=torch.float64)
     if "gate_w" in weights:
         gate_x = _gate_input(x, weights["gate_w"], heads)
-    branch = _low_rank_branch(q, k, v, angles, grid, weights, act, pe, pe_grid, rank)
+    branch = low_rank_branch(q, k, v, angles, grid, weights, act, pe, pe_grid, rank)
     turned_q, turned_k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
     for h in range(heads):
@@ -494,7 +494,7 @@ def _strongest_pairs(beta: Tensor, c_matrix: Tensor, rank: int) -> Tensor:
     return cut
 
 
-def _low_rank_branch(
+def low_rank_branch(
     q: Tensor,
     k: Tensor,
     v: Tensor,

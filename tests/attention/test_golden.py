@@ -1,0 +1,245 @@
+"""Every method against the slow float64 transcription of its formulas: 1e-5 in float32, 1e-2 in bfloat16."""
+
+import pytest
+import torch
+import transcription as golden
+from adapters import SHAPES, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
+from fields import relative_error
+from pack_loader import load
+
+attention = load(".attention")
+positions = load(".attention.positions")
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+GRID, HEADS = (4, 6, 9), 3                  # 216 tokens: three blocks and a short one
+DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=["float32", "bfloat16"])
+ORDERS = pytest.mark.parametrize("order", ["cube", "raster"])
+
+
+class Case:
+    """Rotated q and k in a dtype, exactly the float64 ones that the transcription rotates; and everything around."""
+
+    def __init__(self, dtype, width=128, order="cube", grid=GRID, heads=HEADS, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = grid[0] * grid[1] * grid[2]
+        self.grid, self.dtype, self.heads = grid, dtype, heads
+        self.angles = golden.wan_angles(grid, width)
+        place = torch.stack(torch.meshgrid(*(torch.linspace(0, 3, n) for n in grid), indexing="ij"), -1).view(-1, 3)
+
+        def field():
+            phase = torch.rand(heads * width, generator=generator)
+            waves = torch.sin(place @ torch.randn(3, heads * width, generator=generator) + phase)
+            noise = 0.4 * torch.randn(tokens, heads * width, generator=generator)
+            return (waves + noise).unflatten(-1, (heads, width)).transpose(0, 1).double()
+
+        shared = torch.randn(heads, 1, width, generator=generator).double()
+        rotated = [golden.rotate(1.2 * (field() + shared), self.angles).to(dtype) for _ in range(2)]
+        self.q_hat, self.k_hat = (each[None] for each in rotated)
+        self.q, self.k = (golden.rotate(each.double(), -self.angles) for each in rotated)
+        self.v_hat = field().to(dtype)[None]
+        self.v = self.v_hat[0].double()
+        self.x_hat = layer_x(tokens, heads * width, dtype)
+        self.x = self.x_hat[0].double()
+        self.layout = attention.TokenLayout(grid, order=order)
+        table = self.layout.tables(False, False).video
+        self.blocks = [[int(token) for token in row if token >= 0] for row in table]
+        rope = positions.Positions(*(part.float() for part in (self.angles.cos(), self.angles.sin())))
+        self.inputs = attention.LayerInputs(self.x_hat, rope)
+
+    @property
+    def tensors(self):
+        """What every function of the transcription takes first."""
+        return self.q, self.k, self.v
+
+    def attend(self, adapter=None, noise=None, **plan):
+        run = attention.AttentionRun(attention.SparsePlan(**plan), adapter)
+        out, cost = run.attend(
+            self.q_hat, self.k_hat, self.v_hat, self.layout, inputs=self.inputs if adapter else attention.LayerInputs(),
+            noise=noise,
+        )
+        assert out.dtype == self.dtype
+        return out[0].double(), cost
+
+    def check(self, found, expected):
+        assert relative_error(found, expected) < LIMITS[self.dtype]
+
+
+@DTYPES
+@ORDERS
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_top_k(dtype, order, tail, sparsity):
+    case = Case(dtype, order=order)
+    found, _ = case.attend(method="top-k" if tail else "top-k plain", sparsity=sparsity)
+    case.check(found, golden.top_k(*case.tensors, case.angles, case.blocks, 1 - sparsity, tail))
+
+
+@DTYPES
+@ORDERS
+@pytest.mark.parametrize("rank", [0, 32])
+def test_ropeslr_untrained_and_uncalibrated(dtype, order, rank):
+    case = Case(dtype, order=order)
+    found, _ = case.attend(method="ropeslr", sparsity=0.5, calibrate="off", rank=rank)
+    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {}, rank=rank))
+
+
+@DTYPES
+@ORDERS
+def test_ropeslr_calibrated(dtype, order):
+    """Every token is a calibration row here, so that both know the same rows."""
+    case = Case(dtype, order=order)
+    tokens, width = case.q.shape[1:]
+    start = {
+        "gate_c": torch.ones(HEADS), "gate_b": torch.zeros(HEADS), "gate_x": None, "branch": None,
+        "beta": torch.full((HEADS, width // 2), width**-0.5),
+    }
+    rows = list(range(tokens))
+    values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, rows, start)
+    assert values["beta"].abs().max() < 4 * width**-0.5                       # beyond that the method clamps
+    found, cost = case.attend(method="ropeslr", sparsity=0.5, calibrate_rows=tokens)
+    assert cost.calibration > 0
+    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, values))
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [48, 128])
+@pytest.mark.parametrize("act", ["softmax", "elu"])
+@pytest.mark.parametrize("pe", ["none", "fourier", "table"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_ropeslr_trained(dtype, width, act, pe, rank):
+    case = Case(dtype, width=width)
+    adapter = ropeslr_adapter(1, HEADS, width, rank=24, act=act, pe=pe)
+    found, _ = case.attend(adapter, sparsity=0.5, rank=rank)
+    case.check(found, golden.ropeslr(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter), act=act, pe=pe,
+        pe_grid=adapter.info.pe_grid or None, rank=rank,
+    ))
+
+
+@pytest.mark.parametrize("missing", SHAPES)
+def test_ropeslr_without_one_of_its_tensors_uses_the_initial_value(missing):
+    if missing in ("a_q", "a_k", "eta", "pe_q", "pe_k"):
+        missing = {"a_q", "a_k", "eta", "pe_q", "pe_k"}
+    adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe="none", without=missing)
+    case = Case(torch.float32)
+    found, _ = case.attend(adapter, sparsity=0.5)
+    case.check(found, golden.ropeslr(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter)
+    ))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.25, 0.4, 0.95, 1.0])
+def test_noise_bins_are_interpolated(noise):
+    levels = (0.1, 0.4, 0.9)
+    adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe="none", noise_levels=levels)
+    case = Case(torch.float32)
+    weights = dict(single(adapter))
+    for name in ("beta", "gate_c", "gate_b"):
+        assert weights[name].shape[0] == 3
+        weights[name] = golden.interpolate_noise(weights[name].double(), list(levels), noise)
+    found, _ = case.attend(adapter, noise=noise, sparsity=0.5)
+    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, weights))
+
+
+@DTYPES
+@pytest.mark.parametrize("pe", ["none", "fourier"])
+def test_calibration_on_top_of_an_adapter(dtype, pe):
+    case = Case(dtype)
+    tokens = case.q.shape[1]
+    adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe=pe)
+    weights = single(adapter)
+    term = (case.x.view(tokens, HEADS, 128) @ weights["gate_w"].double()).T
+    branch = golden.low_rank_branch(*case.tensors, case.angles, GRID, weights, "softmax", pe, None, 0)
+    start = {name: weights[name].double() for name in ("gate_c", "gate_b", "beta")} | {"gate_x": term, "branch": branch}
+    values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, list(range(tokens)), start)
+    expected = golden.ropeslr(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {**weights, **values}, pe=pe
+    )
+    found, cost = case.attend(adapter, sparsity=0.5, calibrate="on top", calibrate_rows=tokens)
+    assert cost.calibration > 0
+    case.check(found, expected)
+    assert relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3       # it is not the adapter alone
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [48, 128])
+@pytest.mark.parametrize("rank", [64, 24])
+def test_rola(dtype, width, rank):
+    case = Case(dtype, width=width, order="raster")
+    adapter = rola_adapter(1, HEADS, width, rank=rank)
+    weights = single(adapter)
+    found, _ = case.attend(adapter, sparsity=0.5)
+    case.check(found, golden.rola(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
+        weights["gate_b"].flatten(), dtype,
+    ))
+
+
+@DTYPES
+def test_rola_on_less_than_a_block_is_its_low_rank_alone(dtype):
+    case = Case(dtype, order="raster", grid=(1, 6, 8))
+    adapter = rola_adapter(1, HEADS, 128)
+    weights = single(adapter)
+    found, _ = case.attend(adapter, sparsity=0.5)
+    case.check(found, golden.rola(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
+        weights["gate_b"].flatten(), dtype,
+    ))
+
+
+def test_rola_rounds_its_angles_as_the_training_did():
+    """In half precision exact angles would be another function: far places turn by up to half a radian less or more."""
+    case = Case(torch.bfloat16, order="raster", grid=(2, 3, 60), heads=1)
+    adapter = rola_adapter(1, 1, 128, gate=3.0)
+    weights = single(adapter)
+    arguments = (
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
+        weights["gate_b"].flatten(),
+    )
+    rounded = golden.rola(*arguments, torch.bfloat16)
+    found, _ = case.attend(adapter, sparsity=0.5)
+    assert relative_error(found, rounded) < 1e-2
+    exact = positions.rounded_angles(case.inputs.positions, case.grid, torch.float32)
+    half = positions.rounded_angles(case.inputs.positions, case.grid, torch.bfloat16)
+    torch.testing.assert_close(half, case.angles.to(torch.bfloat16).float(), rtol=0, atol=0)
+    torch.testing.assert_close(exact.cos(), case.angles.cos().float(), rtol=0, atol=1e-5)
+    assert (half - case.angles).abs().max() > 0.1
+
+
+@DTYPES
+@pytest.mark.parametrize("pe", ["none", "fourier", "table"])
+def test_ropeslr_in_the_form_rms(dtype, pe):
+    case = Case(dtype)
+    adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe=pe, fusion="rms")
+    found, _ = case.attend(adapter, sparsity=0.5)
+    case.check(found, golden.ropeslr_rms(
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter), pe, adapter.info.pe_grid or None,
+        dtype,
+    ))
+
+
+@DTYPES
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("grid, sparsity", [(GRID, 0.5), ((4, 13, 13), 0.8)])
+def test_sla(dtype, variant, grid, sparsity):
+    case = Case(dtype, order="raster", grid=grid)
+    adapter = sla_adapter(1, HEADS, 128)
+    weights = single(adapter)
+    found, _ = case.attend(adapter, sparsity=sparsity, sla_variant=variant)
+    case.check(found, golden.sla(
+        *case.tensors, case.angles, case.blocks, 1 - sparsity, weights["weight"], weights["bias"], variant
+    ))
+
+
+@DTYPES
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+def test_adaspa(dtype, sparsity):
+    """The first call is dense and searches; the second one uses the masks."""
+    case = Case(dtype, grid=(4, 13, 13))
+    dense, lse = golden.dense(*case.tensors, case.angles)
+    masks, _, _ = golden.adaspa_masks(golden.block_mass(case.q, case.k, case.angles, case.blocks, lse), sparsity)
+    run = attention.AttentionRun(attention.SparsePlan(method="adaspa", sparsity=sparsity))
+    first, cost = run.attend(case.q_hat, case.k_hat, case.v_hat, case.layout, step=10, steps=50)
+    case.check(first[0].double(), dense)
+    assert cost.density == 1.0 and cost.recall is not None
+    second, _ = run.attend(case.q_hat, case.k_hat, case.v_hat, case.layout, step=11, steps=50)
+    case.check(second[0].double(), golden.sparse(*case.tensors, case.angles, case.blocks, masks)[0])

@@ -1,0 +1,86 @@
+"""Adapters with random weights of every method, for tests."""
+
+from __future__ import annotations
+
+import torch
+from pack_loader import load
+from torch import Tensor
+
+adapters = load(".attention.adapters")
+PE_GRID = (3, 5, 7)
+SHAPES = ("beta", "gate_c", "gate_b", "gate_w", "a_q", "a_k", "eta")
+
+
+def ropeslr_adapter(
+    layers: int, heads: int, width: int, rank: int = 24, act: str = "softmax", pe: str = "fourier",
+    fusion: str = "mass", noise_levels: tuple[float, ...] = (), without: str | set = (), seed: int = 3,
+):
+    """Every tensor that a RoPeSLR adapter may have but those in `without`; gates and beta near their initial values."""
+    generator = torch.Generator().manual_seed(seed)
+    without = {without} if isinstance(without, str) else set(without)
+
+    def near(value: float, spread: float, *shape: int) -> Tensor:
+        return value + spread * torch.randn(*shape, generator=generator)
+
+    bins = (len(noise_levels),) if noise_levels else ()
+    contents = {}
+    for i in range(layers):
+        weights = {
+            "beta": near(width**-0.5, 0.4 * width**-0.5, *bins, heads, width // 2),
+            "gate_c": near(1.0, 0.2, *bins, heads), "gate_b": near(0.3, 0.3, *bins, heads),
+            "gate_w": near(0.0, 0.5 * width**-0.5, width),
+            "a_q": near(0.0, width**-0.5, heads, rank, width), "a_k": near(0.0, width**-0.5, heads, rank, width),
+            "eta": near(0.5, 0.1, heads),
+        }
+        for name in ("pe_q", "pe_k") if pe != "none" else ():
+            shape = (heads, sum(PE_GRID), rank) if pe == "table" else (heads, rank, width)
+            weights[name] = near(0.0, 0.1, *shape)
+        if fusion == "rms":
+            weights = {name: weights[name] for name in weights if name not in ("beta", "gate_c", "eta")}
+            weights["gate_b"] = weights["gate_b"] - 1.5
+        contents[f"blocks.{i}.self_attn"] = {name: x for name, x in weights.items() if name not in without}
+    info = adapters.AdapterInfo(
+        "ropeslr", layers, heads, width, rank, act=act, pe=pe, pe_grid=PE_GRID if pe == "table" else (),
+        fusion=fusion, noise_levels=noise_levels, base_model="random", sparsity=0.5,
+    )
+    return adapters.Adapter(info, contents, "random.safetensors")
+
+
+def rola_adapter(layers: int, heads: int, width: int, rank: int = 64, gate: float = -1.0, seed: int = 4):
+    """RoLA's tensors in their released shapes; gate: the mean of the gate's bias."""
+    generator = torch.Generator().manual_seed(seed)
+    contents = {
+        f"blocks.{i}.self_attn": {
+            "a_q": torch.randn(rank, width, generator=generator) * width**-0.5,
+            "a_k": torch.randn(rank, width, generator=generator) * width**-0.5,
+            "gate_w": torch.randn(1, width, generator=generator) * width**-0.5,
+            "gate_b": gate + 0.3 * torch.randn(1, heads, 1, 1, generator=generator),
+        }
+        for i in range(layers)
+    }
+    info = adapters.AdapterInfo("rola", layers, heads, width, rank, block_order="raster", fusion="rms")
+    return adapters.Adapter(info, contents, "rola.safetensors")
+
+
+def sla_adapter(layers: int, heads: int, width: int, size: float = 0.5, seed: int = 5):
+    """SLA's projection, `size` times an orthogonal one in scale."""
+    generator = torch.Generator().manual_seed(seed)
+    contents = {
+        f"blocks.{i}.self_attn": {
+            "weight": size * torch.randn(width, width, generator=generator) * width**-0.5,
+            "bias": 0.05 * size * torch.randn(width, generator=generator),
+        }
+        for i in range(layers)
+    }
+    info = adapters.AdapterInfo("sla", layers, heads, width, 0, block_order="raster")
+    return adapters.Adapter(info, contents, "sla.safetensors")
+
+
+def single(adapter) -> dict[str, Tensor]:
+    """The weights of an adapter's first layer."""
+    return dict(next(iter(adapter.layers.values())))
+
+
+def layer_x(tokens: int, channels: int, dtype: torch.dtype, seed: int = 6) -> Tensor:
+    """A hidden state `(1, L, H*D)`."""
+    return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(seed)).to(dtype)
