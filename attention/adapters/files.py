@@ -68,7 +68,10 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode       # what any new file gets; some versions of safetensors make it private
         save_file(dict(tensors), partial, dict(header or {}))
+        partial.chmod(mode)
         os.replace(partial, path)
     except BaseException:                   # an interruption too must leave nothing behind
         with contextlib.suppress(OSError):

@@ -84,7 +84,7 @@ def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """As in the "-quant" files: every linear layer of the blocks int8, a factor for each 128 x 128 piece."""
     result = {}
     for name, tensor in weights.items():
-        if not (name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2) or "proj_l" in name:
+        if not (name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2) or "proj" in name:
             result[name] = tensor
             continue
         rows, columns = tensor.shape
