@@ -97,7 +97,7 @@ def test_when_it_searches(steps, expected):
         assert (method.dense_reason(step, steps) is not None) == (step < expected[0])
 
 
-def test_a_run_searches_dense_first_then_once_more_with_the_old_lse(monkeypatch):
+def test_a_run_searches_dense_first_then_once_more_without_a_dense_pass(monkeypatch):
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     layout, run = attention.TokenLayout((4, 8, 16)), run_of(0.6)
     dense_calls = []
@@ -107,7 +107,8 @@ def test_a_run_searches_dense_first_then_once_more_with_the_old_lse(monkeypatch)
     assert len(dense_calls) == 1
     assert [step for step, cost in costs.items() if cost.calibration] == [10, 30]
     assert [step for step, cost in costs.items() if cost.density == 1.0] == [10]
-    assert costs[10].calibration == costs[10].dense / 2
+    assert costs[10].calibration == costs[10].dense * (0.5 + costs[11].density)
+    assert costs[30].calibration == costs[30].dense * (0.5 + costs[30].density)
     (found,) = run.method.memory.values()
     assert found.step == 30
 
@@ -164,12 +165,11 @@ def test_the_cache_takes_the_memory_that_the_accounting_says(grid, heads):
     for layer in range(2):
         for key in "ab":
             run.attend(q, k, v, attention.TokenLayout(grid), layer=layer, conditioning=((key, 1),))
-    held = sum(
-        tensor.untyped_storage().nbytes() for found in run.method.memory.values() for tensor in (found.bits, found.lse)
-    )
+    tensors_held = [tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors_held)
     blocks = -(-q.shape[2] // 64)
     assert held == 4 * accounting.mask_cache_bytes(heads, q.shape[2], blocks, blocks)
-    # Wan 14B at 720p: 7.0 MB of bits and 6.0 MB of LSE in each layer and conditioning.
+    # Wan 14B at 720p: 7.0 MB of bits and 6.0 MB of ratios in each layer and conditioning.
     assert accounting.mask_cache_bytes(40, 75_600, 1182, 1182) == 40 * (4 * 1182 * 37 + 2 * 75_600)
 
 
@@ -189,7 +189,7 @@ def test_text_is_always_kept_and_text_rows_are_dense():
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_logits_leave_finite_masks(scale):
-    """An LSE past half precision, or a mass that underflows, must not become NaN."""
+    """A ratio past half precision, or a mass that underflows, must not become NaN."""
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run, layout = run_of(0.6), attention.TokenLayout((4, 8, 16))
     for step in (10, 11, 30, 31):

@@ -3,7 +3,7 @@
 import comfy_host
 import pytest
 import torch
-from sampling import conditioning, load_model, report, sample, sparse
+from sampling import conditioning, load_model, report, sample, sparse, two_experts
 
 
 def test_percent_is_read_when_sampling_and_not_when_patching():
@@ -15,27 +15,6 @@ def test_percent_is_read_when_sampling_and_not_when_patching():
         sample(shifted, steps=8)
         assert report(shifted).dense_calls == {"outside start/end percent": 8}
         assert report(shifted).sparse_calls == 8
-
-
-def two_experts(split, steps=6, high=None, low=None, sampler="euler", scheduler="simple"):
-    """Sample as Wan 2.2 does: the high-noise expert, then the low-noise one, over one schedule; return both reports."""
-    latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
-    common = dict(
-        noise_seed=7, steps=steps, cfg=1.0, sampler_name=sampler, scheduler=scheduler, positive=conditioning(1),
-        negative=conditioning(2),
-    )
-    high = sparse(load_model("tiny_wan22_t2v_high_noise"), **high)
-    low = sparse(load_model("tiny_wan22_t2v_low_noise"), **low)
-    (latent,) = comfy_host.run_node(
-        "KSamplerAdvanced", model=high, add_noise="enable", latent_image=latent, start_at_step=0, end_at_step=split,
-        return_with_leftover_noise="enable", **common,
-    )
-    (latent,) = comfy_host.run_node(
-        "KSamplerAdvanced", model=low, add_noise="disable", latent_image=latent, start_at_step=split,
-        end_at_step=10000, return_with_leftover_noise="disable", **common,
-    )
-    assert torch.isfinite(latent["samples"]).all()
-    return report(high), report(low)
 
 
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "simple"), ("uni_pc", "beta"), ("dpm_2", "normal")])

@@ -65,6 +65,29 @@ def sample(
     return out[0]["samples"]
 
 
+def two_experts(
+    split: int, high: dict, low: dict, steps: int = 6, sampler: str = "euler", scheduler: str = "simple"
+):
+    """Sample as Wan 2.2 does: the high-noise expert, then the low-noise one, over one schedule; -> both reports."""
+    latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
+    common = dict(
+        noise_seed=7, steps=steps, cfg=1.0, sampler_name=sampler, scheduler=scheduler, positive=conditioning(1),
+        negative=conditioning(2),
+    )
+    high = sparse(load_model("tiny_wan22_t2v_high_noise"), **high)
+    low = sparse(load_model("tiny_wan22_t2v_low_noise"), **low)
+    (latent,) = comfy_host.run_node(
+        "KSamplerAdvanced", model=high, add_noise="enable", latent_image=latent, start_at_step=0, end_at_step=split,
+        return_with_leftover_noise="enable", **common,
+    )
+    (latent,) = comfy_host.run_node(
+        "KSamplerAdvanced", model=low, add_noise="disable", latent_image=latent, start_at_step=split,
+        end_at_step=10000, return_with_leftover_noise="disable", **common,
+    )
+    assert torch.isfinite(latent["samples"]).all()
+    return report(high), report(low)
+
+
 def full_density(monkeypatch) -> None:
     """Let sparsity 0, which the node hands to dense attention, run through the sparse path with every block kept."""
     monkeypatch.setattr(comfy_host.module(".nodes.patching.sampling_run"), "NOTHING_TO_SKIP", None)
