@@ -18,6 +18,22 @@ from .background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
 from .pytorch.heads import like_host, wide
 
 
+def _free_namespace() -> str:
+    """A second copy of the pack (in another folder, or loaded anew) must not take over the first one's ops: PyTorch
+    would free those while they are in use."""
+    number = 1
+    while hasattr(getattr(torch.ops, name := f"ropeslr_{number}" if number > 1 else "ropeslr"), "block_pool"):
+        number += 1
+    return name
+
+
+NAMESPACE = _free_namespace()
+
+
+def _op(name: str):
+    return custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+
+
 def _wide(x: Tensor, *shape) -> Tensor:
     return x.new_empty(shape, dtype=wide(x.dtype))
 
@@ -39,7 +55,7 @@ def _run_on(name: str, backend: str, device: torch.device, *arguments):
     return dispatch.run(name, backend, device, dtype, 64, (), lambda module: getattr(module, name)(*arguments))
 
 
-@custom_op("ropeslr::block_pool", mutates_args=())
+@_op("block_pool")
 def block_pool(x: Tensor, blocks: Tensor, backend: str) -> Tensor:
     """See `reference.block_pool`."""
     return _run("block_pool", backend, x, (blocks,), x, blocks)
@@ -50,7 +66,7 @@ def _(x, blocks, backend):
     return _wide(x, *x.shape[:2], blocks.shape[0], x.shape[3])
 
 
-@custom_op("ropeslr::block_pool_state", mutates_args=())
+@_op("block_pool_state")
 def block_pool_state(
     k: Tensor, v: Tensor, blocks: Tensor, inner: int, features: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +84,7 @@ def _(k, v, blocks, inner, features, backend):
     )
 
 
-@custom_op("ropeslr::low_rank_state", mutates_args=())
+@_op("low_rank_state")
 def low_rank_state(
     k: Tensor, v: Tensor, act: str, a: Tensor | None, cos: Tensor | None, sin: Tensor | None, pe: Tensor | None,
     places: Tensor | None, backend: str,
@@ -83,7 +99,7 @@ def _(k, v, act, a, cos, sin, pe, places, backend):
     return _wide(k, *k.shape[:2], rank, k.shape[3]), _wide(k, *k.shape[:2], rank)
 
 
-@custom_op("ropeslr::block_select", mutates_args=())
+@_op("block_select")
 def block_select(
     pooled_q: Tensor, pooled_k: Tensor, k_sizes: Tensor, keep: int, forced: Tensor | None, scale: float,
     most_forced: int, backend: str,
@@ -101,7 +117,7 @@ def _(pooled_q, pooled_k, k_sizes, keep, forced, scale, most_forced, backend):
     return _lists_like(pooled_q, *rows, longest), _lists_like(pooled_q, *rows), _wide(pooled_q, *rows)
 
 
-@custom_op("ropeslr::block_mass", mutates_args=())
+@_op("block_mass")
 def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_blocks: Tensor, k_blocks: Tensor, keeps: Sequence[int],
     forced: Tensor | None, scale: float, backend: str,
@@ -119,7 +135,7 @@ def _(q, k, lse, q_blocks, k_blocks, keeps, forced, scale, backend):
     return _lists_like(q, *rows, q_blocks.shape[0], words), _wide(q, *rows)
 
 
-@custom_op("ropeslr::lists_from_bits", mutates_args=())
+@_op("lists_from_bits")
 def lists_from_bits(bits: Tensor, blocks: int, longest: int, backend: str) -> tuple[Tensor, Tensor]:
     """See `reference.lists_from_bits`."""
     return _run_on("lists_from_bits", backend, bits.device, bits, blocks, longest)
@@ -130,7 +146,7 @@ def _(bits, blocks, longest, backend):
     return _lists_like(bits, *bits.shape[:-1], longest), _lists_like(bits, *bits.shape[:-1])
 
 
-@custom_op("ropeslr::dense_attention", mutates_args=())
+@_op("dense_attention")
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """See `reference.dense_attention`."""
     return _run("dense_attention", backend, q, (), q, k, v, scale)
@@ -141,7 +157,7 @@ def _(q, k, v, scale, backend):
     return like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
 
 
-@custom_op("ropeslr::block_sparse_attention", mutates_args=())
+@_op("block_sparse_attention")
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor,
     tail_k: Tensor | None, tail_v: Tensor | None, scale: float, backend: str,
@@ -158,7 +174,7 @@ def _(q, k, v, q_blocks, k_blocks, indices, counts, tail_k, tail_v, scale, backe
     return like_host(q, q.shape[2]), _wide(q, *q.shape[:3])
 
 
-@custom_op("ropeslr::block_sparse_attention_backward", mutates_args=())
+@_op("block_sparse_attention_backward")
 def block_sparse_attention_backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor, tail_k: Tensor | None,
@@ -198,7 +214,7 @@ def _backward(ctx, d_out, d_lse):
 block_sparse_attention.register_autograd(_backward, setup_context=_save)
 
 
-@custom_op("ropeslr::block_sparse_mixed", mutates_args=())
+@_op("block_sparse_mixed")
 def block_sparse_mixed(
     q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor,
     tail: Tensor, gate_c: Tensor, gate_b: Tensor, gate_x: Tensor | None,
@@ -221,7 +237,7 @@ def _(q, *_):
     return like_host(q, q.shape[2])
 
 
-@custom_op("ropeslr::block_sparse_linear", mutates_args=())
+@_op("block_sparse_linear")
 def block_sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, q_blocks: Tensor, k_blocks: Tensor, indices: Tensor, counts: Tensor,
     state: Tensor, norm: Tensor, eps: float, act: str, a: Tensor | None, cos: Tensor | None, sin: Tensor | None,

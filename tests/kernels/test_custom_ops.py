@@ -1,5 +1,9 @@
 """The operations as custom ops: their schemas, fakes and gradients hold, and torch.compile takes them whole."""
 
+import importlib.util
+import sys
+
+import pack_loader
 import pytest
 import torch
 from blocks import feature_map, mixing_case, reference, selected, table, tensors
@@ -105,3 +109,21 @@ def test_meta_tensors_of_a_million_tokens_cost_nothing():
     out, lse = ops.block_sparse_attention(q, q, q, blocks, blocks, indices, counts)
     assert indices.shape == (1, 40, 16_384, 1_638) and tail.shape == counts.shape == (1, 40, 16_384)
     assert out.shape == q.shape and out.stride() == q.stride() and lse.shape == (1, 40, 1_048_576)
+
+
+def test_two_copies_of_the_pack_have_their_own_ops():
+    """A folder installed twice: PyTorch frees an op that is defined again, and whoever still holds it crashes."""
+    names = ["ropeslr_first_copy", "ropeslr_second_copy"]
+    copies = []
+    for name in names:
+        spec = importlib.util.spec_from_file_location(
+            name, pack_loader.ROOT / "__init__.py", submodule_search_locations=[str(pack_loader.ROOT)]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        copies.append(importlib.import_module(f"{name}.kernels.ops"))
+    x, blocks = tensors((1, 2, 100, 16), dtype=torch.float32)[0], table(100)
+    first, second, ours = (ops.block_pool(x, blocks) for ops in (*copies, load(".kernels.ops")))
+    assert torch.equal(first, ours) and torch.equal(second, ours)
+    assert len({importlib.import_module(f"{name}.kernels.registered").NAMESPACE for name in names}) == 2
+    for name in [each for each in sys.modules if each.split(".")[0] in names]:
+        del sys.modules[name]

@@ -11,24 +11,13 @@ import torch
 import transcription as golden
 from fields import relative_error
 from safetensors.torch import save_file
-from sampling import WAN, conditioning, load_model, report, sample, sparse, two_experts
+from sampling import WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
 
-METHODS = ("ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
+TRAINED = ("ropeslr", "rola", "sla")
+METHODS = (*TRAINED, "adaspa", "top-k", "top-k plain")
 SLOT = "optimized_attention_override"
 LATENT = (5, 16, 16)                        # 320 tokens, 5 blocks
 MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
-
-
-def trained(method, layers=2, heads=2, width=128):
-    """An adapter of the method, made by the pack that ComfyUI loaded; None where the method has none."""
-    import adapters as made
-
-    if method not in ("ropeslr", "rola", "sla"):
-        return None
-    adapter = getattr(made, f"{method}_adapter")(layers, heads, width)
-    module = comfy_host.module(".attention.adapters")
-    fields = {name: getattr(adapter.info, name) for name in adapter.info.__dataclass_fields__}
-    return module.Adapter(module.AdapterInfo(**fields), adapter.layers, adapter.name)
 
 
 @pytest.mark.parametrize("variant", WAN)
@@ -38,7 +27,7 @@ def test_every_method_runs_on_every_model(variant, method, cfg):
     file, channels, image = WAN[variant]
     model, arguments = load_model(file), dict(channels=channels, image=image, cfg=cfg)
     dense = sample(model, **arguments)
-    adapter = trained(method)
+    adapter = own_adapter(method) if method in TRAINED else None
     results = {}
     for given in {None: None, "trained": adapter}.values() if adapter else (None,):
         patched = sparse(model, method=method, sparsity=0.6, adapter=given)
@@ -54,7 +43,8 @@ def test_every_method_runs_on_every_model(variant, method, cfg):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_experts_each_have_their_own_weights_and_memory(method):
-    settings = [dict(method=method, sparsity=0.6, adapter=trained(method)) for _ in range(2)]
+    adapters = [own_adapter(method, seed=seed) if method in TRAINED else None for seed in (1, 2)]
+    settings = [dict(method=method, sparsity=0.6, adapter=adapter) for adapter in adapters]
     high, low = two_experts(3, high=settings[0], low=settings[1])
     for told in (high, low):
         assert told.sparse_calls == 6 and not told.dense_calls

@@ -6,6 +6,7 @@ import weakref
 import comfy_host
 import pytest
 import torch
+from compiling import compiled
 from fields import relative_error
 from sampling import conditioning, full_density, load_model, report, sample, sparse
 
@@ -137,19 +138,6 @@ def test_a_call_without_memory_runs_dense(monkeypatch, caplog):
     assert torch.equal(sample(patched), sample(model))
     assert report(patched).dense_calls == {"the sparse path failed (OutOfMemoryError: no room)": 6}
     assert not any(record.exc_text for record in caplog.records)
-
-
-def compiled(model, backend="eager"):
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    model = model.clone()
-    set_torch_compile_wrapper(model, backend=backend, options={"guard_filter_fn": skip_transformer_options})
-    return model
-
-
-def skip_transformer_options(guards):
-    """The guard filter of ComfyUI's own TorchCompileModel node."""
-    return ["transformer_options" not in guard.name for guard in guards]
 
 
 @pytest.mark.parametrize("node_first", [False, True])

@@ -53,7 +53,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name, pack().__name__)
 
 
-def run_node(name: str, **inputs) -> tuple:
+def run_node(name: str, /, **inputs) -> tuple:
     """Execute one node, old or new style, and return its outputs; widgets that are not named keep their defaults."""
     node = boot().NODE_CLASS_MAPPINGS[name]
     if hasattr(node, "GET_SCHEMA"):

@@ -37,6 +37,16 @@ def sparse(model, **settings):
     return comfy_host.run_node("RoPeSLRSparseAttention", model=model, **(SETTINGS | settings))[0]
 
 
+def own_adapter(method: str, layers: int = 2, heads: int = 2, width: int = 128, **more):
+    """An adapter with random weights, as the pack that ComfyUI loaded makes it."""
+    import adapters
+
+    made = getattr(adapters, f"{method}_adapter")(layers, heads, width, **more)
+    module = comfy_host.module(".attention.adapters")
+    info = module.AdapterInfo(**{name: getattr(made.info, name) for name in made.info.__dataclass_fields__})
+    return module.Adapter(info, made.layers, made.name)
+
+
 def conditioning(seed: int, tokens: int = 20, **extra) -> list:
     """A CONDITIONING of random text features."""
     return [[torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed)), extra]]

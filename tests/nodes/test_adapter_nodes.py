@@ -1,0 +1,412 @@
+"""The nodes around adapters, and how weights, hooks and positions live inside ComfyUI."""
+
+import gc
+import importlib
+import os
+import weakref
+from pathlib import Path
+
+import checkpoints
+import comfy_host
+import pytest
+import torch
+from fields import relative_error
+from sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
+
+MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
+SPARKWAN = "made_nodes_sparkwan.pth"
+
+
+def folder_paths():
+    comfy_host.pack()
+    return importlib.import_module("folder_paths")
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, monkeypatch):
+    """models/ropeslr, empty and in a place of its own."""
+    paths = folder_paths()
+    folder = tmp_path / "models" / "ropeslr"
+    folder.mkdir(parents=True)
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", ([str(folder)], {".safetensors"}))
+    monkeypatch.setattr(paths, "filename_list_cache", {})
+    return folder
+
+
+def load_sparkwan(name=SPARKWAN, **widgets):
+    checkpoints.save(checkpoints.sparkwan(), MODELS / "diffusion_models" / name, "net.")
+    return comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=name, **widgets)
+
+
+def texts(width=4096):
+    return [
+        [[torch.randn(1, 20, width, generator=torch.Generator().manual_seed(seed)), {}]] for seed in (1, 2)
+    ]
+
+
+def run(model, steps=2, width=4096):
+    positive, negative = texts(width)
+    return comfy_host.run_node(
+        "KSampler", model=model, seed=1, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=positive, negative=negative, latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)}, denoise=1.0,
+    )[0]["samples"]
+
+
+# Load and save
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "rola", "sla"])
+def test_saved_and_loaded_by_the_nodes_it_samples_the_same_bits(method, adapter_folder):
+    model, adapter = load_model("tiny_wan21_t2v"), own_adapter(method)
+    comfy_host.run_node("RoPeSLRSaveAdapter", adapter=adapter, name="folder/mine")
+    assert (adapter_folder / "folder" / "mine.safetensors").is_file()
+    (loaded,) = comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name=os.path.join("folder", "mine.safetensors"))
+    assert torch.equal(sample(sparse(model, adapter=loaded)), sample(sparse(model, adapter=adapter)))
+
+
+def test_nothing_is_ever_overwritten(adapter_folder):
+    for _ in range(3):
+        comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name="mine.safetensors")
+    names = sorted(path.name for path in adapter_folder.iterdir())
+    assert names == ["mine.safetensors", "mine_00002.safetensors", "mine_00003.safetensors"]
+
+
+@pytest.mark.parametrize("name", [
+    "", "  ", ".", "..", "../mine", "a/../../mine", "/etc/mine", "..\\mine", "a\\..\\..\\mine", "C:/mine", "C:mine",
+    "a//b", "mine.", "mi\nne", "mi\x00ne", "a/./b", "mine/", "nul?", "a|b", "<mine>",
+])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name, adapter_folder):
+    before = sorted(adapter_folder.parent.parent.rglob("*"))
+    with pytest.raises(ValueError, match="cannot be used. Write a plain file name"):
+        comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name=name)
+    node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRSaveAdapter"]
+    assert "cannot be used" in node.validate_inputs(name=name)
+    assert sorted(adapter_folder.parent.parent.rglob("*")) == before
+    with pytest.raises((FileNotFoundError, ValueError)):
+        comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name=name or "missing.safetensors")
+
+
+def test_the_list_begins_with_no_adapter_and_shows_no_other_files(adapter_folder):
+    for name in ("b.safetensors", "readme.md", "c.pth"):
+        (adapter_folder / name).touch()
+    node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRLoadAdapter"]
+    (combo,) = (each for each in node.GET_SCHEMA().inputs if each.id == "adapter_name")
+    assert combo.options == ["none (training-free)", "b.safetensors"]
+    assert comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name="none (training-free)") == (None,)
+    with pytest.raises(ValueError, match="no adapter to save"):
+        comfy_host.run_node("RoPeSLRSaveAdapter", adapter=None, name="mine")
+
+
+def test_a_folder_that_a_person_has_set_up_stays_and_stays_first(monkeypatch):
+    paths, folders = folder_paths(), comfy_host.module(".nodes.folders")
+    own = str(Path(paths.models_dir) / "ropeslr")
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], set()))    # from a yaml
+    folders.register()
+    assert paths.folder_names_and_paths["ropeslr"] == (["/mnt/mine", own], {".safetensors"})
+    folders.register()
+    assert paths.folder_names_and_paths["ropeslr"][0] == ["/mnt/mine", own]
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], {".sft"}))  # from another pack
+    folders.register()
+    assert paths.folder_names_and_paths["ropeslr"][1] == {".sft"}
+    monkeypatch.delitem(paths.folder_names_and_paths, "ropeslr")
+    folders.register()
+    assert paths.folder_names_and_paths["ropeslr"] == ([own], {".safetensors"})
+
+
+def test_a_file_written_anew_is_loaded_anew(adapter_folder):
+    node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRLoadAdapter"]
+    comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name="mine")
+    path = adapter_folder / "mine.safetensors"
+    first = node.fingerprint_inputs(adapter_name=path.name)
+    assert node.fingerprint_inputs(adapter_name=path.name) == first
+    os.utime(path, ns=(1, 1))
+    assert node.fingerprint_inputs(adapter_name=path.name) != first
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_the_rank_of_both_nodes_acts_at_once(rank, adapter_folder):
+    model = load_model("tiny_wan21_t2v")
+    comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("ropeslr"), name="mine")
+    cut, whole = (
+        comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name="mine.safetensors", rank=each)[0] for each in (rank, 0)
+    )
+    by_loader, by_node = sparse(model, adapter=cut), sparse(model, adapter=whole, rank=rank)
+    assert torch.equal(sample(by_loader), sample(by_node))
+    full = sparse(model, adapter=whole)
+    sample(full)
+    assert report(by_node).spent_tflop < report(full).spent_tflop
+
+
+# Load Sparse Checkpoint
+
+
+def test_a_converted_checkpoint_is_the_same_model_and_loads_by_itself():
+    name = "made_convert_sparkwan.pth"
+    out = MODELS / "diffusion_models" / "made_convert_sparkwan-comfyui.safetensors"
+    out.unlink(missing_ok=True)
+    model, adapter = load_sparkwan(name, save_converted=True)
+    assert out.is_file()
+    stamp = out.stat().st_mtime_ns
+    again, same = comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=out.name, save_converted=True)
+    assert out.stat().st_mtime_ns == stamp and not list(out.parent.glob("*-comfyui-comfyui*"))
+    assert torch.equal(run(sparse(again, adapter=same)), run(sparse(model, adapter=adapter)))
+
+
+def test_a_progress_bar_counts_the_tensors(monkeypatch):
+    import comfy.utils
+
+    seen = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, value, total=None, *rest: seen.append(
+        (value, total)))
+    load_sparkwan()
+    assert seen and seen[-1][0] == seen[-1][1] == len(seen) and [value for value, _ in seen] == sorted(
+        value for value, _ in seen)
+
+
+def test_comfyui_can_make_a_second_untouched_copy_of_the_model():
+    """Compiling nodes and several GPUs ask the patcher for it."""
+    model, _ = load_sparkwan()
+    make, arguments = model.cached_patcher_init
+    copy = make(*arguments, disable_dynamic=True)
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    assert copy.model is not model.model
+    assert torch.equal(copy.model.state_dict()[key], model.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_weights_in_eight_bits_run_with_the_adapter(dtype):
+    model, adapter = load_sparkwan(weight_dtype=dtype)
+    patched = sparse(model, adapter=adapter)
+    assert torch.isfinite(run(patched)).all() and report(patched).sparse_calls == 4
+
+
+def test_an_adapter_of_another_model_is_refused_with_both_named():
+    with pytest.raises(ValueError) as caught:
+        sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("ropeslr", layers=3, heads=4))
+    for word in ("random.safetensors", "3 layers, 4 heads of 128", "WanModel has 2 layers, 2 heads", "disconnect"):
+        assert word in str(caught.value)
+    with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola"):
+        sparse(load_model("tiny_wan21_t2v"), method="sla", adapter=own_adapter("rola"))
+
+
+def test_a_method_without_its_weights_and_weights_without_use_are_said(caplog):
+    model = load_model("tiny_wan21_t2v")
+    for settings, words in (
+        (dict(method="rola"), "rola has no adapter"), (dict(method="sla"), "the kept blocks run alone"),
+        (dict(method="adaspa", adapter=own_adapter("rola")), "adaspa takes no adapter; 'rola.safetensors'"),
+        (dict(adapter=own_adapter("sla", size=0.0)), "the projection in 'sla.safetensors' is zero"),
+    ):
+        caplog.clear()
+        sparse(model, **settings)
+        assert words in caplog.text, settings
+
+
+def test_an_adapter_on_a_model_that_stays_dense_changes_nothing():
+    model = load_model("tiny_hunyuan_t2v")
+    patched = sparse(model, adapter=own_adapter("rola"))
+    found = sample(patched, pooled=True)
+    assert torch.equal(found, sample(model, pooled=True)) and report(patched).sparse_calls == 0
+
+
+@pytest.mark.parametrize("adapter, first", [(None, 1), ("ropeslr", 1), ("rola", 0), ("sla", 0)])
+def test_weights_that_were_trained_sparse_need_no_dense_first_step(adapter, first):
+    """Few-step runs would lose a third of what they gain."""
+    patched = sparse(
+        load_model("tiny_wan21_t2v"), adapter=adapter and own_adapter(adapter), dense_first_steps=-1
+    )
+    sample(patched, steps=3)
+    assert report(patched).dense_calls == ({"dense first steps": 2} if first else {})
+
+
+def test_calibration_stays_off_with_an_adapter_unless_it_is_asked_for():
+    model, adapter = load_model("tiny_wan21_t2v"), own_adapter("ropeslr")
+    for calibrate, expected in (("auto", 0), ("off", 0), ("on top", 2), ("every step", 6)):
+        patched = sparse(model, adapter=adapter, calibrate=calibrate)
+        sample(patched, steps=3)
+        assert report(patched).calibrations == expected, calibrate
+
+
+def test_the_variant_of_sla_takes_effect():
+    """With blocks enough that a tenth of them is one."""
+    model, adapter = load_model("tiny_wan21_t2v"), own_adapter("sla")
+    found = [
+        sample(sparse(model, adapter=adapter, sparsity=0.5, sla_variant=variant), latent=(11, 16, 16))
+        for variant in ("released", "paper")
+    ]
+    assert relative_error(*found) > 1e-3
+
+
+# Weights, hooks, positions
+
+
+def hooks(model):
+    return sum(len(module._forward_pre_hooks) for module in model.model.diffusion_model.modules())
+
+
+def test_weights_are_loaded_with_the_model_and_freed_with_it():
+    import comfy.model_management as management
+
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model, adapter=own_adapter("rola"))
+    (patcher,) = patched.get_additional_models_with_key("ropeslr")
+    loaded = []
+
+    def watch(executor, *args, **kwargs):
+        loaded.append([each.model for each in management.current_loaded_models])
+        return executor(*args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", watch)
+    sample(patched)
+    assert all(patcher in models for models in loaded) and len(loaded) == 3
+    assert patcher.model_size() == sum(p.numel() * 4 for p in patcher.model.parameters())
+    management.unload_all_models()
+    assert patcher not in [each.model for each in management.current_loaded_models]
+    first = sample(patched)
+    again = sparse(patched, method="top-k")                                   # a later node without weights
+    assert again.get_additional_models_with_key("ropeslr") == []
+    gone = weakref.ref(patcher.model)
+    loaded.clear()
+    del patched, patcher, again
+    management.unload_all_models()
+    management.cleanup_models_gc()
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(first, sample(sparse(model, adapter=own_adapter("rola"))))
+
+
+def test_partly_loaded_weights_and_a_lora_give_the_same():
+    """As with little memory: layers stay where they are, and the LoRA is added as they run."""
+    patch = {"diffusion_model.blocks.0.self_attn.q.weight": (torch.randn(
+        256, 256, generator=torch.Generator().manual_seed(0)) * 0.02,)}
+    model = load_model("tiny_wan21_t2v")
+    model = model.clone()
+    model.add_patches(patch, 1.0)
+    expected = sample(sparse(model, adapter=own_adapter("rola")))
+    low = sparse(model, adapter=own_adapter("rola"))
+    low.load(torch.device("cpu"), lowvram_model_memory=1)
+    for patcher in low.get_additional_models_with_key("ropeslr"):
+        patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+    assert relative_error(sample(low), expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["rola", "ropeslr"])
+def test_hooks_live_for_one_run_and_no_longer(method, monkeypatch):
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model, adapter=own_adapter(method))
+    seen = []
+    layer = model.model.diffusion_model.blocks[0].self_attn
+    real = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k))
+    sample(patched)
+    assert seen == [2, 2, 2] and hooks(model) == 0
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        sample(patched)
+    assert hooks(model) == 0
+
+
+def test_methods_that_need_no_inputs_hook_nothing(monkeypatch):
+    model = load_model("tiny_wan21_t2v")
+    layer, seen = model.model.diffusion_model.blocks[0].self_attn, []
+    real = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k))
+    for settings in (dict(), dict(method="adaspa"), dict(adapter=own_adapter("sla"))):
+        sample(sparse(model, **settings))
+    assert set(seen) == {0}
+
+
+def test_a_layer_whose_input_cannot_be_seen_runs_dense_with_one_reason(monkeypatch):
+    """Another node that calls the attention's forward by itself goes past every hook."""
+    import comfy.ldm.wan.model as wan
+
+    real = wan.WanSelfAttention.__call__
+    monkeypatch.setattr(wan.WanSelfAttention, "__call__", lambda self, *a, **k: self.forward(*a, **k))
+    model = load_model("tiny_wan21_t2v")
+    dense = sample(model)
+    patched = sparse(model, adapter=own_adapter("rola"))
+    assert torch.equal(sample(patched), dense)
+    ((reason, count),) = report(patched).dense_calls.items()
+    assert count == 6 and reason.startswith("rola's gate needs the hidden state that enters the attention")
+    with pytest.raises(RuntimeError, match="this run cannot be sparse: rola's gate needs"):
+        sample(sparse(model, adapter=own_adapter("rola"), strict=True))
+    monkeypatch.setattr(wan.WanSelfAttention, "__call__", real)
+    sample(patched)
+    assert report(patched).sparse_calls == 6
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"shift_t": 3.0, "shift_x": 1.5}, {"scale_t": 0.5, "scale_y": 2.0, "scale_x": 1.25, "shift_y": -2.0},
+])
+def test_queries_are_turned_back_by_the_models_own_angles(options):
+    """Whatever stretches or shifts the model's RoPE, what comes out is the query before it."""
+    from comfy.ldm.flux.math import apply_rope1
+
+    inputs = comfy_host.module(".nodes.patching.layer_inputs")
+    positions = comfy_host.module(".attention.positions")
+    model = load_model("tiny_wan21_t2v").model.diffusion_model
+    for grid in ((5, 8, 8), (3, 5, 9), (1, 16, 9)):
+        freqs = model.rope_encode(
+            grid[0], 2 * grid[1], 2 * grid[2], dtype=torch.float32, transformer_options={"rope_options": options}
+        )
+        tokens = grid[0] * grid[1] * grid[2]
+        q = torch.randn(1, tokens, 2, 128, generator=torch.Generator().manual_seed(0))
+        read = inputs.read_positions(freqs, tokens)
+        turned = apply_rope1(q, freqs)
+        even, odd = turned[..., 0::2], turned[..., 1::2]
+        cos, sin = (part[None, :, None] for part in read)
+        back = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2)
+        torch.testing.assert_close(back, q, rtol=0, atol=1e-5)
+        half = positions.rounded_angles(read, grid, torch.bfloat16)
+        exact = positions.rounded_angles(read, grid, torch.float32)
+        assert (torch.remainder(half - exact + torch.pi, 2 * torch.pi) - torch.pi).abs().max() < 0.5
+    assert inputs.read_positions(freqs, tokens + 1) is None and inputs.read_positions(None, 4) is None
+
+
+@pytest.mark.parametrize("options, matters", [(dict(scale_t=0.5), True), (dict(shift_x=4.0), False)])
+def test_stretched_rope_reaches_the_adapter(options, matters):
+    """ComfyUI's own node sets it. Only distances count: a shift that one side missed would change the result."""
+    model, adapter = load_model("tiny_wan21_t2v"), own_adapter("rola")
+    (stretched,) = comfy_host.run_node("ScaleROPE", model=sparse(model, adapter=adapter), **{
+        "scale_x": 1.0, "shift_x": 0.0, "scale_y": 1.0, "shift_y": 0.0, "scale_t": 1.0, "shift_t": 0.0} | options)
+    found = sample(stretched)
+    assert torch.isfinite(found).all() and report(stretched).sparse_calls == 6
+    assert (relative_error(found, sample(sparse(model, adapter=adapter))) > 1e-4) is matters
+
+
+@pytest.mark.parametrize("node_first", [False, True])
+@pytest.mark.parametrize("method", ["rola", "ropeslr", "sla", "adaspa"])
+def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(node_first, method):
+    import torch._dynamo.utils as dynamo
+    from compiling import compiled
+
+    torch.compiler.reset()
+    model = load_model("tiny_wan21_t2v")
+    adapter = None if method == "adaspa" else own_adapter(method)
+    compiled_dense = compiled(model)
+    settings = dict(method=method, adapter=adapter, sparsity=0.6)
+    patched = compiled(sparse(model, **settings)) if node_first else sparse(compiled_dense, **settings)
+    dense, expected = sample(model), sample(sparse(model, **settings))
+    assert relative_error(sample(compiled_dense), dense) < 1e-5
+    assert relative_error(sample(patched), expected) < 1e-5
+    graphs = dynamo.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        assert relative_error(sample(patched), expected) < 1e-5
+        assert report(patched).sparse_calls == 6
+    assert dynamo.counters["stats"]["unique_graphs"] == graphs
+    assert relative_error(sample(compiled_dense), dense) < 1e-5
+    torch.compiler.reset()
+
+
+def test_two_samplers_with_one_adapter_do_not_disturb_each_other():
+    adapter = own_adapter("rola")
+    models = [sparse(load_model(file), adapter=adapter, sparsity=s) for file, s in (
+        ("tiny_wan21_t2v", 0.5), ("tiny_wan22_t2v_low_noise", 0.8))]
+    alone = [sample(model) for model in models]
+    assert all(torch.equal(sample(model), expected) for model, expected in zip(models, alone))
+    assert SETTINGS["dense_first_steps"] == 0
