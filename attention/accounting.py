@@ -63,8 +63,8 @@ def linear_flops(tokens: int, width: int, heads: int) -> float:
 
 
 def marginal_flops(tokens: int, width: int, heads: int, q_blocks: int, k_blocks: int) -> float:
-    """SLA's linear branch over some blocks: a state per key block, their sum per query block 2 Nq Nk D^2, readout."""
-    return (4.0 * tokens + 2.0 * q_blocks * k_blocks) * width * width * heads
+    """SLA's linear branch over some blocks: a state per key block, their sums 2 Nq Nk D^2, readout, projection."""
+    return (6.0 * tokens + 2.0 * q_blocks * k_blocks) * width * width * heads
 
 
 def search_flops(tokens: int, width: int, heads: int) -> float:

@@ -73,7 +73,7 @@ class AttentionRun:
         dense = batch * dense_flops(tokens, width, heads)
         cost = AttentionCost(
             density, dense, batch * sparse_flops(tokens, width, heads, density),
-            routing_cost(q, call), video.background, video.calibration, video.recall,
+            routing_cost(q, call) if self.method.routes else 0.0, video.background, video.calibration, video.recall,
         )
         return out, cost
 

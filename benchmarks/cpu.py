@@ -1,7 +1,8 @@
 """The PyTorch path against dense SDPA on this CPU, in one run: `python -m benchmarks.cpu [--out FILE.json]`.
 
 Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as often as a run makes
-it (once in five calls). "kernel" is the sparse kernel alone. Times are medians of interleaved runs, ratios within one
+it (once in five calls); adaspa between its searches; rola and sla with random weights. "kernel" is the sparse kernel
+alone. Times are medians of interleaved runs, ratios within one
 run; random inputs, which cost what any inputs cost.
 """
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from . import commit, load_pack
+from .adapters import layer_inputs, random_adapter
 
 attention = load_pack(".attention")
 ops = load_pack(".kernels.ops")
@@ -27,6 +29,7 @@ GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
 SPARSITIES = (0.80, 0.90, 0.95)
 HEADS, WIDTH = 4, 128
 CALIBRATE_EVERY = 5
+METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa", "rola", "sla")
 
 
 def main() -> None:
@@ -39,8 +42,7 @@ def main() -> None:
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {HEADS} heads of {WIDTH}")
     print(f"{'':>9} {'':>7} {'dense':>9} {'':>9}   times faster than dense SDPA")
-    columns = ("kernel", "ropeslr", "top-k", "plain")
-    print(f"{'dtype':>9} {'tokens':>7} {'ms':>9} {'sparsity':>9}", *(f"{name:>8}" for name in columns))
+    print(f"{'dtype':>9} {'tokens':>7} {'ms':>9} {'sparsity':>9}", *(f"{name:>11}" for name in ("kernel", *METHODS)))
     for dtype in options.dtypes.split(","):
         for tokens in options.tokens:
             rows += measure(tokens, getattr(torch, dtype), options.repeats)
@@ -63,7 +65,7 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     rows = []
     for sparsity in SPARSITIES:
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
-        for method in ("ropeslr", "top-k", "top-k plain"):
+        for method in METHODS:
             candidates[method] = whole_call(q, k, v, layout, method, sparsity)
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
         seconds = interleaved(candidates, repeats)
@@ -79,16 +81,20 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
         })
         print(
             f"{rows[-1]['dtype']:>9} {tokens:>7} {1e3 * seconds['dense']:>9.0f} {sparsity:>9.2f}",
-            *(f"{ratios[name]:>7.2f}x" for name in ("kernel", "ropeslr", "top-k", "top-k plain")), flush=True,
+            *(f"{ratios[name]:>10.2f}x" for name in ("kernel", *METHODS)), flush=True,
         )
     return rows
 
 
 def whole_call(q, k, v, layout, method: str, sparsity: float, calibrate: str = "first step") -> Callable:
     """Everything that replaces one dense call; calibrated once before the clock starts unless told otherwise."""
-    run = attention.AttentionRun(attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate))
+    trained = method in ("rola", "sla")
+    adapter = random_adapter(method, HEADS, WIDTH) if trained else None
+    given = layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype) if trained else attention.LayerInputs()
+    run = attention.AttentionRun(attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate), adapter)
+    own_layout = attention.TokenLayout(layout.grid, order=run.plan.block_order)
     steps = iter(range(1_000_000))
-    return lambda: run.attend(q, k, v, layout, step=next(steps))
+    return lambda: run.attend(q, k, v, own_layout, step=next(steps), inputs=given)
 
 
 def kernel(q, k, v, layout, sparsity: float) -> Callable:

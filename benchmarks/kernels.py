@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import baselines, load_pack
+from .adapters import layer_inputs, random_adapter
 from .correctness import errors
 from .gpu import Stopwatch, clocks, machine
 from .kernels_report import table, targets
@@ -58,6 +59,7 @@ CASES = (
 QUICK = (Case("Wan 480p", (21, 30, 52), 12, (0.90,)),)
 CPU = (Case("small", (4, 16, 16), 2, (0.80, 0.90), text=40),)
 CALIBRATE_EVERY = load_pack(".attention.plan").CALIBRATE_EVERY
+TRAINED = "ropeslr + adapter"
 
 
 class Run:
@@ -156,10 +158,15 @@ def whole_call(
     run: Run, case: Case, sets: list, method: str, sparsity: float, calibrate: str = "first step"
 ) -> Callable:
     """Everything that replaces one dense call, by the code that the node runs."""
+    adapter, given = None, attention.LayerInputs()
+    if method in ("rola", "sla", TRAINED):
+        method = method.removesuffix(" + adapter")
+        adapter = random_adapter(method, case.heads, case.width, run.device)
+        given = layer_inputs(case.grid, case.tokens, case.heads, case.width, run.dtype, run.device)
     plan = attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate, **run.backend)
-    session = attention.AttentionRun(plan)
+    session = attention.AttentionRun(plan, adapter)
     layout = layout_of(case)
-    return lambda turn: session.attend(*sets[turn % len(sets)], layout, step=turn)
+    return lambda turn: session.attend(*sets[turn % len(sets)], layout, step=turn, inputs=given)
 
 
 def measure_case(run: Run, case: Case) -> dict:
@@ -222,7 +229,7 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
     density = tables.density(keep)
     row["density"] = density
     row["kept_tflop"] = 4e-12 * q.shape[2] * k.shape[2] * density * case.width * case.heads
-    for method in ("ropeslr", "top-k", "top-k plain"):
+    for method in ("ropeslr", "top-k", "top-k plain", TRAINED, "adaspa", "rola", "sla"):
         row["whole"][method] = run.measure(whole_call(run, case, sets, method, sparsity))
     calibrating = run.measure(whole_call(run, case, sets, "ropeslr", sparsity, "every step"))
     row["whole"]["ropeslr, calibrating"] = calibrating

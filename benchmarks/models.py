@@ -94,7 +94,8 @@ def measure(
     for method in ("dense", *METHODS):
         patched = model
         if method != "dense":
-            patched = patching.install(model, plan(method=method, sparsity=sparsity, min_tokens=0), None)
+            wanted = plan(method=method, sparsity=sparsity, min_tokens=0, dense_first_steps=0)
+            patched = patching.install(model, wanted, None)
         seconds = step_seconds(patched, latent, steps)
         row = {"model": name, "tokens": tokens, "method": method, "sparsity": sparsity, "seconds_per_step": seconds}
         if method != "dense":

@@ -16,11 +16,11 @@ SHOWN = {                                   # case of the compile table -> what 
 def cpu_table(record: dict) -> str:
     """The record of `benchmarks.cpu` as a Markdown table."""
     lines = [
-        "| | tokens | sparsity | dense | kernel alone | ropeslr | top-k | top-k plain |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | tokens | sparsity | dense | kernel alone | ropeslr | top-k | top-k plain | adaspa | rola | sla |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        names = ("kernel", "ropeslr", "top-k", "top-k plain")
+        names = ("kernel", "ropeslr", "top-k", "top-k plain", "adaspa", "rola", "sla")
         ratios = " | ".join(f"{row['times_dense'][name]:.1f}x" for name in names)
         lines.append(
             f"| {row['dtype']} | {row['tokens']:,} | {row['sparsity']:.2f} | {row['ms']['dense']:.0f} ms | {ratios} |"

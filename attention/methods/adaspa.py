@@ -50,6 +50,8 @@ class Found(NamedTuple):
 class AdaSpa(Method):
     """Remembers masks by layer, conditioning, part of the video, and layout."""
 
+    routes = False
+
     def __init__(self, plan: SparsePlan) -> None:
         self.plan = plan
         self.memory: dict[tuple[Hashable, Hashable, Hashable, TokenLayout], Found] = {}

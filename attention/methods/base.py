@@ -61,6 +61,7 @@ class VideoOutput(NamedTuple):
 class Method:
     """One instance serves one sampling run and owns whatever it remembers between calls."""
 
+    routes = True                           # scores blocks in every call
     needs_x = False                         # calls without inputs.x cannot run
     needs_positions = False                 # calls without inputs.positions cannot run
 

@@ -46,8 +46,9 @@ def block_sparse_attention(
         queries = gather(q[b, h], q_blocks, dtype)
         keys, values = (gather(x[b, h], k_blocks, dtype, zero_empty=True).view(n_k, -1) for x in (k, v))
         head_out, head_lse = [], []
+        longest = _on_host_max(counts[b, h], indices.shape[-1])               # heads may differ threefold
         for start in range(0, n_q, step):
-            lists = indices[b, h, start : start + step]
+            lists = indices[b, h, start : start + step, :longest]
             rows = queries[start : start + step]
             flat = lists.clamp(max=n_k - 1).reshape(-1)
             near_k, near_v = (x.index_select(0, flat).view(rows.shape[0], -1, width) for x in (keys, values))
@@ -167,6 +168,11 @@ def _blocks_per_step(q: Tensor, keys: int, block: int, width: int) -> int:
         return CPU_BLOCKS_PER_STEP
     per_block = 4 * keys * (2 * block + 2 * width)
     return max(1, STEP_BYTES // max(1, per_block))
+
+
+def _on_host_max(counts: Tensor, most: int) -> int:
+    """The largest of the counts, where asking is free; elsewhere the most that there can be."""
+    return max(1, int(counts.max())) if counts.device.type == "cpu" else most
 
 
 def _on_host_any(condition: Tensor) -> bool:

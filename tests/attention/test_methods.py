@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fields import relative_error, smooth_qkv
+from fields import relative_error, rope_angles, smooth_qkv
 from pack_loader import load
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +76,34 @@ def test_lower_rank_costs_less(monkeypatch):
     for (low, low_counted), (high, high_counted) in zip(flops, flops[1:]):
         assert low < high
         assert high_counted - low_counted == pytest.approx(high - low, rel=0.01)
+
+
+@pytest.mark.parametrize("method, rank, variant", [
+    ("rola", 0, "released"), ("rola", 16, "released"), ("sla", 0, "released"), ("sla", 0, "paper"),
+    ("ropeslr", 0, "released"), ("ropeslr", 8, "released"), ("adaspa", 0, "released"),
+])
+def test_the_accounting_is_what_is_computed(method, rank, variant, monkeypatch):
+    """Counted by PyTorch over the whole call, but for sums and means, which it does not count."""
+    import adapters as made
+
+    registered = load(".kernels.registered")
+    bodies = {name: getattr(op, "_init_fn", op) for name, op in vars(registered).items()}
+    monkeypatch.setattr(load(".kernels.ops"), "registered", SimpleNamespace(**bodies))
+    grid, heads, width = (8, 16, 16), 2, 64                                   # 32 whole blocks
+    q, k, v = smooth_qkv(grid, heads=heads, width=width)
+    adapter = getattr(made, f"{method}_adapter")(1, heads, width) if method != "adaspa" else None
+    if method == "ropeslr":
+        adapter = made.ropeslr_adapter(1, heads, width, rank=32, pe="none")
+    angles = rope_angles(grid, width)
+    rope = load(".attention.positions").Positions(angles.cos(), angles.sin())
+    inputs = attention.LayerInputs(made.layer_x(q.shape[2], heads * width, torch.float32), rope)
+    plan = attention.SparsePlan(method=method, rank=rank, sparsity=0.75, sla_variant=variant)
+    session = attention.AttentionRun(plan, adapter)
+    layout = attention.TokenLayout(grid, order=session.plan.block_order)
+    for _ in range(2):                      # the first call searches, or chooses features
+        with FlopCounterMode(display=False) as counter:
+            _, cost = session.attend(q, k, v, layout, inputs=inputs)
+    assert counter.get_total_flops() == pytest.approx(cost.total, rel=0.03)
 
 
 def test_uncalibrated_ropeslr_is_its_formula():

@@ -83,3 +83,42 @@ def test_it_says_what_it_can_do():
     assert done.returncode == 0 and "demo" in done.stdout and "test" in done.stdout
     done = subprocess.run([sys.executable, str(ROOT / "dev.py"), "fly"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice" in done.stderr
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    import checkpoints
+
+    return checkpoints.save(checkpoints.sparkwan(), tmp_path / "SparkWan-0.90Sparsity.pth", "net.")
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "dev.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_inspect_says_what_a_checkpoint_holds(checkpoint):
+    done = command("inspect", checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert "RoLA (SparkWan)" in done.stdout and "2 layers, 2 heads of 128" in done.stdout
+
+
+def test_convert_writes_what_it_says_and_nothing_twice(checkpoint, tmp_path):
+    done = command("convert", checkpoint, "--adapter", tmp_path / "alone.safetensors")
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {checkpoint.name, "SparkWan-0.90Sparsity-comfyui.safetensors", "alone.safetensors"}
+    assert command("inspect", tmp_path / "alone.safetensors").stdout.startswith("alone.safetensors: an adapter of RoLA")
+    again = command("convert", checkpoint)
+    assert again.returncode == 1 and "exists already" in again.stderr
+    wrong = command("convert", checkpoint, "--out", tmp_path / "model.bin")
+    assert wrong.returncode == 1 and "must end in .safetensors" in wrong.stderr
+
+
+def test_a_file_that_is_none_is_refused_in_one_line(tmp_path):
+    for name, says in (("nothing.pth", "there is no such file"), ("text.pth", "not")):
+        if name == "text.pth":
+            (tmp_path / name).write_text("hello")
+        for what in ("inspect", "convert"):
+            done = command(what, tmp_path / name)
+            assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"text.pth"}
