@@ -27,7 +27,9 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SUPPORT = ROOT / "tests" / "support"
@@ -74,38 +76,75 @@ def demo(rest: list[str]) -> int:
 
 
 def test(rest: list[str]) -> int:
-    """Run every test, or with arguments just what they name; the exit code is that of the first process to fail."""
+    """Run every test, or with arguments just what they name; the exit code is that of the first suite to fail."""
     python = environment()
-    code = run_in(python, comfyui(NEWEST), ["-m", "pytest", *(rest or ["tests"])])
+    if rest:
+        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *rest])
+    others = ["tests/attention", "tests/house", "tests/kernels", "tests/workflows"]
+    suites = [
+        Suite("inside ComfyUI", ["tests/nodes"], inside(comfyui(NEWEST), "nodes")),
+        Suite("everything else", others, inside(comfyui(NEWEST), "others")),
+    ]
     for version in COMFYUI:
-        if version != NEWEST and not rest:
-            say(f"the suite inside ComfyUI {version}")
-            code = run_in(python, registry_comfyui(version), ["-m", "pytest", "tests/nodes"]) or code
-    return code if rest else kernels([]) or code
+        if version != NEWEST:
+            places = inside(registry_comfyui(version), version)
+            suites.append(Suite(f"inside ComfyUI {version}", ["-m", "not slow", "tests/nodes"], places))
+    return run_suites(python, suites + kernel_suites(python))
 
 
 def kernels(rest: list[str]) -> int:
-    """Run the kernel tests with each Triton: the interpreter and the compiler at once, in a process each."""
+    """Run the kernel tests alone, with each Triton."""
+    python = environment()
+    return run_suites(python, kernel_suites(python, rest))
+
+
+def kernel_suites(python: Path, rest: list[str] = ()) -> list[Suite]:
+    """The kernel tests with each Triton, in the interpreter and compiled."""
     if sys.platform != "linux":
         say("Triton's wheels exist for Linux only: the kernel tests are left out")
-        return 0
-    python, code = environment(), 0
+        return []
+    suites = []
     for version, choice in TRITON.items():
-        places = {**os.environ, "PYTHONPATH": str(triton(python, version))}
+        places = {"PYTHONPATH": str(triton(python, version))}
         places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
-        say(f"the kernels in the interpreter and compiled by Triton {version}")
-        suites = []
-        for name, extra in (("interpreted", {"TRITON_INTERPRET": "1"}), ("compiled", {})):
-            command = [str(python), "-m", "pytest", *choice, *rest]
-            command += ["tests/kernels" if name == "interpreted" else "tests/kernels/test_compiled.py"]
-            output = tempfile.TemporaryFile()
-            run = subprocess.Popen(command, cwd=ROOT, env=places | extra, stdout=output, stderr=subprocess.STDOUT)
-            suites.append((name, run, output))
-        for name, run, output in suites:
-            code = run.wait() or code
-            output.seek(0)
-            say(f"{name}, Triton {version}:\n{output.read().decode(errors='replace')}")
-    return code
+        suites += [
+            Suite(f"kernels interpreted, Triton {version}", [*choice, *rest, "tests/kernels"],
+                  places | {"TRITON_INTERPRET": "1"}),
+            Suite(f"kernels compiled, Triton {version}", [*choice, *rest, "tests/kernels/test_compiled.py"], places),
+        ]
+    return suites
+
+
+class Suite(NamedTuple):
+    """One pytest process."""
+
+    name: str
+    arguments: list[str]
+    places: dict[str, str]
+
+
+def run_suites(python: Path, suites: list[Suite]) -> int:
+    """Run suites two at a time, one thread each; what each printed is shown when it ends."""
+
+    def run(suite: Suite) -> int:
+        say(f"started: {suite.name}")
+        started = time.monotonic()
+        done = subprocess.run(
+            [str(python), "-m", "pytest", *suite.arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **suite.places},
+        )
+        text = done.stdout.decode(errors="replace")
+        say(f"{suite.name}, {time.monotonic() - started:.0f} s, exit code {done.returncode}:\n{text}")
+        return done.returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(run, suites))
+    return next(filter(None, codes), 0)
+
+
+def inside(tree: Path, base: str) -> dict[str, str]:
+    """Where a process finds ComfyUI, and a folder of its own for models, inputs and outputs."""
+    return {"COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base" / base)}
 
 
 def inspect(rest: list[str]) -> int:
@@ -169,8 +208,7 @@ def triton(python: Path, version: str) -> Path:
 
 def run_in(python: Path, tree: Path, command: list[str]) -> int:
     """Run Python with a ComfyUI tree; models, inputs and outputs of tests and demo stay in the cache."""
-    places = {"COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base")}
-    return subprocess.call([str(python), *command], cwd=ROOT, env={**os.environ, **places})
+    return subprocess.call([str(python), *command], cwd=ROOT, env={**os.environ, **inside(tree, "nodes")})
 
 
 def environment() -> Path:

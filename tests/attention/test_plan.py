@@ -10,7 +10,7 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("field, value, says", [
-    ("method", "magic", "method is 'magic'; it must be one of: auto, ropeslr, top-k, top-k plain"),
+    ("method", "magic", "method is 'magic'; it must be one of: auto, ropeslr, rola, sla, adaspa, top-k, top-k plain"),
     ("sparsity", 1.5, "sparsity is 1.5; it must be from 0.0 to 0.98"),
     ("sparsity", float("nan"), "sparsity is nan"),
     ("rank", -2, "rank is -2; it must be from 0 to 128"),
@@ -64,3 +64,23 @@ def test_any_text_is_read_or_refused_in_words(text):
 def test_kept_blocks_follow_the_sparsity_without_rounding_surprises(blocks, percent):
     kept = plan.SparsePlan(sparsity=percent / 100).kept_blocks(blocks)
     assert kept == max(1, (100 - percent) * blocks // 100)
+
+
+@pytest.mark.parametrize("asked, trained, expected", [
+    (dict(), None, ("ropeslr", "cube", 1, "auto")),
+    (dict(), "ropeslr", ("ropeslr", "cube", 1, "off")),
+    (dict(), "rola", ("rola", "raster", 0, "off")),
+    (dict(method="sla"), None, ("sla", "raster", 1, "auto")),
+    (dict(method="adaspa"), None, ("adaspa", "cube", 0, "auto")),
+    (dict(method="top-k"), "rola", ("top-k", "cube", 1, "auto")),
+    (dict(block_order="cube", dense_first_steps=2, calibrate="on top"), "rola", ("rola", "cube", 2, "on top")),
+])
+def test_what_auto_means(asked, trained, expected):
+    found = plan.SparsePlan(**asked).resolve(trained, "raster" if trained in ("rola", "sla") else "cube")
+    assert (found.method, found.block_order, found.dense_first_steps, found.calibrate) == expected
+    assert found.resolve(trained, "raster") == found                          # nothing is left to resolve
+
+
+def test_a_method_that_the_adapter_was_not_trained_for_is_refused():
+    with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola. Set method to auto"):
+        plan.SparsePlan(method="sla").resolve("rola")

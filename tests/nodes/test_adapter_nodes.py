@@ -379,9 +379,11 @@ def test_stretched_rope_reaches_the_adapter(options, matters):
     assert (relative_error(found, sample(sparse(model, adapter=adapter))) > 1e-4) is matters
 
 
-@pytest.mark.parametrize("node_first", [False, True])
-@pytest.mark.parametrize("method", ["rola", "ropeslr", "sla", "adaspa"])
-def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(node_first, method):
+@pytest.mark.parametrize("method, node_first", [
+    ("rola", False), pytest.param("rola", True, marks=pytest.mark.slow),
+    pytest.param("ropeslr", True, marks=pytest.mark.slow), pytest.param("adaspa", False, marks=pytest.mark.slow),
+])
+def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, node_first):
     import torch._dynamo.utils as dynamo
     from compiling import compiled
 

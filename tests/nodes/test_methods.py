@@ -22,7 +22,7 @@ MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
 
 @pytest.mark.parametrize("variant", WAN)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("cfg", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
 def test_every_method_runs_on_every_model(variant, method, cfg):
     file, channels, image = WAN[variant]
     model, arguments = load_model(file), dict(channels=channels, image=image, cfg=cfg)
@@ -145,7 +145,7 @@ class Transcribed:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("ending", [".pth", pytest.param(".safetensors", marks=pytest.mark.slow)])
 def test_a_released_checkpoint_samples_as_its_transcription_does(family, ending):
     """From the file through all nodes, with a LoRA, against a model and weights that this test prepared by itself."""
     kind, shape, preset, sampler = FAMILIES[family]

@@ -140,8 +140,11 @@ def test_a_call_without_memory_runs_dense(monkeypatch, caplog):
     assert not any(record.exc_text for record in caplog.records)
 
 
-@pytest.mark.parametrize("node_first", [False, True])
-@pytest.mark.parametrize("attention", ["attention_sub_quad", "attention_pytorch"])
+@pytest.mark.parametrize("attention, node_first", [
+    ("attention_pytorch", False), pytest.param("attention_pytorch", True, marks=pytest.mark.slow),
+    pytest.param("attention_sub_quad", False, marks=pytest.mark.slow),
+    pytest.param("attention_sub_quad", True, marks=pytest.mark.slow),
+])
 def test_settings_take_effect_on_a_compiled_model(node_first, attention, monkeypatch):
     """A graph compiled without the node must not be used with it, nor the other way round.
 
