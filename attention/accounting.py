@@ -72,6 +72,7 @@ def search_flops(tokens: int, width: int, heads: int) -> float:
     return dense_flops(tokens, width, heads) / 2
 
 
-def mask_cache_bytes(heads: int, tokens: int, q_blocks: int, k_blocks: int) -> int:
-    """What AdaSpa keeps per layer and conditioning: one bit per block pair, in words of 32, two bytes per token."""
-    return heads * (4 * q_blocks * -(-k_blocks // 32) + 2 * tokens)
+def mask_cache_bytes(heads: int, tokens: int, q_blocks: int, k_blocks: int, searches_again: bool = True) -> int:
+    """What AdaSpa keeps per layer and conditioning: one bit per block pair, in words of 32; and two bytes per token
+    until its last search."""
+    return heads * (4 * q_blocks * -(-k_blocks // 32) + 2 * tokens * searches_again)

@@ -35,7 +35,7 @@ class AttentionRun:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, layer: Hashable = 0, step: int = 0,
         conditioning: tuple[tuple[Hashable, int], ...] | None = None, scale: float | None = None, steps: int = 1,
-        noise: float | None = None, inputs: LayerInputs = LayerInputs(), part: Hashable = 0,  # noqa: B008  a tuple
+        noise: float | None = None, inputs: LayerInputs = LayerInputs(), part: Hashable = (),  # noqa: B008  a tuple
     ) -> tuple[Tensor, AttentionCost]:
         """Sparse self-attention of one layer.
 

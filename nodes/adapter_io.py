@@ -46,7 +46,7 @@ class RoPeSLRLoadAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter_name, rank=0) -> str:
         """A file that was written anew is loaded anew."""
-        if adapter_name == NONE:
+        if adapter_name in (None, NONE):    # None: the name is linked, and ComfyUI looks at what it is linked to
             return NONE
         path = folder_paths.get_full_path(folders.ADAPTERS, adapter_name)
         return f"{adapter_name} {rank} {os.stat(path).st_mtime_ns if path else 'missing'}"

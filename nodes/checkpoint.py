@@ -52,8 +52,8 @@ class RoPeSLRLoadSparseCheckpoint(io.ComfyNode):
                 io.Boolean.Input(
                     "save_converted", default=False, advanced=True,
                     tooltip="Also write the checkpoint as .safetensors in ComfyUI's layout beside the original, under "
-                            "its name with -comfyui behind. It takes as much space again; the next start with that "
-                            "file is faster, and this node reads it too.",
+                            "its name with -comfyui behind. It takes as much space again (int8 files: twice that); "
+                            "the next start with that file is faster, and this node reads it too.",
                 ),
             ],
             outputs=[io.Model.Output(), AdapterType.Output(display_name="adapter")],
@@ -62,6 +62,8 @@ class RoPeSLRLoadSparseCheckpoint(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, checkpoint, weight_dtype="default", save_converted=False) -> str:
         """A file that was written anew is loaded anew."""
+        if checkpoint is None:              # linked: ComfyUI looks at what it is linked to
+            return ""
         path = folder_paths.get_full_path(folders.CHECKPOINTS, checkpoint)
         return f"{checkpoint} {weight_dtype} {save_converted} {os.stat(path).st_mtime_ns if path else 'missing'}"
 
@@ -70,23 +72,35 @@ class RoPeSLRLoadSparseCheckpoint(io.ComfyNode):
         """Read, check and convert; a file that is not whole is refused before anything is built."""
         path = folder_paths.get_full_path_or_raise(folders.CHECKPOINTS, checkpoint)
         adapter = open_checkpoint(path).adapter()
-        model = load_backbone(path, DTYPES[weight_dtype])
         if save_converted:
-            stem = os.path.splitext(path)[0]
-            out = f"{stem}-comfyui.safetensors"
-            if os.path.exists(out) or stem.endswith("-comfyui"):
-                logger.info("RoPeSLR: %s is converted already", os.path.basename(path))
-            else:
-                convert(path, out)
-                logger.info("RoPeSLR: wrote %s", out)
-        return io.NodeOutput(model, adapter)
+            path = converted(path)
+        return io.NodeOutput(load_backbone(path, DTYPES[weight_dtype]), adapter)
+
+
+def converted(path: str) -> str:
+    """The checkpoint in ComfyUI's layout beside the original, written if need be; the original where it cannot be."""
+    stem = os.path.splitext(path)[0]
+    out = f"{stem}-comfyui.safetensors"
+    if stem.endswith("-comfyui"):
+        return path
+    if os.path.exists(out):
+        logger.info("RoPeSLR: %s is converted already", os.path.basename(path))
+        return out
+    try:
+        convert(path, out, progress=_progress())
+    except OSError as error:                # an optional file must not cost the person the run
+        logger.warning("RoPeSLR: the converted checkpoint could not be written: %s", error)
+        return path
+    logger.info("RoPeSLR: wrote %s", out)
+    return out
 
 
 def load_backbone(path: str, model_options: dict, disable_dynamic: bool = False):
     """The model of a released checkpoint as a MODEL. Raises ValueError where ComfyUI does not know it."""
     file = open_checkpoint(path)
-    bar = comfy.utils.ProgressBar(1)
-    weights = file.backbone(lambda done, total: bar.update_absolute(done, total))
+    weights = file.backbone(_progress())
+    if getattr(comfy.utils, "DISABLE_MMAP", False):     # a person's choice, for files on a network
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
     model = comfy.sd.load_diffusion_model_state_dict(
         weights, model_options=dict(model_options), metadata=dict(file.header) or None, disable_dynamic=disable_dynamic
     )
@@ -95,3 +109,8 @@ def load_backbone(path: str, model_options: dict, disable_dynamic: bool = False)
     # How ComfyUI makes a second, untouched copy when a node asks for one.
     model.cached_patcher_init = (load_backbone, (path, model_options))
     return model
+
+
+def _progress():
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)

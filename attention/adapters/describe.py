@@ -33,14 +33,16 @@ def _about_adapter(adapter: Adapter, path: Path) -> list[str]:
 
 def _about_checkpoint(checkpoint: Checkpoint, path: Path) -> list[str]:
     adapter = checkpoint.adapter()
-    info, weights = adapter.info, checkpoint.backbone()
-    numbers = sum(tensor.numel() for tensor in weights.values())
-    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values())
+    info, numbers, kinds, patches = adapter.info, 0, Counter(), None
+    for name, tensor in checkpoint.tensors():                                 # one by one: a model may be large
+        numbers += tensor.numel()
+        kinds[str(tensor.dtype).removeprefix("torch.")] += 1
+        patches = tuple(tensor.shape) if name == "patch_embedding.weight" else patches
     return [
         f"{path.name}: a Wan checkpoint with weights of {FAMILIES[info.method]}, {_size(path)}",
         f"  model         {info.base_model}: {info.num_layers} layers, {info.num_heads} heads of {info.head_dim}, "
         f"{numbers / 1e9:.2f} billion numbers, {', '.join(f'{n} tensors {kind}' for kind, n in kinds.most_common())}",
-        f"  patches       {tuple(weights['patch_embedding.weight'].shape)} as ComfyUI has them",
+        f"  patches       {patches} as ComfyUI has them",
         f"  trained at    sparsity {info.sparsity}, {info.block_order} order, blocks {info.block_q} x {info.block_k}",
         *([f"  rank          {info.rank}"] if info.rank else []),
         *_about_weights(adapter),

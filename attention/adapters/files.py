@@ -40,7 +40,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike) -> Path:
     with naming(path):
         validate(adapter.info, adapter.layers)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors().items()}
-    return write_safetensors(tensors, path, adapter.info.header())
+    return write_safetensors(separate_storage(tensors), path, adapter.info.header())
 
 
 def is_adapter(path: Path) -> bool:
@@ -58,7 +58,10 @@ def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, str], d
         raise AdapterError("there is no such file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return dict(file.metadata() or {}), {
+                # Copies: a file that is written over while it is mapped would change or end the process.
+                key: file.get_tensor(key).clone() for key in file.keys()  # noqa: SIM118
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"it is not a whole safetensors file ({error}). Download or save it again") from error
 

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..plan import BLOCK, TRAINED_METHODS
 from ..positions import rope_axes
 
+T = TypeVar("T")
 FORMAT, VERSION = "ropeslr-adapter", "1"
 ACTS = ("softmax", "elu")
 PES = ("fourier", "table", "none")
@@ -80,6 +82,10 @@ class AdapterInfo:
         for name in ("num_layers", "num_heads", "head_dim"):
             self._whole(name, 1)
         self._whole("rank", 0)
+        if self.fusion != {"rola": "rms", "sla": "mass"}.get(self.method, self.fusion):
+            raise AdapterError(f"fusion is {self.fusion!r}, which {self.method} does not have")
+        if self.method == "rola" and (self.rank < 2 or self.rank % 2):
+            raise AdapterError(f"rank is {self.rank}; rola turns pairs of features, so it must be even and at least 2")
         for name in ("block_q", "block_k"):
             if getattr(self, name) != BLOCK:
                 raise AdapterError(f"{name} is {getattr(self, name)}; this version runs blocks of {BLOCK}")
@@ -188,9 +194,9 @@ def layer_name(layer: Hashable) -> str:
     return f"{layer[0]}_blocks.{layer[1]}" if isinstance(layer, tuple) else str(layer)
 
 
-def group(method: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort file keys into layers; a key that the method does not know raises AdapterError."""
-    layers: dict[str, dict[str, Tensor]] = {}
+def group(method: str, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Sort what stands under file keys into layers; a key that the method does not know raises AdapterError."""
+    layers: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         match = LAYER.match(key)
         short = SUFFIXES[method].get(match.group(2)) if match else None
@@ -203,6 +209,16 @@ def group(method: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
 
 def validate(info: AdapterInfo, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Every layer there, every tensor of the right shape, floating point and finite; else an AdapterError."""
+    validate_shapes(info, {
+        layer: {name: tuple(tensor.shape) for name, tensor in weights.items()} for layer, weights in layers.items()
+    })
+    for layer, weights in layers.items():
+        for name, tensor in weights.items():
+            _check_numbers(f"{layer} {name}", tensor)
+
+
+def validate_shapes(info: AdapterInfo, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Every layer there, every tensor there and of the right shape; else an AdapterError. Reads no tensor."""
     if len(layers) != info.num_layers:
         raise AdapterError(f"it has weights for {len(layers)} layers; its header says num_layers {info.num_layers}")
     numbers: dict[str, list[int]] = {}
@@ -218,13 +234,15 @@ def validate(info: AdapterInfo, layers: Mapping[str, Mapping[str, Tensor]]) -> N
         for name in _needed(info, weights):
             if name not in weights:
                 raise AdapterError(f"layer {layer} has no {name}; it has {', '.join(sorted(weights)) or 'nothing'}")
-        for name, tensor in weights.items():
+        for name, found in weights.items():
             if name.startswith("pe_") and info.pe == "none":
                 raise AdapterError(f"layer {layer} has {name}, though its header says pe 'none'")
-            _check_tensor(f"{layer} {name}", tensor, shapes[name])
+            if found not in shapes[name]:
+                expected = " or ".join(map(str, shapes[name]))
+                raise AdapterError(f"{layer} {name} has the shape {found}; expected {expected}")
 
 
-def _needed(info: AdapterInfo, weights: Mapping[str, Tensor]) -> set[str]:
+def _needed(info: AdapterInfo, weights: Mapping[str, object]) -> set[str]:
     if info.method != "ropeslr":
         return set(SUFFIXES[info.method].values())
     if info.fusion == "rms":
@@ -247,10 +265,7 @@ def _shapes(info: AdapterInfo) -> dict[str, list[tuple[int, ...]]]:
     return shapes | {name: [shape] for name, shape in fixed.items()}
 
 
-def _check_tensor(name: str, tensor: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    if tuple(tensor.shape) not in shapes:
-        expected = " or ".join(map(str, shapes))
-        raise AdapterError(f"{name} has the shape {tuple(tensor.shape)}; expected {expected}")
+def _check_numbers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise AdapterError(f"{name} is {tensor.dtype}; expected floating point")
     if not torch.isfinite(tensor).all():
@@ -259,9 +274,10 @@ def _check_tensor(name: str, tensor: Tensor, shapes: list[tuple[int, ...]]) -> N
 
 
 def check_model(adapter: Adapter, layers: int, heads: int, width: int, model: str) -> None:
-    """Raise AdapterError unless the adapter fits a model of so many layers, heads and head width."""
+    """Raise AdapterError unless the adapter fits a Wan model of so many layers, heads and head width."""
     info = adapter.info
-    if (info.num_layers, info.num_heads, info.head_dim) != (layers, heads, width):
+    named = set(adapter.layers) == {layer_name(i) for i in range(layers)}
+    if (info.num_layers, info.num_heads, info.head_dim) != (layers, heads, width) or not named:
         raise AdapterError(
             f"Adapter '{adapter.name}' was trained for {info.base_model} ({info.num_layers} layers, {info.num_heads} "
             f"heads of {info.head_dim}); {model} has {layers} layers, {heads} heads of {width}. Load an adapter for "

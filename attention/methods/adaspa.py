@@ -41,7 +41,7 @@ class Found(NamedTuple):
     """What one search leaves behind, batch rows in front."""
 
     bits: Tensor                            # (B, H, Nq, words) int32
-    ratio: Tensor                           # (B, H, Lq) float16: LSE of all blocks - LSE of the kept ones
+    ratio: Tensor | None                    # (B, H, Lq) float16: LSE of all blocks - LSE of the kept ones
     longest: int                            # the most blocks that a row keeps
     density: float
     step: int                               # of the search
@@ -54,7 +54,8 @@ class AdaSpa(Method):
 
     def __init__(self, plan: SparsePlan) -> None:
         self.plan = plan
-        self.memory: dict[tuple[Hashable, Hashable, Hashable, TokenLayout], Found] = {}
+        self.memory: dict[tuple[Hashable, Hashable, TokenLayout, Hashable], Found] = {}
+        self._used: dict[tuple, int] = {}   # the step that last asked for each
 
     def dense_reason(self, step: int, steps: int) -> str | None:
         """See `Method.dense_reason`."""
@@ -68,17 +69,24 @@ class AdaSpa(Method):
             due = any(step > known.step and call.step >= step for step in search_steps(call.steps)[1:])
             if not due:
                 return VideoOutput(out, known.density, 0.0)
-            lse += known.ratio
+            lse += known.ratio              # a search that is due was foreseen, so there is one
         else:
             out, lse = ops.dense_attention(q, k, v, call.scale, call.backend)
         found, recall = self._search(q, k, lse, call)
-        kept, kept_lse = _attend(q, k, v, found, call)
-        self._remember(found._replace(ratio=(lse - kept_lse).clamp(0.0, HALF_MAX).half()), call)
         batch, heads, tokens, width = q.shape
-        cost = search_flops(k.shape[2], width, heads) + sparse_flops(tokens, width, heads, found.density)
+        cost = batch * search_flops(k.shape[2], width, heads)
+        again = any(step > call.step for step in search_steps(call.steps)[1:])
+        if known is None and not again:     # a run that searches once needs no ratio
+            self._remember(found, call)
+            return VideoOutput(out, 1.0, 0.0, cost, recall)
+        kept, kept_lse = _attend(q, k, v, found, call)
+        cost += batch * sparse_flops(tokens, width, heads, found.density)
+        if again:
+            found = found._replace(ratio=(lse - kept_lse).clamp(0.0, HALF_MAX).half())
+        self._remember(found, call)
         if known is None:
-            return VideoOutput(out, 1.0, 0.0, batch * cost, recall)
-        return VideoOutput(kept, found.density, 0.0, batch * cost, recall)
+            return VideoOutput(out, 1.0, 0.0, cost, recall)
+        return VideoOutput(kept, found.density, 0.0, cost, recall)
 
     def _search(self, q: Tensor, k: Tensor, lse: Tensor, call: LayerCall) -> tuple[Found, float]:
         """Masks of the best blocks, heads sharing the work by their recall: -> Found without its ratio, mean recall."""
@@ -99,11 +107,13 @@ class AdaSpa(Method):
         of_level = torch.tensor([tables.density(keep) for keep in keeps], dtype=torch.float64)
         density = of_level[choice.cpu()].mean().item()
         longest = min(tables.keys.shape[0], max(keeps) + int(tables.forced_counts.max()))
-        return Found(bits, lse, longest, density, call.step), recall          # the ratio follows
+        return Found(bits, None, longest, density, call.step), recall
 
     def _recall(self, call: LayerCall) -> Found | None:
         """What is known for all conditionings of the call; None where any is new or of another batch size."""
-        parts = [self.memory.get((call.layer, key, call.part, call.layout)) for key, _ in call.conditioning]
+        keys = [(call.layer, key, call.layout, call.part) for key, _ in call.conditioning]
+        self._used.update((key, call.step) for key in keys)
+        parts = [self.memory.get(key) for key in keys]
         rows = [count for _, count in call.conditioning]
         if any(part is None for part in parts) or [part.bits.shape[0] for part in parts] != rows:
             return None
@@ -111,8 +121,9 @@ class AdaSpa(Method):
             return parts[0]
         density = sum(part.density * count for part, count in zip(parts, rows)) / sum(rows)
         return Found(
-            torch.cat([part.bits for part in parts]), torch.cat([part.ratio for part in parts]), parts[0].longest,
-            density, min(part.step for part in parts),
+            torch.cat([part.bits for part in parts]),
+            None if parts[0].ratio is None else torch.cat([part.ratio for part in parts]), parts[0].longest, density,
+            min(part.step for part in parts),
         )
 
     def _remember(self, found: Found, call: LayerCall) -> None:
@@ -120,9 +131,13 @@ class AdaSpa(Method):
         for key, rows in call.conditioning:
             own = slice(start, start + rows)
             # A part of a larger tensor would keep all of it alive.
-            part = found._replace(bits=found.bits[own].clone(), ratio=found.ratio[own].clone())
-            self.memory[call.layer, key, call.part, call.layout] = part
+            ratio = None if found.ratio is None else found.ratio[own].clone()
+            part = found._replace(bits=found.bits[own].clone(), ratio=ratio)
+            self.memory[call.layer, key, call.layout, call.part] = part
             start += rows
+        # Context windows may move from step to step: what the last two steps did not ask for is not asked for again.
+        for key in [key for key in self.memory if key[0] == call.layer and self._used[key] < call.step - 1]:
+            del self.memory[key], self._used[key]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, found: Found, call: LayerCall) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class LayerCall:
     steps: int = 1
     noise: float | None = None
     inputs: LayerInputs = LayerInputs()
-    part: Hashable = 0                      # which piece of a longer video
+    part: Hashable = ()                     # which piece of a longer video
 
     @property
     def video(self) -> slice:

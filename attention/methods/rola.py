@@ -40,7 +40,7 @@ class RoLA(Method):
         self.adapter = adapter
         self.learned = LearnedPositions(adapter)
         self._turn: tuple[Positions, torch.dtype, Tensor, Tensor] | None = None
-        self._kept: dict[Hashable, Tensor] = {}
+        self._kept: dict[Hashable, tuple[Tensor, Tensor]] = {}                # features, and the pairs that turn
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """See `Method.attend`."""
@@ -82,7 +82,7 @@ class RoLA(Method):
             return maps
         if call.layer not in self._kept:
             self._kept[call.layer] = _strongest_pairs(q, k, v, *maps, (wanted + 1) // 2)
-        return tuple(_only(map, self._kept[call.layer]) for map in maps)
+        return tuple(_only(map, *self._kept[call.layer]) for map in maps)
 
     def _turn_angles(self, positions: Positions, call: LayerCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._turn is None or self._turn[0] is not positions or self._turn[1] != dtype:
@@ -91,21 +91,23 @@ class RoLA(Method):
         return self._turn[2:]
 
 
-def _strongest_pairs(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap, count: int) -> Tensor:
-    """The `count` pairs of features that add most to O_l over all heads, measured on some rows: -> `(count,)` int64."""
-    rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED_ROWS, q.shape[2]), device=q.device).long().unique()
+def _strongest_pairs(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap, count: int):
+    """The `count` pairs of features that add most to O_l over all heads, measured on some rows: -> their features
+    `(2 count,)` and those pairs of them that turn, int64."""
+    count_rows = min(SAMPLED_ROWS, q.shape[2])
+    rows = torch.arange(count_rows, device=q.device) * q.shape[2] // count_rows
     some = q_map._replace(**{
         name: getattr(q_map, name)[rows] for name in ("cos", "sin", "turn_cos", "turn_sin")
     })
     energy = ops.feature_energy(q.index_select(2, rows), k, v, some, k_map)
     share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
     pairs = share.sum(dim=(0, 1)).view(-1, 2).sum(dim=-1)
-    return pairs.topk(min(count, pairs.numel())).indices.sort().values
+    kept = pairs.topk(min(count, pairs.numel())).indices.sort().values
+    return torch.stack((2 * kept, 2 * kept + 1), dim=-1).flatten(), kept[kept < q_map.turn_cos.shape[1]]
 
 
-def _only(map: SiluMap, pairs: Tensor) -> SiluMap:
-    features = torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten()
-    turned = pairs[pairs < map.turn_cos.shape[1]]
+def _only(map: SiluMap, features: Tensor, turned: Tensor) -> SiluMap:
     return map._replace(
-        a=map.a.index_select(1, features), turn_cos=map.turn_cos[:, turned], turn_sin=map.turn_sin[:, turned]
+        a=map.a.index_select(1, features), turn_cos=map.turn_cos.index_select(1, turned),
+        turn_sin=map.turn_sin.index_select(1, turned),
     )

@@ -76,7 +76,7 @@ class RoPeSLR(Method):
             known = strongest(start, cov, self.plan.rank)
             if known.features is not None:
                 cov = cov.gather(2, known.features[..., None].expand(-1, -1, -1, cov.shape[-1]))
-        elif trained is not None and self.plan.calibrate == "off":            # its noise bins follow the step
+        elif trained is not None and (due or self.plan.calibrate == "off"):   # its noise bins follow the step
             beta = trained.start.beta
             beta = beta if known.features is None else beta.gather(-1, known.features)
             known = Calibration(trained.start.gate_c, trained.start.gate_b, beta, known.features)
@@ -137,7 +137,7 @@ class RoPeSLR(Method):
         known = Calibration(*(
             None if field[0] is None else torch.cat(field) for field in zip(*(part for _, part in parts))
         ))
-        every = {"every step": 1, "auto": CALIBRATE_EVERY}.get(self.plan.calibrate)
+        every = {"every step": 1, "auto": CALIBRATE_EVERY, "on top": CALIBRATE_EVERY}.get(self.plan.calibrate)
         # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
         return known, every is not None and any(abs(call.step - made) >= every for made, _ in parts)
 

@@ -58,11 +58,11 @@ def note_inputs(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 @contextlib.contextmanager
-def watching(diffusion_model: torch.nn.Module, needed: bool) -> Iterator[None]:
-    """Hook every self-attention of a model for the length of a `with` block; nothing is left behind."""
+def watching(diffusion_models: list[torch.nn.Module]) -> Iterator[None]:
+    """Hook every self-attention of some models for the length of a `with` block; nothing is left behind."""
     handles = []
     try:
-        for block in getattr(unwrap(diffusion_model), "blocks", ()) if needed else ():
+        for block in (block for model in diffusion_models for block in getattr(unwrap(model), "blocks", ())):
             attention = getattr(unwrap(block), "self_attn", None)
             if isinstance(attention, torch.nn.Module):
                 handles.append(unwrap(attention).register_forward_pre_hook(note_inputs, with_kwargs=True))

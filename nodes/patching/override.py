@@ -23,7 +23,8 @@ class ModelCall:
 
     def __init__(
         self, run: SamplingRun, sigma: float, conditioning: tuple[tuple[Hashable, int], ...],
-        context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None, part: int = 0,
+        context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None,
+        part: tuple[int, ...] = (),
     ) -> None:
         self.run = run
         self.unsupported = unsupported

@@ -48,7 +48,9 @@ class SparsePatch:
         guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
         completed = False
         try:
-            with watching(patcher.model.diffusion_model, method.needs_x or method.needs_positions):
+            models = [patcher, *patcher.get_additional_models_with_key("multigpu")]
+            needed = method.needs_x or method.needs_positions
+            with watching([each.model.diffusion_model for each in models] if needed else []):
                 result = executor(*args, **kwargs)
             completed = True
             return result
@@ -124,7 +126,7 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
     patched = model.clone()
     patched.remove_additional_models(KEY)
     if adapter is not None:
-        patcher, adapter = carried(adapter)
+        patcher, adapter = carried(adapter, patched)
         patched.set_additional_models(KEY, [patcher])
     patch = SparsePatch(plan, node_id, adapter)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
@@ -161,10 +163,9 @@ def _conditioning(options: dict, batch: int) -> tuple[tuple[object, int], ...]:
     return tuple((key, batch // len(keys)) for key in keys)
 
 
-def _part(options: dict) -> int:
-    """The first frame of the context window that a model call looks at; 0 without windows."""
-    window = getattr(options.get("context_window"), "index_list", None)
-    return int(window[0]) if window else 0
+def _part(options: dict) -> tuple[int, ...]:
+    """The frames of the context window that a model call looks at; none without windows."""
+    return tuple(getattr(options.get("context_window"), "index_list", None) or ())
 
 
 def _is_compiled(base_model: torch.nn.Module, options: dict) -> bool:

@@ -104,7 +104,7 @@ class SamplingRun:
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, sigma: float,
-        conditioning: tuple[tuple[Hashable, int], ...], part: int, scale: float | None, inputs: LayerInputs,
+        conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None, inputs: LayerInputs,
     ) -> torch.Tensor:
         """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
         layout = TokenLayout(grid, order=self.plan.block_order)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import comfy.model_management
 import comfy.model_patcher
 import torch
 
@@ -23,12 +22,21 @@ class AdapterWeights(torch.nn.Module):
         )
 
 
-def carried(adapter: Adapter) -> tuple[object, Adapter]:
-    """A model patcher that holds the adapter's weights, and the adapter reading them wherever they are."""
-    weights = AdapterWeights(adapter)
-    # Looked up late: ComfyUI puts its dynamic patcher there when it starts.
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        weights, load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+def carried(adapter: Adapter, like) -> tuple[object, Adapter]:
+    """A model patcher that holds the adapter's weights, and the adapter reading them wherever they are.
+
+    like: the MODEL that they run with; they live on its devices.
+    """
+    patcher = make_patcher(adapter, like.load_device, like.offload_device)
+    weights = patcher.model
     return patcher, replace(adapter, layers=dict(zip(weights.names, weights.groups)))
+
+
+def make_patcher(adapter: Adapter, load_device: torch.device, offload_device: torch.device, disable_dynamic=False):
+    """A fresh patcher around an adapter's weights."""
+    # Looked up late: ComfyUI puts its dynamic patcher there when it starts.
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(AdapterWeights(adapter), load_device=load_device, offload_device=offload_device)
+    # How ComfyUI makes a second, untouched copy, for another GPU for example.
+    patcher.cached_patcher_init = (make_patcher, (adapter, load_device, offload_device))
+    return patcher

@@ -140,6 +140,31 @@ def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
     assert run_of(0.6).attend(q, k, v, layout, conditioning=(("a", 1),))[1].density == 1.0
 
 
+def test_windows_that_move_leave_nothing_behind():
+    """Some schedules shift the windows at every step: what was found for one that is gone is dropped."""
+    layout = attention.TokenLayout((4, 8, 16))
+    q, k, v = smooth_qkv((4, 8, 16), heads=2)
+    run = run_of(0.6)
+    for step in range(10, 20):
+        for layer in range(2):
+            for part in (step, 100 + step, 200):                              # two that move and one that stays
+                _, cost = run.attend(q, k, v, layout, layer, step, steps=50, part=(part,))
+                assert (cost.density == 1.0) is (part != 200 or step == 10)
+    assert len(run.method.memory) == len(run.method._used) == 2 * 5
+
+
+def test_a_run_that_searches_once_does_no_more_than_that(monkeypatch):
+    calls = []
+    real = ops.block_sparse_attention
+    monkeypatch.setattr(ops, "block_sparse_attention", lambda *a, **b: calls.append(1) or real(*a, **b))
+    q, k, v = smooth_qkv((4, 8, 16), heads=2)
+    run = run_of(0.6)
+    run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=0, steps=4)
+    assert not calls
+    run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=1, steps=4)
+    assert len(calls) == 1
+
+
 def test_conditionings_together_and_apart_give_the_same():
     layout = attention.TokenLayout((4, 8, 16))
     a, b = smooth_qkv((4, 8, 16), seed=0), smooth_qkv((4, 8, 16), seed=1)
@@ -161,14 +186,15 @@ def test_conditionings_together_and_apart_give_the_same():
 @pytest.mark.parametrize("grid, heads", [(GRID, 3), ((5, 8, 9), 2)])
 def test_the_cache_takes_the_memory_that_the_accounting_says(grid, heads):
     q, k, v = smooth_qkv(grid, heads=heads)
-    run = run_of(0.8)
-    for layer in range(2):
-        for key in "ab":
-            run.attend(q, k, v, attention.TokenLayout(grid), layer=layer, conditioning=((key, 1),))
-    tensors_held = [tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)]
-    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors_held)
-    blocks = -(-q.shape[2] // 64)
-    assert held == 4 * accounting.mask_cache_bytes(heads, q.shape[2], blocks, blocks)
+    run, blocks = run_of(0.8), -(-q.shape[2] // 64)
+    for step, again in ((10, True), (30, False)):
+        for layer in range(2):
+            for key in "ab":
+                conditioning = ((key, 1),)
+                run.attend(q, k, v, attention.TokenLayout(grid), layer, step, conditioning, steps=50)
+        both = [tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)]
+        held = sum(tensor.untyped_storage().nbytes() for tensor in both if tensor is not None)
+        assert held == 4 * accounting.mask_cache_bytes(heads, q.shape[2], blocks, blocks, again)
     # Wan 14B at 720p: 7.0 MB of bits and 6.0 MB of ratios in each layer and conditioning.
     assert accounting.mask_cache_bytes(40, 75_600, 1182, 1182) == 40 * (4 * 1182 * 37 + 2 * 75_600)
 

@@ -1,5 +1,7 @@
 """Every method against the slow float64 transcription of its formulas: 1e-5 in float32, 1e-2 in bfloat16."""
 
+import dataclasses
+
 import pytest
 import torch
 import transcription as golden
@@ -9,6 +11,7 @@ from pack_loader import load
 
 attention = load(".attention")
 positions = load(".attention.positions")
+reference = load(".kernels.reference")
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 GRID, HEADS = (4, 5, 8), 2                  # 160 tokens: two blocks and a short one
 DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=["float32", "bfloat16"])
@@ -66,7 +69,7 @@ class Case:
 @DTYPES
 @ORDERS
 @pytest.mark.parametrize("tail", [True, False])
-@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])                               # two blocks of three, and one
 def test_top_k(dtype, order, tail, sparsity):
     case = Case(dtype, order=order)
     found, _ = case.attend(method="top-k" if tail else "top-k plain", sparsity=sparsity)
@@ -243,3 +246,87 @@ def test_adaspa(dtype, sparsity):
     assert cost.density == 1.0 and cost.recall is not None
     second, _ = run.attend(case.q_hat, case.k_hat, case.v_hat, case.layout, step=11, steps=50)
     case.check(second[0].double(), golden.sparse(*case.tensors, case.angles, case.blocks, masks)[0])
+
+
+# What the transcription does not have: batches, text, strides
+
+
+KINDS = {
+    "ropeslr": lambda: ropeslr_adapter(1, HEADS, 32),
+    "ropeslr, table": lambda: ropeslr_adapter(1, HEADS, 32, pe="table"),
+    "rms": lambda: ropeslr_adapter(1, HEADS, 32, fusion="rms"), "rola": lambda: rola_adapter(1, HEADS, 32, rank=16),
+    "rola, lower rank": lambda: dataclasses.replace(rola_adapter(1, HEADS, 32, rank=16), use_rank=8),
+    "sla": lambda: sla_adapter(1, HEADS, 32),
+}
+
+
+def attend_with_text(adapter, case, before, after, x, **plan):
+    """The case's video between `before` and `after` tokens of text; q, k, v as the host lays them out in memory."""
+    grow = torch.Generator().manual_seed(9)
+
+    def around(video):
+        text = torch.randn(video.shape[0], HEADS, before + after, 32, generator=grow)
+        parts = (text[:, :, :before], video, text[:, :, before:])
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous().transpose(1, 2)
+
+    run = attention.AttentionRun(attention.SparsePlan(**({"sparsity": 0.5} | plan)), adapter)
+    layout = attention.TokenLayout(GRID, before, after, run.plan.block_order)
+    inputs = case.inputs._replace(x=torch.cat((x[:, :before] * 0 + 7, x, x[:, :after] * 0 - 7), dim=1))
+    q, k, v = (around(video) for video in (case.q_hat, case.k_hat, case.v_hat))
+    out, _ = run.attend(q, k, v, layout, inputs=inputs)
+    return out[:, :, before : before + case.layout.tokens], out, (q, k, v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_before_and_text_after_the_video_are_the_same(kind):
+    """The background, its positions and the gate belong to the video's tokens, wherever those stand."""
+    case = Case(torch.float32, width=32)
+    adapter = KINDS[kind]()
+    before, whole, tensors = attend_with_text(adapter, case, 70, 0, case.x_hat)
+    after, other, _ = attend_with_text(adapter, case, 0, 70, case.x_hat)
+    assert relative_error(before, after) < 1e-5
+    dense = reference.dense_attention(*tensors)[0]
+    assert relative_error(whole[:, :, :70], dense[:, :, :70]) < 1e-5
+    plain, _, _ = attend_with_text(adapter, case, 0, 0, case.x_hat)
+    assert relative_error(before, plain) > 1e-3                               # the text is read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_two_conditionings_gives_what_each_gives(kind):
+    a, b = Case(torch.float32, width=32), Case(torch.float32, width=32, seed=1)
+    adapter = KINDS[kind]()
+    b.x_hat = layer_x(a.layout.tokens, HEADS * 32, torch.float32, seed=8)
+    run = attention.AttentionRun(attention.SparsePlan(sparsity=0.5), adapter)
+    layout = attention.TokenLayout(GRID, order=run.plan.block_order)
+    both = [torch.cat(pair) for pair in ((a.q_hat, b.q_hat), (a.k_hat, b.k_hat), (a.v_hat, b.v_hat))]
+    inputs = a.inputs._replace(x=torch.cat((a.x_hat, b.x_hat)))
+    together, _ = run.attend(*both, layout, conditioning=(("a", 1), ("b", 1)), inputs=inputs)
+    for i, case in enumerate((a, b)):
+        alone = attention.AttentionRun(attention.SparsePlan(sparsity=0.5), adapter)
+        own = case.inputs._replace(x=case.x_hat)
+        if kind == "rola, lower rank":      # features are chosen once per layer, on the first call
+            alone.method._kept = run.method._kept
+        found, _ = alone.attend(case.q_hat, case.k_hat, case.v_hat, layout, inputs=own)
+        assert relative_error(together[i : i + 1], found) < 1e-5
+    assert relative_error(together[:1], together[1:]) > 0.1
+
+
+def test_on_top_begins_again_from_the_adapter_at_the_present_noise():
+    """Every five steps; between them, and for every noise, the values follow what was asked for."""
+    case = Case(torch.float32)
+    adapter = ropeslr_adapter(1, HEADS, 128, pe="none", noise_levels=(0.1, 0.9))
+    run = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
+    made = []
+    for step in range(12):
+        _, cost = run.attend(
+            case.q_hat, case.k_hat, case.v_hat, case.layout, step=step, inputs=case.inputs, noise=1 - step / 12
+        )
+        made += [step] if cost.calibration else []
+    assert made == [0, 5, 10]
+    late = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
+    arguments = (case.q_hat, case.k_hat, case.v_hat, case.layout)
+    fresh, _ = late.attend(*arguments, step=10, inputs=case.inputs, noise=1 - 10 / 12)
+    again = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
+    again.attend(*arguments, step=0, inputs=case.inputs, noise=1.0)
+    found, _ = again.attend(*arguments, step=10, inputs=case.inputs, noise=1 - 10 / 12)
+    assert torch.equal(found, fresh)

@@ -149,6 +149,7 @@ def test_a_converted_checkpoint_is_the_same_model_and_loads_by_itself():
     stamp = out.stat().st_mtime_ns
     again, same = comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=out.name, save_converted=True)
     assert out.stat().st_mtime_ns == stamp and not list(out.parent.glob("*-comfyui-comfyui*"))
+    assert same.info == adapter.info
     assert torch.equal(run(sparse(again, adapter=same)), run(sparse(model, adapter=adapter)))
 
 
@@ -178,6 +179,35 @@ def test_weights_in_eight_bits_run_with_the_adapter(dtype):
     model, adapter = load_sparkwan(weight_dtype=dtype)
     patched = sparse(model, adapter=adapter)
     assert torch.isfinite(run(patched)).all() and report(patched).sparse_calls == 4
+
+
+def test_a_second_copy_of_the_weights_can_be_made_for_another_gpu():
+    patched = sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("rola"))
+    (patcher,) = patched.get_additional_models_with_key("ropeslr")
+    make, arguments = patcher.cached_patcher_init
+    for copy in (make(*arguments), make(*arguments, disable_dynamic=True)):
+        assert copy.model is not patcher.model
+        pairs = zip(copy.model.parameters(), patcher.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert (patcher.load_device, patcher.offload_device) == (patched.load_device, patched.offload_device)
+
+
+def test_a_linked_name_does_not_load_everything_anew_at_each_queue():
+    """ComfyUI hands linked widgets as None, and takes an error for "changed"."""
+    mapping = comfy_host.boot().NODE_CLASS_MAPPINGS
+    assert mapping["RoPeSLRLoadSparseCheckpoint"].fingerprint_inputs(checkpoint=None) == ""
+    assert mapping["RoPeSLRLoadAdapter"].fingerprint_inputs(adapter_name=None) == "none (training-free)"
+
+
+def test_a_converted_file_that_cannot_be_written_does_not_cost_the_run(monkeypatch, caplog):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    model, adapter = load_sparkwan("made_full_sparkwan.pth", save_converted=True)
+    assert "could not be written" in caplog.text and "GB are needed" in caplog.text
+    assert torch.isfinite(run(sparse(model, adapter=adapter))).all()
+    assert not list((MODELS / "diffusion_models").glob("made_full_sparkwan-comfyui*"))
 
 
 def test_an_adapter_of_another_model_is_refused_with_both_named():
@@ -276,19 +306,33 @@ def test_weights_are_loaded_with_the_model_and_freed_with_it():
     assert torch.equal(first, sample(sparse(model, adapter=own_adapter("rola"))))
 
 
-def test_partly_loaded_weights_and_a_lora_give_the_same():
+def test_partly_loaded_weights_and_a_lora_give_the_same(monkeypatch):
     """As with little memory: layers stay where they are, and the LoRA is added as they run."""
+    import comfy.model_management as management
+    from comfy.patcher_extension import WrappersMP
+
     patch = {"diffusion_model.blocks.0.self_attn.q.weight": (torch.randn(
         256, 256, generator=torch.Generator().manual_seed(0)) * 0.02,)}
     model = load_model("tiny_wan21_t2v")
     model = model.clone()
     model.add_patches(patch, 1.0)
     expected = sample(sparse(model, adapter=own_adapter("rola")))
-    low = sparse(model, adapter=own_adapter("rola"))
-    low.load(torch.device("cpu"), lowvram_model_memory=1)
-    for patcher in low.get_additional_models_with_key("ropeslr"):
-        patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+    management.unload_all_models()          # or the LoRA would stand in the weights already
+    low, seen = sparse(model, adapter=own_adapter("rola")), []
+
+    def load(models, **_):
+        for each in models:
+            each.patch_model(device_to=each.load_device, lowvram_model_memory=1)
+
+    def watch(executor, *args, **kwargs):
+        seen.append(executor.class_obj.model_lowvram)
+        return executor(*args, **kwargs)
+
+    low.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", watch)
+    monkeypatch.setattr(management, "load_models_gpu", load)
     assert relative_error(sample(low), expected) < 1e-5
+    assert seen == [True] * 3
+    low.unpatch_model()
 
 
 @pytest.mark.parametrize("method", ["rola", "ropeslr"])

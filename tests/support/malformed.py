@@ -93,6 +93,7 @@ def _adapters():
 
 
 def _released():
+    stock = checkpoints.wan_weights(256, 2, 512)
     for family, weights in (("sparkwan", checkpoints.sparkwan()), ("turbowan", checkpoints.turbowan())):
         def write(weights: dict[str, Tensor], prefix: str = "net.") -> Write:
             return lambda path: checkpoints.save(weights, path, prefix)
@@ -100,17 +101,18 @@ def _released():
         for cut in (0, 10, 1000, 200_000, -1, -2000):
             yield f"{family} .pth cut at {cut}", ".pth", _cut(write(weights), cut), ""
             yield f"{family} cut at {cut}", ".safetensors", _cut(write(weights), cut), "safetensors"
-        for name in (
-            "patch_embedding.weight", "patch_embedding.bias", "text_embedding.0.weight", "time_projection.1.weight",
-            "head.head.weight", "head.modulation", "blocks.1.modulation", "blocks.1.self_attn.q.weight",
-            "blocks.1.self_attn.norm_k.weight", "blocks.1.cross_attn.o.weight", "blocks.1.ffn.2.weight",
-            *(name for name in weights if name.startswith("blocks.1.") and "proj_" in name),
-        ):
+        for name in weights:                # each one, but for the sparse ones of all blocks but the last
+            if name not in stock and name.startswith("blocks.0."):
+                continue
             rest = {key: x for key, x in weights.items() if key != name}
-            yield f"{family} without {name}", ".pth", write(rest), ""
+            said = name if name in stock and name != "patch_embedding.weight" else ""
+            yield f"{family} without {name}", ".safetensors", write(rest), said
+        rest = {key: x for key, x in weights.items() if "cross_attn.v" not in key}
+        yield f"{family} without any cross_attn.v", ".safetensors", write(rest), "cross_attn.v"
         for name in (
             "patch_embedding.weight", "blocks.0.self_attn.q.weight", "blocks.1.self_attn.v.weight",
-            "blocks.1.ffn.0.weight", *(name for name in weights if name.startswith("blocks.0.") and "proj_" in name),
+            "blocks.1.ffn.0.weight", "blocks.0.ffn.2.bias", "time_projection.1.weight", "head.modulation",
+            *(name for name in weights if name.startswith("blocks.0.") and "proj_" in name),
         ):
             for kind, wrong in _wrong(weights[name], shapes_only="proj_" not in name):
                 yield f"{family} {kind} {name}", ".safetensors", write(weights | {name: wrong}), ""
@@ -123,6 +125,8 @@ def _released():
         scale = "blocks.0.ffn.0.scale"
         yield f"{family} int8 without factors", ".pth", write({k: x for k, x in small.items() if k != scale}), "scale"
         yield f"{family} int8 with wrong factors", ".pth", write(small | {scale: torch.ones(1, 1)}), "scale"
+        nan = small[scale] * torch.nan
+        yield f"{family} int8 with NaN factors", ".pth", write(small | {scale: nan}), "NaN"
 
 
 def _pickles():
@@ -131,7 +135,17 @@ def _pickles():
         yield f"code by {how}", ".pth", lambda path, how=how: torch.save({**weights, "x": Evil(how)}, path), "not run"
         yield f"code by {how}, bare", ".pth", lambda path, how=how: path.write_bytes(pickle.dumps(Evil(how))), ""
         yield f"code by {how}, old format", ".pth", lambda path, how=how: torch.save(
-            {"state_dict": {"net.x": Evil(how)}}, path, _use_new_zipfile_serialization=False), "not run"
+            {"state_dict": {"net.x": Evil(how)}}, path, _use_new_zipfile_serialization=False), "before 2020"
+    loop: dict = {}
+    loop["model"] = loop
+    yield "a table that holds itself", ".pth", lambda path: torch.save(loop, path), "patch_embedding"
+    name = "blocks.0.self_attn.proj_q.weight"
+    odd = {
+        "a number that claims to be a terabyte": torch.ones(1).expand(10**6, 10**6), "a sparse tensor":
+        torch.eye(4).to_sparse(), "a tensor without numbers": torch.empty(64, 128, device="meta"),
+    }
+    for kind, tensor in odd.items():
+        yield kind, ".pth", lambda path, x=tensor: torch.save({**weights, name: x}, path), "no plain tensor"
     yield "a whole module", ".pth", lambda path: torch.save(torch.nn.Linear(2, 2), path), "not run"
     yield "code named safetensors", ".safetensors", lambda path: path.write_bytes(pickle.dumps(Evil())), "safetensors"
 
