@@ -34,7 +34,7 @@ HUNYUAN_SETTINGS = dict(
     qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, use_cond_type_embedding=False, vision_in_dim=None,
     meanflow_sum=False,
 )
-# class, its settings, latent (channels, frames, height, width); a model that is not sparse yet is timed dense alone
+# class, its settings, latent (channels, frames, height, width)
 MODELS = {
     "wan-1.3b": (WAN, dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30), (16, 21, 60, 104)),
     "wan-14b": (WAN, dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), (16, 21, 90, 160)),

@@ -31,12 +31,15 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             display_name="RoPeSLR Sparse Attention",
             category="RoPeSLR",
             description=(
-                "Makes Wan video models faster: self-attention computes only the key blocks that matter, and a cheap "
-                "low-rank background stands in for the rest. Put it between the model (or its LoRAs) and the sampler."
+                "Makes Wan and HunyuanVideo faster: self-attention computes only the key blocks that matter, and a "
+                "cheap low-rank background stands in for the rest. Put it between the model (or its LoRAs) and the "
+                "sampler."
             ),
             search_aliases=["sparse attention", "block sparse", "wan speed"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan model. Other models pass through and run dense, with a note."),
+                io.Model.Input(
+                    "model", tooltip="Wan or HunyuanVideo. Other models pass through and run dense, with a note.",
+                ),
                 AdapterType.Input(
                     "adapter", optional=True,
                     tooltip="Trained weights, from Load RoPeSLR Adapter or Load Sparse Checkpoint. Left open, the node "

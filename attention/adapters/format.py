@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -273,13 +273,12 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise AdapterError(f"{name} has {wrong} of {math.prod(tensor.shape)} values that are NaN or infinite")
 
 
-def check_model(adapter: Adapter, layers: int, heads: int, width: int, model: str) -> None:
-    """Raise AdapterError unless the adapter fits a Wan model of so many layers, heads and head width."""
-    info = adapter.info
-    named = set(adapter.layers) == {layer_name(i) for i in range(layers)}
-    if (info.num_layers, info.num_heads, info.head_dim) != (layers, heads, width) or not named:
+def check_model(adapter: Adapter, layers: Sequence[Hashable], heads: int, width: int, model: str) -> None:
+    """Raise AdapterError unless the adapter fits a model of these layers (see `layer_name`), heads and head width."""
+    info, names = adapter.info, [layer_name(layer) for layer in layers]
+    if (info.num_heads, info.head_dim) != (heads, width) or set(adapter.layers) != set(names):
         raise AdapterError(
             f"Adapter '{adapter.name}' was trained for {info.base_model} ({info.num_layers} layers, {info.num_heads} "
-            f"heads of {info.head_dim}); {model} has {layers} layers, {heads} heads of {width}. Load an adapter for "
-            "this model, or disconnect it to run training-free."
+            f"heads of {info.head_dim}, from {next(iter(adapter.layers))}); {model} has {len(names)} layers, {heads} "
+            f"heads of {width}, from {names[0]}. Load an adapter for this model, or disconnect it to run training-free."
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...attention import LayerInputs, Positions
+from ...attention import LayerInputs, Positions, TokenLayout
 from .recognise import unwrap
 
 CALL = "ropeslr_call"
@@ -28,23 +28,24 @@ class EnteringLayer:
     def enter(self, x: torch.Tensor, rope: torch.Tensor | None) -> None:
         self._x, self._rope = x, rope
 
-    def take(self, batch: int, tokens: int, device: torch.device) -> LayerInputs:
+    def take(self, batch: int, tokens: int, device: torch.device, layout: TokenLayout | None) -> LayerInputs:
         """What was seen, if it belongs to an attention of so many tokens; a second call sees nothing."""
         x, rope, self._x, self._rope = self._x, self._rope, None, None
-        if x is None or x.shape[:2] != (batch, tokens) or x.device != device:
+        if x is None or layout is None or x.shape[:2] != (batch, tokens) or x.device != device:
             return LayerInputs()
         if self._read is None or self._read[0] is not rope:
-            self._read = (rope, read_positions(rope, tokens))
+            video = slice(layout.before, layout.before + layout.video_tokens)
+            self._read = (rope, read_positions(rope, tokens, video))
         return LayerInputs(x, self._read[1])
 
 
-def read_positions(rope: torch.Tensor | None, tokens: int) -> Positions | None:
-    """cos and sin of ComfyUI's rotation matrices `(1, L, 1, D/2, 2, 2)`; None for any other form."""
+def read_positions(rope: torch.Tensor | None, tokens: int, video: slice = slice(None)) -> Positions | None:
+    """cos and sin of ComfyUI's rotation matrices `(1, L, 1, D/2, 2, 2)`, the video's; None for any other form."""
     if not isinstance(rope, torch.Tensor) or rope.ndim != 6 or rope.shape[-2:] != (2, 2):
         return None
     if rope.shape[0] != 1 or rope.shape[1] != tokens or rope.shape[2] != 1:
         return None
-    matrices = rope[0, :, 0].float()
+    matrices = rope[0, video, 0].float()
     return Positions(matrices[..., 0, 0].contiguous(), matrices[..., 1, 0].contiguous())
 
 

@@ -14,6 +14,7 @@ import torch
 from ...kernels.ops import TritonNotUsable
 from .layer_inputs import CALL, EnteringLayer
 from .sampling_run import CROSS_ATTENTION, OUTSIDE_BLOCKS, SamplingRun
+from .token_places import TokenPlaces, visible_tokens
 
 SLOT = "optimized_attention_override"
 
@@ -24,7 +25,7 @@ class ModelCall:
     def __init__(
         self, run: SamplingRun, sigma: float, conditioning: tuple[tuple[Hashable, int], ...],
         context_lengths: tuple[int, ...], below: Callable | None, unsupported: str | None = None,
-        part: tuple[int, ...] = (),
+        part: tuple[int, ...] = (), places: TokenPlaces | None = None,
     ) -> None:
         self.run = run
         self.unsupported = unsupported
@@ -37,8 +38,10 @@ class ModelCall:
         self.context_lengths = context_lengths
         self.below = below
         self.attention_calls = 0
-        self.layers_seen: set[int] = set()
-        self._same_length_calls: Counter[int] = Counter()
+        self.layers_seen: set[Hashable] = set()
+        self._token_places = places or TokenPlaces()
+        self._read_mask: tuple[torch.Tensor, tuple] | None = None           # of the last layer: all share one mask
+        self._same_length_calls: Counter[Hashable] = Counter()
 
     def dense(self, func: Callable, q, k, v, heads, mask, kwargs):
         """Hand the call, unchanged, to the previous holder of the slot, or to ComfyUI's own attention."""
@@ -46,7 +49,17 @@ class ModelCall:
             return self.below(func, q, k, v, heads, mask=mask, **kwargs)
         return func(q, k, v, heads, mask=mask, **kwargs)
 
-    def is_self_attention(self, layer: int, q_tokens: int, k_tokens: int) -> bool:
+    def places(self, options: dict, tokens: int, mask: torch.Tensor | None) -> tuple[tuple, str | None]:
+        """Layout of a sequence and the tokens that a mask leaves (None = all); or why there is none."""
+        layout, reason = self._token_places.layout(options, tokens, self.run.plan.block_order)
+        visible = None
+        if reason is None and mask is not None:
+            if self._read_mask is None or self._read_mask[0] is not mask:
+                self._read_mask = (mask, visible_tokens(mask, layout))
+            visible, reason = self._read_mask[1]
+        return (layout, visible), reason
+
+    def is_self_attention(self, layer: Hashable, q_tokens: int, k_tokens: int) -> bool:
         """Tell self- from cross-attention, also where a text happens to have as many tokens as the video.
 
         A block calls self-attention first, then one cross-attention per context.
@@ -70,10 +83,11 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
         run.warn_dense(call.unsupported)
         run.tally.dense_calls[call.unsupported] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
-    layer = options.get("block_index")
-    if layer is None:
+    found = run.facts.layer(options)
+    if found is None:
         run.tally.other_calls[OUTSIDE_BLOCKS] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
+    layer, number = found
     if not call.is_self_attention(layer, q.shape[-2], k.shape[-2]):
         run.tally.other_calls[CROSS_ATTENTION] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
@@ -83,18 +97,22 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     tokens = q.shape[-2]
     width = q.shape[-1] if by_head else q.shape[-1] // heads
     kv_heads = k.shape[1] if by_head else k.shape[-1] // width
-    reason, chosen = call.dense_reason, True
-    grid = _grid(options)
+    reason, chosen, layout, visible = call.dense_reason, True, None, None
     if reason is None:
-        reason, chosen = run.layer_reason(layer, tokens, grid, mask is not None, width, heads, kv_heads)
-    inputs = call.entering.take(q.shape[0], tokens, q.device)
+        reason, chosen = run.layer_reason(number, width, heads, kv_heads)
+    if reason is None:
+        (layout, visible), reason = call.places(options, tokens, mask)
+        chosen = False
+    if reason is None:
+        reason, chosen = run.length_reason(layout)
+    inputs = call.entering.take(q.shape[0], tokens, q.device, layout)
     if reason is None:
         reason, chosen = run.input_reason(inputs), False
     if reason is None:
         try:
-            views = (x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
+            views = [x if by_head else x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v)]
             out = run.attend(
-                *views, grid, layer, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs
+                *views, layout, layer, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs, visible
             )
             return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
         except TritonNotUsable:             # asked for by name: to go on without it would be a silent no
@@ -111,7 +129,3 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     run.stay_dense(reason, q.shape[0], tokens, width, heads)
     return call.dense(func, q, k, v, heads, mask, kwargs)
 
-
-def _grid(options: dict) -> tuple[int, int, int] | None:
-    grid = options.get("grid_sizes")
-    return None if grid is None else tuple(int(side) for side in grid)

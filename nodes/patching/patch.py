@@ -14,9 +14,10 @@ from ...attention import SparsePlan
 from ...attention.adapters import Adapter, check_model
 from .layer_inputs import CALL, watching
 from .override import SLOT, ModelCall, sparse_override
-from .recognise import recognise, unwrap
+from .recognise import ModelFacts, recognise, unwrap
 from .report import RunReport
 from .sampling_run import SamplingRun, SparseNotPossible
+from .token_places import TokenPlaces
 from .weights import carried
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class SparsePatch:
         call = options[CALL] = ModelCall(
             run, float(options["sigmas"][0]), _conditioning(options, x.shape[0]),
             tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT), unsupported, _part(options),
+            _places(facts, unwrap(executor.class_obj.diffusion_model), x, kwargs),
         )
         options[SLOT] = sparse_override
         if self.plan.verbose:
@@ -111,7 +113,7 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
     else:
         plan = plan.resolve(adapter.info.method, adapter.info.block_order)
         if not facts.unsupported:
-            check_model(adapter, facts.layers, facts.heads, facts.head_width, f"this {facts.name}")
+            check_model(adapter, facts.layer_identities(), facts.heads, facts.head_width, f"this {facts.name}")
     _say_what_is_missing(plan, adapter)
     if adapter is not None and adapter.info.method != plan.method:
         adapter = None
@@ -161,6 +163,14 @@ def _conditioning(options: dict, batch: int) -> tuple[tuple[object, int], ...]:
     if batch % len(keys):
         return (("all", batch),)
     return tuple((key, batch // len(keys)) for key in keys)
+
+
+def _places(facts: ModelFacts, model: torch.nn.Module, x: torch.Tensor, kwargs: dict) -> TokenPlaces:
+    """What a model call tells of its tokens."""
+    if facts.text_first:
+        return TokenPlaces(facts.grid(x.shape), True)
+    reference = getattr(model, "ref_conv", None) is not None and kwargs.get("reference_latent") is not None
+    return TokenPlaces(None, False, reference, kwargs.get("context_latents") is not None)
 
 
 def _part(options: dict) -> tuple[int, ...]:

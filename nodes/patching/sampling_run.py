@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 
@@ -80,39 +81,39 @@ class SamplingRun:
         missing = self.attention.missing(inputs)
         return missing and f"{missing} (is the layer's self-attention replaced by another node?)"
 
-    def layer_reason(
-        self, layer: int, tokens: int, grid: tuple[int, int, int] | None, mask: bool, head_width: int, heads: int,
-        kv_heads: int,
-    ) -> tuple[str | None, bool]:
-        """Why one self-attention call stays dense, and whether the person chose that."""
+    def layer_reason(self, layer: int, head_width: int, heads: int, kv_heads: int) -> tuple[str | None, bool]:
+        """Why a layer stays dense, and whether the person chose that."""
         if layer in self.plan.dense_layers:
             return DENSE_LAYER, True
-        unable = ops.why_not(head_width, heads, kv_heads)
-        if unable:
-            return unable, False
-        if mask:
-            return "an attention mask is set", False
-        if grid is None:
-            return "the model does not tell its token grid", False
-        if tokens != math.prod(grid):
-            held = math.prod(grid)
-            return f"{tokens} tokens where the grid {grid} holds {held}: reference tokens are not supported yet", False
-        if tokens < self.plan.min_tokens:
-            return _too_short(tokens, self.plan.min_tokens), False
-        blocks = -(-tokens // BLOCK)
+        return ops.why_not(head_width, heads, kv_heads), False
+
+    def length_reason(self, layout: TokenLayout) -> tuple[str | None, bool]:
+        """Why a video of such a length stays dense, and whether the person chose that."""
+        if layout.video_tokens < self.plan.min_tokens:
+            return _too_short(layout.video_tokens, self.plan.min_tokens), False
+        blocks = -(-layout.video_tokens // BLOCK)
         return (NOTHING_TO_SKIP if self.plan.kept_blocks(blocks) >= blocks else None), True
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple[int, int, int], layer: int, sigma: float,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, layer: Hashable, sigma: float,
         conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None, inputs: LayerInputs,
+        visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`."""
-        layout = TokenLayout(grid, order=self.plan.block_order)
+        """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`.
+
+        visible `(n,)`: tokens that a mask leaves; the others, text all of them, attend to nothing and give out 0.
+        """
+        whole = q
+        if visible is not None:
+            q, k, v = (x.index_select(2, visible) for x in (q, k, v))
+            layout = replace(layout, before=layout.before - (whole.shape[2] - visible.numel()))
         schedule = self.schedule
         out, cost = self.attention.attend(
             q, k, v, layout, layer, schedule.before + schedule.step(sigma), conditioning, scale, schedule.whole_steps,
             sigma, inputs, part,
         )
+        if visible is not None:
+            out = whole.new_zeros(whole.shape).index_copy_(2, visible, out)
         backend, why = ops.backend_for(q, self.plan.backend, BLOCK)
         if backend == "pytorch" and q.device.type != "cpu" and self.plan.backend == "auto":
             self.say_once(

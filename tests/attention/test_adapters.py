@@ -136,7 +136,7 @@ def test_an_adapter_that_is_not_valid_is_not_written(tmp_path):
 
 def test_the_error_for_another_model_names_both_and_says_what_to_do():
     with pytest.raises(adapters.AdapterError) as caught:
-        adapters.check_model(ropeslr_adapter(2, 4, 16), 30, 12, 128, "this WanModel")
+        adapters.check_model(ropeslr_adapter(2, 4, 16), range(30), 12, 128, "this WanModel")
     for word in ("random.safetensors", "2 layers, 4 heads of 16", "30 layers, 12 heads of 128", "disconnect it"):
         assert word in str(caught.value)
 

@@ -1,0 +1,170 @@
+"""HunyuanVideo: text and video in one sequence; the video's attention is sparse, the text's is not."""
+
+import comfy_host
+import pytest
+import torch
+from fields import relative_error
+from sampling import full_density, load_model, report, sample, sparse
+
+# file -> (latent channels, latent, sparse calls of one step)
+HUNYUAN = {
+    "tiny_hunyuan_t2v": (16, (9, 16, 16), 4), "tiny_hunyuan15_t2v": (32, (9, 8, 8), 2),      # 576 tokens each
+    "tiny_hunyuan_i2v": (16, (9, 16, 16), 4), "tiny_hunyuan_skyreels_i2v": (16, (9, 16, 16), 4),
+}
+
+
+@pytest.fixture(params=list(HUNYUAN))
+def hunyuan(request):
+    """(model, sampling arguments, sparse calls of one step)."""
+    channels, latent, calls = HUNYUAN[request.param]
+    return load_model(request.param), dict(channels=channels, latent=latent, steps=2, pooled=True), calls
+
+
+@pytest.mark.parametrize("order", ["cube", "raster"])
+def test_every_block_kept_is_dense(hunyuan, order, monkeypatch):
+    full_density(monkeypatch)
+    model, arguments, calls = hunyuan
+    patched = sparse(model, sparsity=0.0, block_order=order)
+    assert relative_error(sample(patched, **arguments), sample(model, **arguments)) < 1e-5
+    told = report(patched)
+    assert told.sparse_calls == 2 * calls and told.density == 1.0 and not told.dense_calls
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "adaspa", "top-k", "top-k plain"])
+@pytest.mark.parametrize("cfg", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
+def test_methods_without_weights_run_sparse(hunyuan, method, cfg):
+    model, arguments, calls = hunyuan
+    patched = sparse(model, method=method, sparsity=0.6)
+    found = sample(patched, cfg=cfg, **arguments)
+    assert torch.isfinite(found).all() and 1e-4 < relative_error(found, sample(model, cfg=cfg, **arguments)) < 0.5
+    assert report(patched).sparse_calls == calls * report(patched).model_calls and not report(patched).dense_calls
+
+
+def test_error_falls_as_density_rises(hunyuan):
+    model, arguments, _ = hunyuan
+    dense = sample(model, **arguments)
+    plans = [dict(method="top-k plain", sparsity=sparsity) for sparsity in (0.9, 0.6, 0.3)]
+    errors = [relative_error(sample(sparse(model, **plan), **arguments), dense) for plan in plans]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_reference_latent_stands_with_the_text(monkeypatch):
+    """Between text and video: always kept, and dense itself."""
+    model = load_model("tiny_hunyuan_t2v")
+    text = masked(20)
+    text[0][1] = {"pooled_output": text[0][1]["pooled_output"],
+                  "ref_latent": torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4))}
+    dense = run(model, text)
+    patched = sparse(model, sparsity=0.6)
+    assert 1e-4 < relative_error(run(patched, text), dense) < 0.5
+    assert report(patched).sparse_calls == 8 and not report(patched).dense_calls
+    assert relative_error(dense, run(model, masked(20))) > 1e-3               # the reference is read
+    full_density(monkeypatch)
+    assert relative_error(run(sparse(model, sparsity=0.0), text), dense) < 1e-5
+
+
+def test_the_first_frame_by_token_replacement():
+    """It changes the modulation alone; the tokens lie as ever."""
+    model, text = load_model("tiny_hunyuan_t2v"), masked(20)
+    text[0][1] = {"pooled_output": text[0][1]["pooled_output"], "guiding_frame_index": 0}
+    patched = sparse(model, sparsity=0.6)
+    assert 1e-4 < relative_error(run(patched, text), run(model, text)) < 0.5
+    assert report(patched).sparse_calls == 8 and not report(patched).dense_calls
+
+
+@pytest.mark.parametrize("latent", [(5, 14, 18), (3, 10, 22), (1, 32, 18)])
+def test_odd_token_grids_run(latent):
+    model = load_model("tiny_hunyuan_t2v")
+    patched = sparse(model, sparsity=0.5)
+    arguments = dict(latent=latent, steps=2, pooled=True)
+    assert relative_error(sample(patched, **arguments), sample(model, **arguments)) < 0.5
+    assert report(patched).sparse_calls == 8 and not report(patched).dense_calls
+
+
+def masked(real, seed=1, padded_seed=2, tokens=20):
+    """Text of which only the first `real` tokens are not padding, as text encoders hand it over."""
+    text = torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed))
+    text[:, real:] = torch.randn(1, tokens - real, 768, generator=torch.Generator().manual_seed(padded_seed))
+    mask = torch.zeros(1, tokens, dtype=torch.int64)
+    mask[:, :real] = 1
+    pooled = torch.randn(1, 768, generator=torch.Generator().manual_seed(8))
+    return [[text, {"attention_mask": mask, "pooled_output": pooled}]]
+
+
+def run(model, positive, sparse_steps=2):
+    return comfy_host.run_node(
+        "KSampler", model=model, seed=1, steps=sparse_steps, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=positive, negative=positive, latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)}, denoise=1.0,
+    )[0]["samples"]
+
+
+@pytest.mark.parametrize("real", [1, 12, 19])
+def test_a_mask_is_honoured_as_dense_attention_honours_it(real, monkeypatch):
+    full_density(monkeypatch)
+    model = load_model("tiny_hunyuan_t2v")
+    patched = sparse(model, sparsity=0.0)
+    assert relative_error(run(patched, masked(real)), run(model, masked(real))) < 1e-5
+    assert report(patched).sparse_calls == 8 and not report(patched).dense_calls
+
+
+def test_padded_text_is_never_attended_and_real_text_is(monkeypatch):
+    """Behind the refiner, which upstream averages over all text, padding included."""
+    import comfy.ldm.hunyuan_video.model as hunyuan
+
+    real, refine = 12, hunyuan.TokenRefiner.forward
+    model = load_model("tiny_hunyuan_t2v")
+    results = []
+    for change in (slice(0, 0), slice(real, 20), slice(real - 1, real)):
+        def changed(self, *args, change=change, **kwargs):
+            text = refine(self, *args, **kwargs).clone()
+            text[:, change] *= -2.0
+            return text
+
+        monkeypatch.setattr(hunyuan.TokenRefiner, "forward", changed)
+        results.append(run(sparse(model, sparsity=0.6), masked(real)))
+    plain, with_padding, with_text = results
+    assert torch.equal(plain, with_padding) and relative_error(with_text, plain) > 1e-4
+
+
+def test_masks_that_cannot_be_honoured_run_dense_with_a_reason():
+    places = comfy_host.module(".nodes.patching.token_places")
+    layout = comfy_host.module(".attention").TokenLayout((2, 8, 8), before=20)
+    hide = torch.finfo(torch.float32).min
+    mask = torch.zeros(1, 1, 148)
+    assert places.visible_tokens(mask, layout) == (None, None)
+    mask[..., 12:20] = hide
+    visible, reason = places.visible_tokens(mask, layout)
+    assert reason is None and visible.tolist() == [*range(12), *range(20, 148)]
+    for wrong in (torch.zeros(2, 1, 148), torch.zeros(148, 148), torch.ones(1, 148, dtype=torch.bool)):
+        assert "an attention mask of shape" in places.visible_tokens(wrong, layout)[1]
+    for at, value in ((3, -1.0), (3, float("nan")), (30, hide)):
+        bad = torch.zeros(1, 1, 148)
+        bad[..., at] = value
+        assert "weighs tokens, or hides some of the video" in places.visible_tokens(bad, layout)[1]
+
+
+def test_layers_are_counted_through_double_and_single_blocks():
+    model = load_model("tiny_hunyuan_t2v")
+    patched = sparse(model, sparsity=0.6, dense_layers="1, 2")
+    sample(patched, steps=2, pooled=True)
+    assert report(patched).dense_calls == {"dense layers": 4} and report(patched).sparse_calls == 4
+    facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
+    assert [facts.layer({"block_type": kind, "block_index": i}) for kind in ("double", "single") for i in (0, 1)] == [
+        (("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)]
+    assert facts.layer({}) is None and facts.layers == 4
+
+
+def test_removing_the_node_gives_bit_identical_frames():
+    model = load_model("tiny_hunyuan_t2v")
+    never = sample(model, steps=2, pooled=True)
+    sample(sparse(model), steps=2, pooled=True)
+    assert torch.equal(sample(model, steps=2, pooled=True), never)
+    assert torch.equal(sample(sparse(model, backend="dense"), steps=2, pooled=True), never)
+
+
+@pytest.mark.parametrize("method", ["rola", "sla"])
+def test_weights_of_a_wan_model_are_refused(method):
+    from sampling import own_adapter
+
+    with pytest.raises(ValueError, match="HunyuanVideo has 4 layers, 2 heads of 128"):
+        sparse(load_model("tiny_hunyuan_t2v"), adapter=own_adapter(method, layers=4))
