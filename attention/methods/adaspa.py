@@ -119,6 +119,8 @@ class AdaSpa(Method):
             return None
         if len(parts) == 1:
             return parts[0]
+        if len({part.ratio is None for part in parts}) > 1:                   # one of them was found too late for it
+            return None
         density = sum(part.density * count for part, count in zip(parts, rows)) / sum(rows)
         return Found(
             torch.cat([part.bits for part in parts]),

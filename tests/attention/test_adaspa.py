@@ -140,6 +140,19 @@ def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
     assert run_of(0.6).attend(q, k, v, layout, conditioning=(("a", 1),))[1].density == 1.0
 
 
+def test_a_conditioning_that_comes_late_is_searched_with_the_others():
+    """Found after the last search it has no ratio, and the others' next search could not use one for both."""
+    layout = attention.TokenLayout((4, 8, 16))
+    q, k, v = smooth_qkv((4, 8, 16), heads=2)
+    run = run_of(0.6)
+    run.attend(q, k, v, layout, step=10, steps=50, conditioning=(("a", 1),))
+    run.attend(q, k, v, layout, step=31, steps=50, conditioning=(("b", 1),))
+    both = [torch.cat((x, x)) for x in (q, k, v)]
+    for step, density in ((32, 1.0), (33, 0.4)):
+        out, cost = run.attend(*both, layout, step=step, steps=50, conditioning=(("b", 1), ("a", 1)))
+        assert torch.isfinite(out).all() and cost.density == pytest.approx(density, abs=0.03)
+
+
 def test_windows_that_move_leave_nothing_behind():
     """Some schedules shift the windows at every step: what was found for one that is gone is dropped."""
     layout = attention.TokenLayout((4, 8, 16))
