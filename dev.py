@@ -325,7 +325,7 @@ def need_space(folder: Path, gib: int) -> None:
 
 
 def say(text: str) -> None:
-    print(f"[dev.py] {text}", flush=True)
+    print(f"[dev.py] {text}\n", end="", flush=True)   # in one piece: suites report from threads
 
 
 if __name__ == "__main__":
