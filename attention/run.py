@@ -17,6 +17,14 @@ from .methods.base import routing_cost
 from .plan import SparsePlan
 
 
+def resolved(plan: SparsePlan, adapter: Adapter | None) -> SparsePlan:
+    """The plan without an "auto", as it runs with an adapter. Raises ValueError where the two do not fit."""
+    if adapter is None:
+        return plan.resolve()
+    plan = plan.resolve(adapter.info.method, adapter.info.block_order)
+    return replace(plan, rank=plan.rank or adapter.use_rank)
+
+
 class AttentionRun:
     """Attends as a plan says; owns what the method remembers and the block tables. Drop it to free both.
 
@@ -24,11 +32,7 @@ class AttentionRun:
     """
 
     def __init__(self, plan: SparsePlan, adapter: Adapter | None = None) -> None:
-        if adapter is None:
-            self.plan = plan.resolve()
-        else:
-            plan = plan.resolve(adapter.info.method, adapter.info.block_order)
-            self.plan = replace(plan, rank=plan.rank or adapter.use_rank)
+        self.plan = resolved(plan, adapter)
         self.method = create(self.plan, adapter)
         self._tables: dict[tuple[TokenLayout, torch.device], BlockTables] = {}
 

@@ -2,8 +2,7 @@
 
 Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as often as a run makes
 it (once in five calls); adaspa between its searches; rola and sla with random weights. "kernel" is the sparse kernel
-alone. Times are medians of interleaved runs, ratios within one
-run; random inputs, which cost what any inputs cost.
+alone. Times are medians of interleaved runs, ratios within one run; random inputs, which cost what any inputs cost.
 """
 
 from __future__ import annotations

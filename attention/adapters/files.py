@@ -56,12 +56,18 @@ def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, str], d
     """Header and tensors of a file."""
     if not path.is_file():
         raise AdapterError("there is no such file")
+    with reading(), safe_open(path, framework="pt", device=device) as file:
+        return dict(file.metadata() or {}), {
+            # Copies: a file that is written over while it is mapped would change or end the process.
+            key: file.get_tensor(key).clone() for key in file.keys()  # noqa: SIM118
+        }
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Say in words that a safetensors file is broken."""
     try:
-        with safe_open(path, framework="pt", device=device) as file:
-            return dict(file.metadata() or {}), {
-                # Copies: a file that is written over while it is mapped would change or end the process.
-                key: file.get_tensor(key).clone() for key in file.keys()  # noqa: SIM118
-            }
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"it is not a whole safetensors file ({error}). Download or save it again") from error
 

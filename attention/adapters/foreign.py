@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from .files import naming, separate_storage, write_adapter, write_safetensors
+from .files import naming, reading, separate_storage, write_adapter, write_safetensors
 from .format import SUFFIXES, Adapter, AdapterError, AdapterInfo, group, validate, validate_shapes
 
 PREFIXES = ("net_ema.", "net.", "model.diffusion_model.", "diffusion_model.", "module.", "")
@@ -170,11 +170,9 @@ def convert(
 
 
 def _open_safetensors(path: Path):
-    try:
+    with reading():
         file = safe_open(path, framework="pt", device="cpu")
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}   # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"it is not a whole safetensors file ({error}). Download it again") from error
     return shapes, file.get_tensor, file.metadata() or {}
 
 

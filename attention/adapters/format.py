@@ -108,8 +108,12 @@ class AdapterInfo:
         """As a safetensors `__metadata__`: text only."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         written = {name: _write(value) for name, value in values.items()}
-        axes = _write(tuple(2 * pairs for pairs in rope_axes(self.head_dim)))
-        return {"format": FORMAT, "format_version": VERSION, "rope_axes": axes, **written}
+        return {"format": FORMAT, "format_version": VERSION, "rope_axes": _write(self.rope_axes), **written}
+
+    @property
+    def rope_axes(self) -> tuple[int, ...]:
+        """Channels of a head that RoPE gives to time, rows and columns."""
+        return tuple(2 * pairs for pairs in rope_axes(self.head_dim))
 
     @classmethod
     def from_header(cls, header: Mapping[str, str]) -> AdapterInfo:
@@ -126,9 +130,9 @@ class AdapterInfo:
             elif each.name in ("method", "num_layers", "num_heads", "head_dim", "rank"):
                 raise AdapterError(f"its header has no {each.name}")
         info = cls(**values)
-        axes = tuple(2 * pairs for pairs in rope_axes(info.head_dim))
-        if "rope_axes" in header and _read("pe_grid", header["rope_axes"]) != axes:
-            raise AdapterError(f"rope_axes are {header['rope_axes']}; a head of {info.head_dim} has {_write(axes)}")
+        if "rope_axes" in header and _read("pe_grid", header["rope_axes"]) != info.rope_axes:
+            own = _write(info.rope_axes)
+            raise AdapterError(f"rope_axes are {header['rope_axes']}; a head of {info.head_dim} has {own}")
         return info
 
 

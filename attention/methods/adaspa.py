@@ -63,10 +63,10 @@ class AdaSpa(Method):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
         """See `Method.attend`."""
-        known = self._recall(call)
+        known, later = self._recall(call), search_steps(call.steps)[1:]
         if known is not None:
             out, lse = _attend(q, k, v, known, call)
-            due = any(step > known.step and call.step >= step for step in search_steps(call.steps)[1:])
+            due = any(known.step < step <= call.step for step in later)
             if not due:
                 return VideoOutput(out, known.density, 0.0)
             lse += known.ratio              # a search that is due was foreseen, so there is one
@@ -75,7 +75,7 @@ class AdaSpa(Method):
         found, recall = self._search(q, k, lse, call)
         batch, heads, tokens, width = q.shape
         cost = batch * search_flops(k.shape[2], width, heads)
-        again = any(step > call.step for step in search_steps(call.steps)[1:])
+        again = any(step > call.step for step in later)
         if known is None and not again:     # a run that searches once needs no ratio
             self._remember(found, call)
             return VideoOutput(out, 1.0, 0.0, cost, recall)
@@ -129,14 +129,11 @@ class AdaSpa(Method):
         )
 
     def _remember(self, found: Found, call: LayerCall) -> None:
-        start = 0
-        for key, rows in call.conditioning:
-            own = slice(start, start + rows)
+        for key, own in call.rows:
             # A part of a larger tensor would keep all of it alive.
             ratio = None if found.ratio is None else found.ratio[own].clone()
             part = found._replace(bits=found.bits[own].clone(), ratio=ratio)
             self.memory[call.layer, key, call.layout, call.part] = part
-            start += rows
         # Context windows may move from step to step: what the last two steps did not ask for is not asked for again.
         for key in [key for key in self.memory if key[0] == call.layer and self._used[key] < call.step - 1]:
             del self.memory[key], self._used[key]

@@ -43,6 +43,15 @@ class LayerCall:
     part: Hashable = ()                     # which piece of a longer video
 
     @property
+    def rows(self) -> list[tuple[Hashable, slice]]:
+        """Each conditioning with its rows of the batch."""
+        found, start = [], 0
+        for key, count in self.conditioning:
+            found.append((key, slice(start, start + count)))
+            start += count
+        return found
+
+    @property
     def video(self) -> slice:
         """The video's tokens in the sequence."""
         return slice(self.layout.before, self.layout.before + self.layout.video_tokens)
@@ -80,6 +89,7 @@ class Routing(NamedTuple):
     indices: Tensor                         # (B, H, Nq, K) int32
     counts: Tensor                          # (B, H, Nq) int32
     tail: Tensor                            # (B, H, Nq): pooled log-mass of the blocks not kept
+    pooled_q: Tensor                        # (B, H, Nq, D)
     pooled_k: Tensor                        # (B, H, Nk, D)
     density: float
 
@@ -97,7 +107,7 @@ def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan, pooled_k: Ten
     indices, counts, tail = ops.block_select(
         pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale, int(tables.forced_counts.max()), backend
     )
-    return Routing(indices, counts, tail, pooled_k, tables.density(keep))
+    return Routing(indices, counts, tail, pooled_q, pooled_k, tables.density(keep))
 
 
 def routing_cost(q: Tensor, call: LayerCall) -> float:

@@ -24,7 +24,7 @@ from ..adapters import Adapter
 from ..plan import BLOCK, SparsePlan
 from ..positions import Positions, rounded_angles
 from .base import LayerCall, Method, VideoOutput, route
-from .weights import LearnedPositions, at_noise, gate_term, layer_weights
+from .weights import LearnedPositions, at_noise, gate_term, layer_weights, used_rank
 
 SAMPLED_ROWS = 512                          # on which features are weighed when not all are used
 
@@ -65,8 +65,7 @@ class RoLA(Method):
 
     def _maps(self, weights, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> tuple[SiluMap, SiluMap]:
         heads, positions = q.shape[1], call.inputs.positions
-        rank = self.adapter.info.rank
-        wanted = self.plan.rank if 0 < self.plan.rank < rank else rank
+        wanted = used_rank(self.plan, self.adapter.info)
         if self.adapter.info.method == "ropeslr":                             # features lie in order of importance
             return tuple(
                 SiluMap(weights[f"a_{x}"][:, :wanted].float(), *positions,
@@ -78,7 +77,7 @@ class RoLA(Method):
             SiluMap(weights[f"a_{x}"].float().expand(heads, -1, -1), *positions, turn_cos=turn[0], turn_sin=turn[1])
             for x in ("q", "k")
         )
-        if wanted == rank:
+        if wanted == self.adapter.info.rank:
             return maps
         if call.layer not in self._kept:
             self._kept[call.layer] = _strongest_pairs(q, k, v, *maps, (wanted + 1) // 2)

@@ -28,7 +28,7 @@ from ..adapters import Adapter
 from ..plan import CALIBRATE_EVERY, SparsePlan
 from .base import LayerCall, Method, Routing, VideoOutput, route
 from .calibration import Calibration, ExactRows, calibrate, strongest, untrained
-from .weights import LearnedPositions, at_noise, gate_term, layer_weights
+from .weights import LearnedPositions, at_noise, gate_term, layer_weights, used_rank
 
 EPS = 1e-5                                  # beside the MEAN of phi(k)
 
@@ -119,7 +119,7 @@ class RoPeSLR(Method):
             gate_x = gate_term(call.inputs.x, weights["gate_w"], heads, call)
         if "a_q" not in weights:
             return Trained(start, gate_x)
-        rank = self.plan.rank if 0 < self.plan.rank < info.rank else info.rank        # stored in order of importance
+        rank = used_rank(self.plan, info)                                     # features lie in order of importance
         q_map, k_map = (
             FeatureMap(info.act, weights[f"a_{x}"][:, :rank].float().contiguous(), *call.inputs.positions,
                        *self.learned.tables(weights, f"pe_{x}", call, rank))
@@ -142,12 +142,10 @@ class RoPeSLR(Method):
         return known, every is not None and any(abs(call.step - made) >= every for made, _ in parts)
 
     def _remember(self, call: LayerCall, known: Calibration, made_now: bool) -> None:
-        start = 0
-        for key, rows in call.conditioning:
-            part = Calibration(*(None if field is None else field[start : start + rows] for field in known))
+        for key, own in call.rows:
+            part = Calibration(*(None if field is None else field[own] for field in known))
             made, _ = self.memory.get((call.layer, key), (call.step, None))
             self.memory[call.layer, key] = (call.step if made_now else made, part)
-            start += rows
 
 
 def _exact_rows(

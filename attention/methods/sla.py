@@ -44,7 +44,7 @@ class SLA(Method):
         batch, heads, tokens, width = q.shape
         if self.plan.sla_variant == "paper":
             out, _ = ops.block_sparse_attention(*sparse, **lists)
-            marginal = _marginal(q, routing, call)
+            marginal = _marginal(routing)
             linear = ops.marginal_linear(q, k, v, call.tables.video, call.tables.keys, marginal, EPS)
             out = (out.float() + linear.float() @ project.T + bias).to(q.dtype)
             n_q, n_k = call.tables.video.shape[0], call.tables.keys.shape[0]
@@ -56,10 +56,9 @@ class SLA(Method):
         return VideoOutput(out, routing.density, batch * linear_flops(tokens, width, heads))
 
 
-def _marginal(q: Tensor, routing: Routing, call: LayerCall) -> Tensor:
+def _marginal(routing: Routing) -> Tensor:
     """Blocks neither kept nor among the worst of their row: -> `(B, H, Nq, Nk)` bool."""
-    pooled_q = ops.block_pool(q.detach(), call.tables.video, call.backend)
-    scores = pooled_q @ routing.pooled_k.mT
+    scores = routing.pooled_q @ routing.pooled_k.mT
     blocks = scores.shape[-1]
     kept = torch.zeros(*scores.shape[:-1], blocks + 1, dtype=torch.bool, device=scores.device)
     kept = kept.scatter_(-1, routing.indices.long(), True)[..., :blocks]

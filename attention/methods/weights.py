@@ -7,8 +7,9 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, AdapterInfo
 from ..layout import TokenLayout
+from ..plan import SparsePlan
 from ..positions import fourier_tables, places, resampled_tables
 from .base import LayerCall
 
@@ -16,6 +17,11 @@ from .base import LayerCall
 def layer_weights(adapter: Adapter, layer: Hashable, device: torch.device) -> dict[str, Tensor]:
     """One layer's tensors on a device, without gradients; nothing is copied that is there already."""
     return {name: tensor.detach().to(device) for name, tensor in adapter.layer(layer).items()}
+
+
+def used_rank(plan: SparsePlan, info: AdapterInfo) -> int:
+    """How many of an adapter's features run: all, or as few as the plan asks for."""
+    return plan.rank if 0 < plan.rank < info.rank else info.rank
 
 
 def at_noise(tensor: Tensor, dims: int, levels: tuple[float, ...], noise: float | None) -> Tensor:

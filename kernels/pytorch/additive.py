@@ -35,22 +35,24 @@ def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap
 
 
 def _rms_low_rank(q, k, v, q_map: SiluMap, k_map: SiluMap, eps: float, b: int, h: int) -> Tensor:
-    dtype = wide(q.dtype)
-    state = silu_features(k[b, h].to(dtype), k_map, h).T @ v[b, h].to(dtype)
-    read = silu_features(q[b, h].to(dtype), q_map, h) @ state
+    read = silu_features(q[b, h].to(wide(q.dtype)), q_map, h) @ _state(k, v, k_map, b, h)
     return read * (read.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def feature_energy(q: Tensor, k: Tensor, v: Tensor, q_map: SiluMap, k_map: SiluMap) -> Tensor:
     """See `reference.feature_energy`."""
-    dtype = wide(q.dtype)
 
     def energy(b: int, h: int) -> tuple[Tensor]:
-        state = silu_features(k[b, h].to(dtype), k_map, h).T @ v[b, h].to(dtype)
-        size = silu_features(q[b, h].to(dtype), q_map, h).square().mean(dim=0)
-        return (size * state.square().sum(dim=-1),)
+        size = silu_features(q[b, h].to(wide(q.dtype)), q_map, h).square().mean(dim=0)
+        return (size * _state(k, v, k_map, b, h).square().sum(dim=-1),)
 
     return per_head(q, energy)[0]
+
+
+def _state(k: Tensor, v: Tensor, map: SiluMap, b: int, h: int) -> Tensor:
+    """sum phi_k^T v of one head: -> `(r, D)`."""
+    dtype = wide(k.dtype)
+    return silu_features(k[b, h].to(dtype), map, h).T @ v[b, h].to(dtype)
 
 
 def silu_features(x: Tensor, map: SiluMap, h: int) -> Tensor:

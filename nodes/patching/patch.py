@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention import SparsePlan
 from ...attention.adapters import Adapter, check_model
+from ...attention.run import resolved
 from .layer_inputs import CALL, watching
 from .override import SLOT, ModelCall, sparse_override
 from .recognise import ModelFacts, recognise, unwrap
@@ -108,12 +109,9 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
     neither the plan's method nor the model.
     """
     facts = recognise(model.model.diffusion_model)
-    if adapter is None:
-        plan = plan.resolve()
-    else:
-        plan = plan.resolve(adapter.info.method, adapter.info.block_order)
-        if not facts.unsupported:
-            check_model(adapter, facts.layer_identities(), facts.heads, facts.head_width, f"this {facts.name}")
+    plan = resolved(plan, adapter)
+    if adapter is not None and not facts.unsupported:
+        check_model(adapter, facts.layer_identities(), facts.heads, facts.head_width, f"this {facts.name}")
     _say_what_is_missing(plan, adapter)
     if adapter is not None and adapter.info.method != plan.method:
         adapter = None
