@@ -1,10 +1,11 @@
-"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels | inspect | convert`.
+"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels | coverage | inspect | convert`.
 
 Standard library only.
 
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
     kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
+    coverage        write the README's matrix of models and methods anew, from what the tests find in each ComfyUI
     inspect FILE    say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it
     convert FILE    write a released checkpoint as .safetensors in ComfyUI's layout; --out NAME, --adapter NAME for the
                     sparse weights alone. These two need no ComfyUI, and use the Python that runs them if it has torch
@@ -56,7 +57,8 @@ class SetupError(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"demo": demo, "test": test, "kernels": kernels, "inspect": inspect, "convert": convert}
+    commands = {"demo": demo, "test": test, "kernels": kernels, "coverage": coverage, "inspect": inspect}
+    commands["convert"] = convert
     parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()
     try:
@@ -96,6 +98,17 @@ def kernels(rest: list[str]) -> int:
     """Run the kernel tests alone, with each Triton."""
     python = environment()
     return run_suites(python, kernel_suites(python, rest))
+
+
+def coverage(rest: list[str]) -> int:
+    """Record which models run sparse by which methods, in each ComfyUI."""
+    python = environment()
+    for version in COMFYUI:
+        places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
+        places["ROPESLR_COVERAGE"] = "1"
+        if run_suites(python, [Suite(f"coverage, ComfyUI {version}", ["tests/nodes/test_coverage.py", *rest], places)]):
+            return 1
+    return subprocess.call([str(python), "-m", "benchmarks.readme"], cwd=ROOT)
 
 
 def kernel_suites(python: Path, rest: list[str] = ()) -> list[Suite]:

@@ -81,10 +81,38 @@ def gpu_table(records: list[dict]) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
+def coverage_table(record: dict) -> str:
+    """The record of `dev.py coverage`: which models run sparse by which methods, in which versions of ComfyUI."""
+    methods = ("ropeslr", "top-k", "adaspa", "rola", "sla")
+    lines = ["| | " + " | ".join(methods) + " | ComfyUI |", "|---" * (len(methods) + 2) + "|"]
+    newest = record[max(record, key=lambda version: [int(part) for part in version.split(".")])]
+    for name, found in newest.items():
+        versions = [version for version in record if name in record[version]]
+        odd = [version for version in versions if record[version][name] != found]
+        if odd:
+            raise ValueError(f"{name} differs between ComfyUI {', '.join(versions)}: the table has no room for that")
+        reasons = {cell for cell in found.values() if isinstance(cell, str)}
+        cells = [_share(found[method]) if method in found else "" for method in methods]
+        name += f" ({', '.join(reason.partition(': ')[2] for reason in reasons)})" if reasons else ""
+        where = "all three" if len(versions) == len(record) else ", ".join(versions)
+        lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
+    lines.append(
+        f"\nSelf-attention calls of one model call that run sparse, out of all. Found by tests in ComfyUI "
+        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, even and odd sizes; rola and sla with "
+        "random weights of their form. Empty: no such weights are published."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _share(cell: list[int] | str) -> str:
+    return "dense" if isinstance(cell, str) else f"{cell[0]} / {cell[1]}"
+
+
 def with_tables(text: str) -> str:
     """README.md with its tables made anew."""
     for name, table in {
         "cpu": cpu_table(_read("cpu.json")), "compile": compile_table(_read("compile.json")),
+        "coverage": coverage_table(_read("coverage.json")),
         "gpu": gpu_table([json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("kernels-*.json"))]),
     }.items():
         begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"

@@ -178,6 +178,10 @@ class Adapter:
         """The weights of one layer, by its number or name; KeyError where there are none."""
         return self.layers[layer_name(layer)]
 
+    def knows(self, layer: Hashable) -> bool:
+        """Whether there are weights for a layer."""
+        return layer_name(layer) in self.layers
+
     def has(self, name: str) -> bool:
         """Whether any layer has such a tensor."""
         return any(name in weights for weights in self.layers.values())

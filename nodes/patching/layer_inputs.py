@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ...attention import LayerInputs, Positions, TokenLayout
-from .recognise import unwrap
+from .recognise import blocks, unwrap
 
 CALL = "ropeslr_call"
 
@@ -63,7 +63,7 @@ def watching(diffusion_models: list[torch.nn.Module]) -> Iterator[None]:
     """Hook every self-attention of some models for the length of a `with` block; nothing is left behind."""
     handles = []
     try:
-        for block in (block for model in diffusion_models for block in getattr(unwrap(model), "blocks", ())):
+        for block in (block for model in diffusion_models for block in blocks(model)):
             attention = getattr(unwrap(block), "self_attn", None)
             if isinstance(attention, torch.nn.Module):
                 handles.append(unwrap(attention).register_forward_pre_hook(note_inputs, with_kwargs=True))

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention import SparsePlan
 from ...attention.adapters import Adapter, check_model
 from ...attention.run import resolved
-from .layer_inputs import CALL, watching
-from .override import SLOT, ModelCall, sparse_override
-from .recognise import ModelFacts, recognise, unwrap
+from .layer_inputs import watching
+from .model_call import call_model
+from .recognise import recognise
 from .report import RunReport
 from .sampling_run import SamplingRun, SparseNotPossible
-from .token_places import TokenPlaces
 from .weights import carried
 
 logger = logging.getLogger(__name__)
@@ -64,42 +62,11 @@ class SparsePatch:
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
     ):
-        """APPLY_MODEL wrapper: puts the override on top of the slot for the length of one model call."""
+        """APPLY_MODEL wrapper: see `call_model`."""
         run = transformer_options.get(RUN)
         if run is None:                     # not inside a sampling run of ours, a training node for example
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        run.tally.model_calls += 1
-        options = dict(transformer_options)
-        contexts = (c_crossattn, kwargs.get("clip_fea"))
-        facts = recognise(executor.class_obj.diffusion_model)
-        unsupported = facts.unsupported
-        if facts != run.facts:              # guiders with two models hand the first one's options to the second
-            unsupported = unsupported or f"a second model, {facts.name}, takes part in this run"
-        call = options[CALL] = ModelCall(
-            run, float(options["sigmas"][0]), _conditioning(options, x.shape[0]),
-            tuple(c.shape[-2] for c in contexts if c is not None), options.get(SLOT), unsupported, _part(options),
-            _places(facts, unwrap(executor.class_obj.diffusion_model), x, kwargs),
-        )
-        options[SLOT] = sparse_override
-        if self.plan.verbose:
-            logger.info(
-                "RoPeSLR: sigma %.4f, step %d of %d: %s", float(options["sigmas"][0]), call.step + 1,
-                run.schedule.steps, unsupported or call.dense_reason or "sparse",
-            )
-        result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        if call.attention_calls == 0 and run.tally.model_calls == 1 and _is_compiled(executor.class_obj, options):
-            # Compiled before the node was added: torch.compile nodes drop the guards on transformer_options, so the
-            # old graph is used again and never asks the slot.
-            logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
-            torch.compiler.reset()
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        if run.tally.model_calls == 1 and not unsupported:
-            missing = facts.layers - len(call.layers_seen)
-            if missing:
-                reason = f"{missing} of {facts.layers} layers do not ask the attention slot (replaced by another node?)"
-                run.tally.dense_calls[reason] += missing
-                run.warn_dense(reason)
-        return result
+        return call_model(run, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
 def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None):
@@ -153,31 +120,3 @@ def last_report(model) -> RunReport | None:
     """The report of the last sampling run of a patched MODEL or any of its clones; None before the first."""
     patch = model.get_attachment(KEY)
     return None if patch is None else patch.last_report
-
-
-def _conditioning(options: dict, batch: int) -> tuple[tuple[object, int], ...]:
-    """Which rows of the batch belong to which conditioning: ((key, rows), ...)."""
-    keys = options.get("uuids") or options.get("cond_or_uncond") or ["all"]
-    if batch % len(keys):
-        return (("all", batch),)
-    return tuple((key, batch // len(keys)) for key in keys)
-
-
-def _places(facts: ModelFacts, model: torch.nn.Module, x: torch.Tensor, kwargs: dict) -> TokenPlaces:
-    """What a model call tells of its tokens."""
-    if facts.text_first:
-        return TokenPlaces(facts.grid(x.shape), True)
-    reference = getattr(model, "ref_conv", None) is not None and kwargs.get("reference_latent") is not None
-    return TokenPlaces(None, False, reference, kwargs.get("context_latents") is not None)
-
-
-def _part(options: dict) -> tuple[int, ...]:
-    """The frames of the context window that a model call looks at; none without windows."""
-    return tuple(getattr(options.get("context_window"), "index_list", None) or ())
-
-
-def _is_compiled(base_model: torch.nn.Module, options: dict) -> bool:
-    module = base_model.diffusion_model
-    if unwrap(module) is not module or "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
-        return True
-    return any(unwrap(block) is not block for block in getattr(module, "blocks", ()))

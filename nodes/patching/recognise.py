@@ -7,10 +7,39 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from comfy.ldm.hunyuan_video.model import HunyuanVideo
-from comfy.ldm.wan.model import WanModel
 
-SPARSE_CLASSES = (WanModel,)                # exact classes: a subclass may arrange its tokens in another way
+WAN, HUNYUAN = "comfy.ldm.wan.model", "comfy.ldm.hunyuan_video.model"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a class of models arranges a sequence: the video, and what may stand around it.
+
+    behind: conditionings of a model call whose tokens follow the video's. text_first: everything else stands in front.
+    """
+
+    behind: tuple[str, ...] = ()
+    text_first: bool = False
+
+
+# Exact classes, by module and name: a subclass may arrange its tokens in another way, and older versions of ComfyUI
+# have fewer of them. A frame of reference tokens in front is told by the model's own `ref_conv`.
+ARRANGEMENTS = {
+    (WAN, "WanModel"): Arrangement(behind=("context_latents",)),              # T2V, I2V, Fun, Phantom, 5B, A14B
+    (WAN, "VaceWanModel"): Arrangement(),
+    (WAN, "CameraWanModel"): Arrangement(),
+    (WAN, "WanModel_S2V"): Arrangement(behind=("reference_latent", "reference_motion")),
+    (WAN, "HumoWanModel"): Arrangement(behind=("reference_latent",)),
+    (WAN, "SCAILWanModel"): Arrangement(behind=("pose_latents",)),            # its references are frames of the grid
+    (WAN, "SCAIL2WanModel"): Arrangement(behind=("pose_latents",)),
+    ("comfy.ldm.wan.model_animate", "AnimateWanModel"): Arrangement(),
+    ("comfy.ldm.wan.model_wandancer", "WanDancerModel"): Arrangement(),
+    (HUNYUAN, "HunyuanVideo"): Arrangement(text_first=True),
+}
+WHY_NOT = {
+    ("comfy.ldm.wan.ar_model", "CausalWanModel"): "it makes a few frames at a time, from keys that it remembers",
+    (HUNYUAN, "HunyuanVideo"): "HunyuanImage, which makes single pictures",   # where its patches are flat
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +52,9 @@ class ModelFacts:
     head_width: int = 0
     heads: int = 0
     patch_size: tuple[int, ...] = ()
-    text_first: bool = False                # text and video share one sequence, the text in front
+    arrangement: Arrangement = Arrangement()
     double_layers: int = 0                  # of those, the ones that ComfyUI counts apart from the rest
+    control_layers: tuple[int, ...] = ()    # layers with a second block of their own number, for VACE's control video
 
     def video_tokens(self, latent_shape: torch.Size | tuple[int, ...]) -> int:
         """Tokens of a latent `(B, C, T, H, W)`."""
@@ -35,11 +65,15 @@ class ModelFacts:
         return tuple(-(-side // patch) for side, patch in zip(latent_shape[2:], self.patch_size))
 
     def layer_identities(self) -> list[Hashable]:
-        """Identities of all layers, in order."""
+        """Identities of all layers, in order; control blocks are not among them."""
         if not self.double_layers:
             return list(range(self.layers))
         single = range(self.layers - self.double_layers)
         return [("double", i) for i in range(self.double_layers)] + [("single", i) for i in single]
+
+    def expected_layers(self) -> set[Hashable]:
+        """Identities of all self-attentions that every model call runs."""
+        return {*self.layer_identities(), *(("control", i, 1) for i in self.control_layers)}
 
     def layer(self, options: dict) -> tuple[Hashable, int] | None:
         """Identity and number of the layer that transformer_options tell of; None outside the blocks."""
@@ -55,17 +89,36 @@ def unwrap(diffusion_model: torch.nn.Module) -> torch.nn.Module:
     return getattr(diffusion_model, "_orig_mod", diffusion_model)
 
 
+def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Every block of a model, as it stands there: behind a wrapper where blocks are compiled one by one."""
+    model = unwrap(diffusion_model)
+    lists = (getattr(model, name, ()) for name in ("blocks", "vace_blocks", "double_blocks", "single_blocks"))
+    return [block for each in lists for block in each]
+
+
 def recognise(diffusion_model: torch.nn.Module) -> ModelFacts:
     """Tell from the module's class what it is; nothing is read from its weights."""
     model = unwrap(diffusion_model)
-    name = type(model).__name__
-    if type(model) in SPARSE_CLASSES:
-        width = model.dim // model.num_heads
-        return ModelFacts(name, None, len(model.blocks), width, model.num_heads, tuple(model.patch_size))
-    if type(model) is HunyuanVideo and len(model.patch_size) == 3:
+    name, place = type(model).__name__, (type(model).__module__, type(model).__name__)
+    arrangement = ARRANGEMENTS.get(place)
+    if arrangement is None or len(model.patch_size) != 3:
+        return ModelFacts(name, _why_not(model, place))
+    size = {"patch_size": tuple(model.patch_size), "heads": model.num_heads, "arrangement": arrangement}
+    if arrangement.text_first:
         double, single = len(model.double_blocks), len(model.single_blocks)
-        width = model.hidden_size // model.num_heads
-        return ModelFacts(name, None, double + single, width, model.num_heads, tuple(model.patch_size), True, double)
-    if isinstance(model, (WanModel, HunyuanVideo)):
-        return ModelFacts(name, f"{name} is not supported yet (Wan T2V, I2V, 5B, A14B and HunyuanVideo are)")
-    return ModelFacts(name, f"{name} is not a Wan or HunyuanVideo model")
+        return ModelFacts(
+            name, None, double + single, model.hidden_size // model.num_heads, double_layers=double, **size,
+        )
+    control = tuple(getattr(model, "vace_layers_mapping", ()))
+    return ModelFacts(
+        name, None, len(model.blocks), model.dim // model.num_heads, control_layers=control, **size,
+    )
+
+
+def _why_not(model: torch.nn.Module, place: tuple[str, str]) -> str:
+    if place in WHY_NOT:
+        return f"{place[1]} runs dense: {WHY_NOT[place]}"
+    ours = any((base.__module__, base.__name__) in ARRANGEMENTS for base in type(model).__mro__)
+    if ours:
+        return f"{place[1]} is a kind of Wan or HunyuanVideo whose token layout is not known"
+    return f"{place[1]} is not a Wan or HunyuanVideo model"

@@ -20,8 +20,9 @@ class RunReport:
 
     dense_calls counts the self-attention calls that stayed dense by reason, other_calls the attention that is never
     replaced (cross-attention). backend is that of the sparse calls, "" where there were none. density is the mean share
-    of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. FLOPs are those
-    of all self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
+    of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. below names
+    who else held the attention slot and got the dense calls, "" for ComfyUI's own attention. FLOPs are those of all
+    self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
     """
 
     model: str
@@ -39,6 +40,7 @@ class RunReport:
     recall: float | None
     calibrations: int
     model_calls: int
+    below: str
     seconds: float
     completed: bool
 
@@ -60,6 +62,7 @@ class RunReport:
         text += f", attention FLOPs saved {100 * self.flops_saved:.1f} %"
         if dense:
             text += "; dense: " + ", ".join(f"{n} {why}" for why, n in sorted(self.dense_calls.items()))
+            text += f" (by {self.below})" if self.below else ""
         return text + f"; {self.seconds:.1f} s" + ("" if self.completed else "; the run was cut short")
 
     def send(self, node_id: str | None) -> None:

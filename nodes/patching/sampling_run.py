@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,7 @@ NOTHING_TO_SKIP = "sparsity leaves no block out"
 DENSE_LAYER = "dense layers"
 CROSS_ATTENTION = "cross-attention"
 OUTSIDE_BLOCKS = "outside the transformer blocks"
+NOT_FINITE = "computed again, since the sparse output was not finite"
 
 
 class SparseNotPossible(RuntimeError):
@@ -50,6 +51,8 @@ class SamplingRun:
         self.schedule = _schedule(plan, noise, sigmas, model_sampling)
         self.tally = Tally()
         self.already_said = already_said
+        self.guarded = True                 # non-finite output is looked for
+        self.below = ""
         self.started = time.perf_counter()
         if plan.strict and plan.backend != "dense":
             self._refuse_hopeless(noise)
@@ -76,8 +79,10 @@ class SamplingRun:
         place = self.schedule.before + self.schedule.step(sigma)
         return self.schedule.dense_reason(sigma) or self.attention.method.dense_reason(place, self.schedule.whole_steps)
 
-    def input_reason(self, inputs: LayerInputs) -> str | None:
-        """Why a call stays dense for want of what an adapter needs."""
+    def input_reason(self, layer: Hashable, inputs: LayerInputs) -> str | None:
+        """Why a call stays dense for want of what an adapter has, or needs."""
+        if self.adapter is not None and not self.adapter.knows(layer):
+            return f"'{self.adapter.name}' has no weights for control blocks"
         missing = self.attention.missing(inputs)
         return missing and f"{missing} (is the layer's self-attention replaced by another node?)"
 
@@ -127,6 +132,29 @@ class SamplingRun:
         """Count a self-attention call that stays dense."""
         self.tally.dense(reason, batch * dense_flops(tokens, width, heads))
 
+    def leave_dense(self, reason: str, calls: int = 1) -> None:
+        """Count and say calls that stay dense unseen, so that their cost is not known."""
+        self.warn_dense(reason)
+        self.tally.dense_calls[reason] += calls
+
+    def forget(self) -> None:
+        """Drop what the method has learned so far in this run."""
+        self.attention = AttentionRun(self.plan, self.adapter)
+
+    def not_finite(self, dense_too: bool) -> None:
+        """A model call's sparse output was not finite; it has been computed again, dense."""
+        if dense_too:
+            self.guarded = False            # to compute every call twice would not help
+            self.say_once("the model gives out numbers that are not finite, with dense attention too")
+        else:
+            self.warn_dense("a sparse output was not finite (NaN or infinite); that model call was computed again")
+
+    def look_below(self, holder: Callable | None) -> None:
+        """Say who held the attention slot before, and gets the calls that stay dense."""
+        if holder is not None:
+            self.below = _holder_name(holder)
+            logger.info("RoPeSLR: attention that stays dense goes on to %s", self.below)
+
     def warn_dense(self, reason: str, with_traceback: bool = False) -> None:
         """Say that calls run dense for a reason that the person did not choose; strict makes it an error."""
         if self.plan.strict:
@@ -151,7 +179,7 @@ class SamplingRun:
             dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,
             recall=tally.recall / tally.measured if tally.measured else None, calibrations=tally.calibrations,
             model_calls=tally.model_calls,
-            seconds=time.perf_counter() - self.started, completed=completed,
+            below=self.below, seconds=time.perf_counter() - self.started, completed=completed,
         )
 
 
@@ -172,3 +200,12 @@ def _schedule(plan: SparsePlan, noise: torch.Tensor, sigmas: torch.Tensor, model
 
 def _too_short(tokens: int, least: int) -> str:
     return f"{tokens} tokens are fewer than min_tokens {least}"
+
+
+def _holder_name(holder: Callable) -> str:
+    """A function's name, with that of the node pack it comes from."""
+    function = getattr(holder, "func", holder)                                # behind a functools.partial
+    module = getattr(function, "__module__", None) or ""
+    name = getattr(function, "__qualname__", type(function).__name__).replace(".<locals>", "")
+    pack = module.replace("\\", "/").partition("custom_nodes/")[2].partition(".")[0] or module
+    return f"{name} of {pack}" if pack else name

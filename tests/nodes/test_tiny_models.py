@@ -18,6 +18,12 @@ CLASSES = {
     "tiny_hunyuan_t2v": ("HunyuanVideo", "HunyuanVideo"), "tiny_hunyuan_i2v": ("HunyuanVideoI2V", "HunyuanVideo"),
     "tiny_hunyuan_skyreels_i2v": ("HunyuanVideoSkyreelsI2V", "HunyuanVideo"),
     "tiny_hunyuan15_t2v": ("HunyuanVideo15", "HunyuanVideo"), "tiny_flux": ("Flux", "Flux"),
+    "tiny_hunyuan15_sr": ("HunyuanVideo15_SR_Distilled", "HunyuanVideo"),
+    "tiny_hunyuan_image": ("HunyuanImage21", "HunyuanVideo"),
+    "tiny_wan21_humo": ("WAN21_HuMo", "HumoWanModel"), "tiny_wan22_animate": ("WAN22_Animate", "AnimateWanModel"),
+    "tiny_wan21_scail": ("WAN21_SCAIL", "SCAILWanModel"), "tiny_wan21_scail2": ("WAN21_SCAIL2", "SCAIL2WanModel"),
+    "tiny_wan22_wandancer": ("WAN22_WanDancer", "WanDancerModel"),
+    "tiny_wan21_causal": ("WAN21_CausalAR", "CausalWanModel"),
 }
 
 
@@ -28,12 +34,17 @@ def test_every_checkpoint_is_tested():
 
 @pytest.mark.parametrize("file", CLASSES)
 def test_the_stock_loader_recognises_it(file):
+    comfy_host.boot()
+    import comfy.model_base
+
+    if not hasattr(comfy.model_base, CLASSES[file][0]):
+        pytest.skip(f"this ComfyUI has no {CLASSES[file][0]}")
     model = load_model(file).model
     assert (type(model).__name__, type(model.diffusion_model).__name__) == CLASSES[file]
     heads = getattr(model.diffusion_model, "num_heads", None)
     if heads is not None:
         assert heads == 2
-    assert sum(weight.numel() for weight in model.diffusion_model.parameters()) < 20e6
+    assert sum(weight.numel() for weight in model.diffusion_model.parameters()) < 50e6
 
 
 @pytest.mark.parametrize("name", [name for name in tiny_models.FILES if name.startswith("vae/")])

@@ -6,6 +6,7 @@ ComfyUI's stock loaders recognise and load them like the released files. Needs a
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -58,19 +59,22 @@ def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
-def _wan(seed: int, kind: str = "WanModel", **config) -> Callable[[Path], None]:
+def _wan(
+    seed: int, kind: str = "WanModel", module: str = "model", told: dict | None = None, **config
+) -> Callable[[Path], None]:
+    """A class of comfy.ldm.wan; `told` goes into the file's metadata, for what the weights do not show."""
     def write(path: Path) -> None:
-        import comfy.ldm.wan.model
         import comfy.ops
 
         settings = dict(
-            model_type="t2v", dim=WIDTH, ffn_dim=2 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH
+            model_type="t2v", dim=WIDTH, ffn_dim=2 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH,
+            dtype=torch.float32,
         )
-        model = getattr(comfy.ldm.wan.model, kind)(
-            device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **(settings | config)
+        model = getattr(importlib.import_module(f"comfy.ldm.wan.{module}"), kind)(
+            device="cpu", operations=comfy.ops.disable_weight_init, **(settings | config)
         )
         # The text width is the one size that ComfyUI does not read off the weights, but it heeds the file's metadata.
-        metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})}
+        metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH} | (told or {})})}
         save_file(_fill(model, seed).state_dict(), path, metadata)
 
     return write
@@ -171,12 +175,32 @@ FILES: dict[str, Callable[[Path], None]] = {
     ),
     "diffusion_models/tiny_wan22_camera.safetensors": _wan(8, "CameraWanModel", model_type="camera_2.2", in_dim=36),
     "diffusion_models/tiny_wan22_s2v.safetensors": _wan(9, "WanModel_S2V", model_type="s2v"),
+    "diffusion_models/tiny_wan21_humo.safetensors": _wan(20, "HumoWanModel", model_type="humo", dtype=torch.bfloat16),
+    "diffusion_models/tiny_wan22_animate.safetensors": _wan(
+        21, "AnimateWanModel", "model_animate", model_type="animate", in_dim=36, num_layers=5, dtype=torch.bfloat16
+    ),
+    "diffusion_models/tiny_wan21_scail.safetensors": _wan(22, "SCAILWanModel", model_type="scail", in_dim=20),
+    "diffusion_models/tiny_wan21_scail2.safetensors": _wan(23, "SCAIL2WanModel", model_type="scail2", in_dim=20),
+    "diffusion_models/tiny_wan22_wandancer.safetensors": _wan(
+        24, "WanDancerModel", "model_wandancer", {"audio_inject_layers": [0]}, model_type="wandancer", in_dim=36,
+        audio_inject_layers=[0],
+    ),
+    "diffusion_models/tiny_wan21_causal.safetensors": _wan(
+        25, "CausalWanModel", "ar_model", {"causal_ar": True}, model_type="t2v"
+    ),
     "diffusion_models/tiny_hunyuan_t2v.safetensors": _hunyuan(10),
     "diffusion_models/tiny_hunyuan_i2v.safetensors": _hunyuan(11, in_channels=33),
     "diffusion_models/tiny_hunyuan_skyreels_i2v.safetensors": _hunyuan(12, in_channels=32),
     "diffusion_models/tiny_hunyuan15_t2v.safetensors": _hunyuan(
         13, in_channels=65, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
         use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+    ),
+    "diffusion_models/tiny_hunyuan15_sr.safetensors": _hunyuan(
+        17, in_channels=98, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
+        use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+    ),
+    "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
+        18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64],
     ),
     "diffusion_models/tiny_flux.safetensors": _flux,
     "vae/tiny_wan_vae.safetensors": _wan_vae,

@@ -1,0 +1,144 @@
+"""Every Wan and HunyuanVideo variant by every method: nothing raises, and as many calls are sparse as there should be.
+
+What is found is the README's matrix: `python dev.py coverage` writes it anew.
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import comfy_host
+import pytest
+import torch
+from fields import relative_error
+from sampling import full_density, own_adapter, report, sparse
+from variants import VARIANTS
+
+RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coverage.json"
+TRAINING_FREE = ("ropeslr", "top-k", "adaspa")
+FOUND = defaultdict(dict)                   # variant -> method -> [sparse, all calls of one model call], or the reason
+SPARSE = [name for name, variant in VARIANTS.items() if variant.dense is None]
+
+
+@pytest.fixture(params=SPARSE)
+def variant(request):
+    """(name, variant, model) of one that can run sparse."""
+    found = VARIANTS[request.param]
+    if found.missing():
+        pytest.skip(found.missing())
+    return request.param, found, found.model()
+
+
+def check(name, variant, patched, method, sampled, dense, calls):
+    told = report(patched)
+    assert torch.isfinite(sampled).all() and 1e-5 < relative_error(sampled, dense) < 0.5
+    assert told.sparse_calls == calls * told.model_calls, told.summary()
+    assert FOUND[name].setdefault(method, [calls, variant.calls]) == [calls, variant.calls]
+    return told
+
+
+@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cfg", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
+def test_methods_without_weights(variant, cfg, size):
+    name, variant, model = variant
+    latent = getattr(variant, size)
+    dense = variant.sample(model, latent, cfg)
+    for method in TRAINING_FREE:
+        patched = sparse(model, method=method, sparsity=0.6)
+        told = check(name, variant, patched, method, variant.sample(patched, latent, cfg), dense, variant.calls)
+        assert not told.dense_calls and told.density < 1
+
+
+@pytest.mark.parametrize("method", ["rola", pytest.param("sla", marks=pytest.mark.slow)])
+def test_methods_with_weights(variant, method):
+    """An adapter of the model's own layers; VACE's control blocks have none, and say so."""
+    name, variant, model = variant
+    if not variant.trained:
+        pytest.skip("no such weights are published for HunyuanVideo")
+    dense = variant.sample(model, variant.even, 1.0)
+    layers = len(model.model.diffusion_model.blocks)
+    patched = sparse(model, method=method, sparsity=0.6, adapter=own_adapter(method, layers))
+    sampled = variant.sample(patched, variant.even, 1.0)
+    told = check(name, variant, patched, method, sampled, dense, variant.calls - variant.control)
+    assert sum(told.dense_calls.values()) == variant.control * told.model_calls
+    assert all("has no weights for control blocks" in reason for reason in told.dense_calls)
+
+
+def test_every_block_kept_is_dense(variant, monkeypatch):
+    full_density(monkeypatch)
+    _, variant, model = variant
+    dense = variant.sample(model, variant.even, 1.0)
+    for order in ("cube", "raster"):
+        patched = sparse(model, sparsity=0.0, block_order=order)
+        assert relative_error(variant.sample(patched, variant.even, 1.0), dense) < 1e-5
+        assert report(patched).density == 1.0 and not report(patched).dense_calls
+
+
+@pytest.mark.parametrize("size", ["even", "odd"])
+def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
+    """By the model's own RoPE: its first angle of each axis must change along that axis of the grid, and no other."""
+    name, variant, model = variant
+    layouts, angles = [], []
+    places = comfy_host.module(".nodes.patching.token_places").TokenPlaces
+    original = places.layout
+
+    def layout(self, *args):
+        layouts.append(original(self, *args)[0])
+        return layouts[-1], None
+
+    def rope(module, args, kwargs):
+        given = kwargs.get("freqs", kwargs.get("pe"))
+        angles.append(torch.atan2(given[..., 1, 0], given[..., 0, 0]).reshape(-1, given.shape[-3]))
+
+    monkeypatch.setattr(places, "layout", layout)
+    net = model.model.diffusion_model
+    handle = (net.double_blocks if hasattr(net, "double_blocks") else net.blocks)[0].register_forward_pre_hook(
+        rope, with_kwargs=True
+    )
+    try:
+        variant.sample(sparse(model, sparsity=0.6), getattr(variant, size), 1.0, steps=1)
+    finally:
+        handle.remove()
+    (found,) = set(layouts)
+    axes = (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)       # pairs 8/28/28 and 22/21/21
+    grid = angles[0][found.before : found.before + found.video_tokens].unflatten(0, found.grid)
+    for axis, pair in enumerate(axes):
+        own = grid[..., pair].movedim(axis, -1)
+        assert (own == own[0, 0]).all(), f"{name}: axis {axis} is not where {found} says"
+        assert len(own[0, 0].unique()) == found.grid[axis]
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.dense])
+@pytest.mark.parametrize("size", ["even", "odd"])
+@pytest.mark.parametrize("method", TRAINING_FREE)
+def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size):
+    variant = VARIANTS[name]
+    if variant.missing():
+        pytest.skip(variant.missing())
+    model, latent = variant.model(), getattr(variant, size)
+    patched = sparse(model, method=method)
+    assert torch.equal(variant.sample(patched, latent, 5.0), variant.sample(model, latent, 5.0))
+    assert set(report(patched).dense_calls) == {variant.dense} and report(patched).sparse_calls == 0
+    FOUND[name][method] = variant.dense
+    with pytest.raises(RuntimeError, match="strict"):
+        sparse(model, method=method, strict=True)
+
+
+def test_the_matrix_in_the_record_is_what_was_found():
+    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfyui_version
+
+    version, record = comfyui_version.__version__, json.loads(RECORD.read_text("utf-8"))
+    if os.environ.get("ROPESLR_COVERAGE"):
+        record[version] = {name: FOUND[name] for name in VARIANTS if name in FOUND}
+        RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        return
+    recorded = record.get(version)
+    if recorded is None:
+        pytest.skip(f"no record for ComfyUI {version}")
+    for name, methods in FOUND.items():
+        for method, found in methods.items():
+            assert recorded.get(name, {}).get(method) == found, f"{name}, {method}: run `python dev.py coverage`"
