@@ -1,4 +1,4 @@
-"""Sets everything up on a fresh machine, then runs: `python dev.py demo | test | kernels | coverage | inspect | convert`.
+"""Sets everything up on a fresh machine, then runs one of: demo, test, kernels, coverage, inspect, convert.
 
 Standard library only.
 
@@ -157,7 +157,10 @@ def run_suites(python: Path, suites: list[Suite]) -> int:
 
 def inside(tree: Path, base: str) -> dict[str, str]:
     """Where a process finds ComfyUI, and a folder of its own for models, inputs and outputs."""
-    return {"COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base" / base)}
+    return {
+        "COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base" / base),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
+    }
 
 
 def inspect(rest: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -72,6 +73,10 @@ class ModelCall:
         self._same_length_calls[layer] += 1
         return turn if position == 0 else None
 
+    def missing_layers(self) -> int:
+        """How many of the layers that can be sparse never asked the slot in this call."""
+        return 0 if self.unsupported else len(self.run.facts.expected_layers() - self.layers_seen)
+
     def note_output(self, out: torch.Tensor) -> None:
         """Remember a sparse output's extremes, without waiting for the device; NaN is one of them if it is there."""
         self._extremes += torch.aminmax(out.detach())
@@ -103,11 +108,15 @@ def call_model(run: SamplingRun, executor, x, t, c_concat, c_crossattn, control,
         options = {**transformer_options, CALL: call, SLOT: sparse_override}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs), call
 
+    before = copy.deepcopy(run.tally)
     result, call = execute()
-    if first and call.attention_calls == 0 and _is_compiled(base, transformer_options):
-        # Compiled before the node was added: torch.compile nodes drop the guards on transformer_options, so the old
-        # graph is used again and never asks the slot.
+    if call.missing_layers() and not run.compiled_anew and _is_compiled(base, transformer_options):
+        # Compiled before the node was added: torch.compile nodes drop the guards on transformer_options, so an old
+        # graph, of the whole model or of one block, is used again and never asks the slot.
         logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
+        run.compiled_anew = True            # what is compiled from now on asks the slot
+        run.forget()                        # some layers did ask it, behind others that were still dense
+        run.tally = before
         torch.compiler.reset()
         result, call = execute()
     if run.plan.verbose:
@@ -132,7 +141,7 @@ def _look_for_silence(run: SamplingRun, call: ModelCall) -> None:
         if call.attention_calls == 0:
             run.leave_dense(call.unsupported)
         return
-    missing = len(run.facts.expected_layers() - call.layers_seen)
+    missing = call.missing_layers()
     if missing:
         run.leave_dense(
             f"{missing} of {len(run.facts.expected_layers())} layers do not ask the attention slot (replaced by "

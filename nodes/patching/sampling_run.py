@@ -52,6 +52,7 @@ class SamplingRun:
         self.tally = Tally()
         self.already_said = already_said
         self.guarded = True                 # non-finite output is looked for
+        self.compiled_anew = False
         self.below = ""
         self.started = time.perf_counter()
         if plan.strict and plan.backend != "dense":

@@ -11,11 +11,10 @@ import torch
 import transcription as golden
 from fields import relative_error
 from safetensors.torch import save_file
-from sampling import WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
+from sampling import SLOT, WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
 
 TRAINED = ("ropeslr", "rola", "sla")
 METHODS = (*TRAINED, "adaspa", "top-k", "top-k plain")
-SLOT = "optimized_attention_override"
 LATENT = (5, 16, 16)                        # 320 tokens, 5 blocks
 MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
 

@@ -1,16 +1,10 @@
 """Living with others: who gets the dense calls, what is left behind, and what a compiled model does."""
 
-import gc
-import weakref
-
 import comfy_host
 import pytest
 import torch
-from compiling import compiled
 from fields import relative_error
-from sampling import conditioning, full_density, load_model, report, sample, sparse
-
-SLOT = "optimized_attention_override"
+from sampling import SLOT, conditioning, full_density, load_model, report, sample, sparse, with_override
 
 
 def spy(into, name, chain=None):
@@ -20,12 +14,6 @@ def spy(into, name, chain=None):
         return chain(func, *args, **kwargs) if chain else func(*args, **kwargs)
 
     return override
-
-
-def with_override(model, override):
-    model = model.clone()
-    model.model_options["transformer_options"][SLOT] = override
-    return model
 
 
 @pytest.mark.parametrize("node_first", [False, True])
@@ -61,57 +49,6 @@ def test_removing_the_node_gives_bit_identical_frames():
     assert torch.equal(sample(sparse(model, backend="dense"), cfg=7.0), never)
 
 
-def live_tensors():
-    gc.collect()
-    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
-
-
-def hooks(model):
-    modules = list(model.model.modules())
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
-
-
-def test_fifty_alternating_runs_leave_nothing_behind():
-    """Dense, sparse, other settings and other sizes in turn: no hook, no tensor, no growth, the same dense picture."""
-    model = load_model("tiny_wan21_t2v")
-    dense = sample(model, steps=2)          # loading alone leaves ComfyUI's own marks on the modules
-    attributes = [sorted(vars(module)) for module in model.model.modules()]
-    variants = (
-        dict(), dict(method="top-k"), dict(sparsity=0.5, keep_diagonal=True), dict(block_order="raster", rank=32),
-    )
-    sizes, runs = ((9, 16, 16), (5, 15, 17)), []
-    for turn in range(50):
-        if turn % 2:
-            assert torch.equal(sample(model, steps=2), dense)
-        else:
-            patched = sparse(model, **variants[turn // 2 % 4])
-            sample(patched, steps=2, latent=sizes[turn // 2 % 2])
-            runs.append(weakref.ref(report(patched)))
-            del patched
-        if turn == 9:
-            settled = live_tensors()
-    assert live_tensors() <= settled
-    assert hooks(model) == 0
-    assert [sorted(vars(module)) for module in model.model.modules()] == attributes
-    assert sum(run() is not None for run in runs) <= 1
-
-
-def test_an_interrupted_run_leaves_the_model_as_it_was():
-    model = load_model("tiny_wan21_t2v")
-    dense = sample(model)
-    patched = sparse(model)
-
-    def interrupt(func, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    broken = with_override(patched, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        sample(broken)
-    assert report(broken).completed is False and "cut short" in report(broken).summary()
-    assert torch.equal(sample(model), dense)
-    assert torch.isfinite(sample(patched)).all() and report(patched).completed
-
-
 def test_an_error_in_the_sparse_path_runs_dense_and_says_so(monkeypatch, caplog):
     model = load_model("tiny_wan21_t2v")
     run_class = comfy_host.module(".attention").AttentionRun
@@ -138,38 +75,6 @@ def test_a_call_without_memory_runs_dense(monkeypatch, caplog):
     assert torch.equal(sample(patched), sample(model))
     assert report(patched).dense_calls == {"the sparse path failed (OutOfMemoryError: no room)": 6}
     assert not any(record.exc_text for record in caplog.records)
-
-
-@pytest.mark.parametrize("attention, node_first", [
-    ("attention_pytorch", False), pytest.param("attention_pytorch", True, marks=pytest.mark.slow),
-    pytest.param("attention_sub_quad", False, marks=pytest.mark.slow),
-    pytest.param("attention_sub_quad", True, marks=pytest.mark.slow),
-])
-def test_settings_take_effect_on_a_compiled_model(node_first, attention, monkeypatch):
-    """A graph compiled without the node must not be used with it, nor the other way round.
-
-    With PyTorch's attention the dense model is ONE graph, which would never look into the slot again.
-    """
-    import comfy.ldm.modules.attention
-    import comfy.ldm.wan.model
-
-    monkeypatch.setattr(comfy.ldm.wan.model, "optimized_attention", getattr(comfy.ldm.modules.attention, attention))
-    torch.compiler.reset()
-    model = load_model("tiny_wan21_t2v")
-    compiled_dense = compiled(model)
-
-    def both(**settings):
-        return compiled(sparse(model, **settings)) if node_first else sparse(compiled_dense, **settings)
-
-    dense = sample(model)
-    assert relative_error(sample(compiled_dense), dense) < 1e-5
-    for settings in (dict(), dict(sparsity=0.5), dict(method="top-k"), dict(dense_first_steps=1)):
-        patched = both(**settings)
-        assert relative_error(sample(patched), sample(sparse(model, **settings))) < 1e-5, settings
-        assert report(patched).sparse_calls == (4 if settings == dict(dense_first_steps=1) else 6)
-    assert relative_error(sample(compiled_dense), dense) < 1e-5
-    assert relative_error(sample(both()), sample(sparse(model))) < 1e-5
-    torch.compiler.reset()
 
 
 def test_easycache_and_the_node_work_together():

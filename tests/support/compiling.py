@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 
-def compiled(model, backend="eager"):
+def compiled(model, backend: str = "eager", blocks: int = 0):
+    """The whole model compiled, or its first blocks one by one."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     model = model.clone()
-    set_torch_compile_wrapper(model, backend=backend, options={"guard_filter_fn": skip_transformer_options})
+    keys = [f"diffusion_model.blocks.{i}" for i in range(blocks)] or ["diffusion_model"]
+    options = {"guard_filter_fn": skip_transformer_options}
+    set_torch_compile_wrapper(model, backend=backend, options=options, keys=keys)
     return model
 
 

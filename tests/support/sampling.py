@@ -9,6 +9,7 @@ import comfy_host
 import tiny_models
 import torch
 
+SLOT = "optimized_attention_override"
 SETTINGS = dict(
     method="auto", sparsity=0.9, rank=0, start_percent=0.0, end_percent=1.0, dense_first_steps=0, dense_last_steps=0,
     dense_layers="", calibrate="auto", calibrate_rows=128, backend="auto", block_order="auto", min_tokens=64,
@@ -35,6 +36,13 @@ def sparse(model, **settings):
     """The model behind the pack's node."""
     comfy_host.pack()
     return comfy_host.run_node("RoPeSLRSparseAttention", model=model, **(SETTINGS | settings))[0]
+
+
+def with_override(model, override):
+    """A clone of a MODEL with something else in the attention slot, as other packs put it there."""
+    model = model.clone()
+    model.model_options["transformer_options"][SLOT] = override
+    return model
 
 
 def own_adapter(method: str, layers: int = 2, heads: int = 2, width: int = 128, **more):

@@ -41,7 +41,6 @@ class Variant:
 
     def missing(self) -> str | None:
         """Why this ComfyUI cannot run it; None where it can."""
-        comfy_host.boot()
         import comfy.model_base
 
         holder, word = self.needs or ("WAN21", "")

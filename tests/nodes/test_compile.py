@@ -1,0 +1,113 @@
+"""Under torch.compile every setting takes effect at the next run: whole model and per block, node before and after."""
+
+import shutil
+
+import pytest
+import torch
+from compiling import compiled
+from fields import relative_error
+from sampling import load_model, own_adapter, report, sample, sparse
+
+CHANGES = (
+    dict(), dict(method="top-k"), dict(method="adaspa"), dict(sparsity=0.5), dict(rank=32), dict(calibrate="off"),
+    dict(calibrate_rows=16), dict(block_order="raster"), dict(keep_diagonal=True), dict(keep_first_frame=True),
+    dict(backend="dense"), dict(dense_layers="0"), dict(start_percent=0.5), dict(end_percent=0.1),
+    dict(dense_first_steps=1), dict(dense_last_steps=1), dict(min_tokens=100_000), dict(sparsity=0.0),
+)
+FEW = (CHANGES[0], CHANGES[1], dict(dense_layers="0", dense_first_steps=1))
+
+
+@pytest.fixture(autouse=True)
+def _graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def use(monkeypatch, attention):
+    """Let Wan use one of ComfyUI's attentions. With PyTorch's, the dense model is ONE graph, which would never look
+    into the slot again; the other, which ComfyUI takes on a CPU, breaks graphs by itself."""
+    import comfy.ldm.modules.attention
+    import comfy.ldm.wan.model
+
+    monkeypatch.setattr(comfy.ldm.wan.model, "optimized_attention", getattr(comfy.ldm.modules.attention, attention))
+
+
+@pytest.mark.parametrize("attention, blocks, node_first, changes", [
+    ("attention_pytorch", 0, False, CHANGES), ("attention_pytorch", 2, False, FEW),
+    pytest.param("attention_pytorch", 0, True, CHANGES, marks=pytest.mark.slow),
+    pytest.param("attention_pytorch", 2, True, FEW, marks=pytest.mark.slow),
+    pytest.param("attention_sub_quad", 0, False, FEW, marks=pytest.mark.slow),
+    pytest.param("attention_sub_quad", 0, True, FEW, marks=pytest.mark.slow),
+])
+def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatch):
+    """A graph compiled without the node must not be used with it, nor the other way round."""
+    use(monkeypatch, attention)
+    check("eager", blocks, node_first, changes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("blocks, node_first, changes", [(0, False, CHANGES), (2, True, FEW)])
+def test_settings_take_effect_with_inductor(blocks, node_first, changes, monkeypatch):
+    use(monkeypatch, "attention_pytorch")
+    check("inductor", blocks, node_first, changes)
+
+
+def check(backend, blocks, node_first, changes):
+    model = load_model("tiny_wan21_t2v" if blocks else "tiny_wan_smallest")
+    around = compiled(model, backend, blocks)
+
+    def both(**settings):
+        return compiled(sparse(model, **settings), backend, blocks) if node_first else sparse(around, **settings)
+
+    dense = sample(model)
+    assert relative_error(sample(around), dense) < 1e-5
+    for settings in changes:
+        patched, alone = both(**settings), sparse(model, **settings)
+        assert relative_error(sample(patched), sample(alone)) < 1e-5, settings
+        for name in ("sparse_calls", "dense_calls", "density"):
+            assert getattr(report(patched), name) == getattr(report(alone), name), settings
+    assert relative_error(sample(around), dense) < 1e-5
+    assert relative_error(sample(both()), sample(sparse(model))) < 1e-5
+
+
+def test_an_adapter_that_is_connected_later_takes_effect(monkeypatch):
+    use(monkeypatch, "attention_pytorch")
+    model = load_model("tiny_wan_smallest")
+    around = compiled(model)
+    for adapter in (None, own_adapter("rola", 1, 1), own_adapter("ropeslr", 1, 1), None):
+        assert relative_error(sample(sparse(around, adapter=adapter)), sample(sparse(model, adapter=adapter))) < 1e-5
+
+
+def test_a_lora_and_another_size_do_not_freeze_a_compiled_model(monkeypatch):
+    use(monkeypatch, "attention_pytorch")
+    model = load_model("tiny_wan_smallest")
+    around = compiled(model)
+    sample(around)
+    change = {"diffusion_model.blocks.0.self_attn.q.weight": (0.02 * torch.randn(128, 128),)}
+    for latent in ((9, 16, 16), (5, 15, 17)):
+        for settings in (dict(sparsity=0.6), dict(method="top-k")):
+            patched, alone = sparse(around, **settings), sparse(model, **settings)
+            for each in (patched, alone):
+                each.add_patches(change, 1.0)
+            assert relative_error(sample(patched, latent=latent), sample(alone, latent=latent)) < 1e-5
+            assert report(patched).sparse_calls == report(alone).sparse_calls == 3
+
+
+def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatch):
+    """Windows of two lengths: the first is compiled with the node, the last was compiled before, without it."""
+    use(monkeypatch, "attention_pytorch")
+    model = load_model("tiny_wan_smallest")
+    around = compiled(model)
+
+    def call(model, latent):
+        return sample(model, steps=1, latent=latent)
+
+    plain = call(around, (5, 15, 17))
+    patched = sparse(around, sparsity=0.6)
+    call(patched, (9, 16, 16))
+    assert report(patched).sparse_calls == 1
+    found = call(patched, (5, 15, 17))
+    assert report(patched).sparse_calls == 1 and not torch.equal(found, plain)
+    assert relative_error(found, call(sparse(model, sparsity=0.6), (5, 15, 17))) < 1e-5

@@ -1,0 +1,159 @@
+"""What a run holds is gone when it ends, and a thousand runs later nothing has grown."""
+
+import contextlib
+import gc
+import weakref
+
+import comfy_host
+import psutil
+import pytest
+import torch
+from sampling import SLOT, load_model, own_adapter, report, sample, sparse, with_override
+
+
+def live_tensors():
+    gc.collect()
+    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+
+def registered(model):
+    """Everything that hangs on a MODEL and its modules: hooks, wrappers, callbacks, attachments, patches, options."""
+    modules = list(model.model.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+    kept = (model.wrappers, model.callbacks, model.attachments, model.patches, model.object_patches,
+            model.additional_models, model.model_options)
+    return hooks, [sorted(vars(module)) for module in modules], [repr(each) for each in kept]
+
+
+def interrupted(model):
+    """A run that a person stops after its first step, as the interrupt button does."""
+    import comfy.model_management as management
+
+    def press(func, *args, **kwargs):
+        management.interrupt_current_processing()
+        return func(*args, **kwargs)
+
+    with pytest.raises(management.InterruptProcessingException):
+        sample(with_override(model, press), steps=2, latent=(3, 16, 16))
+    management.interrupt_current_processing(False)
+
+
+def test_a_thousand_runs_leave_nothing_behind():
+    """Dense, sparse, another shape, another adapter, interrupted, in turn; all dense results are the same bits."""
+    model = load_model("tiny_wan_smallest")
+    rola, ropeslr = (own_adapter(method, 1, 1) for method in ("rola", "ropeslr"))
+    small = dict(steps=1, latent=(3, 16, 16))
+    dense, wide = sample(model, **small), sample(model, steps=1, latent=(2, 15, 18))
+    before, ends = registered(model), []
+
+    def run(turn):
+        kind = turn % 8
+        if kind in (0, 4):
+            assert torch.equal(sample(model, **small), dense)
+        elif kind == 5:
+            assert torch.equal(sample(sparse(model, backend="dense"), steps=1, latent=(2, 15, 18)), wide)
+        elif kind == 6:
+            interrupted(sparse(model, sparsity=0.6))
+        else:
+            settings = {
+                1: dict(), 2: dict(method="adaspa", block_order="raster"), 3: dict(adapter=rola),
+                7: dict(adapter=ropeslr, calibrate="on top"),
+            }[kind]
+            patched = sparse(model, sparsity=0.6, **settings)
+            sample(patched, **(dict(steps=1, latent=(2, 15, 18)) if kind == 1 else small))
+            assert report(patched).sparse_calls == 1
+            ends.append(weakref.ref(report(patched)))
+
+    for turn in range(1000):
+        run(turn)
+        if turn == 199:
+            settled, memory = live_tensors(), psutil.Process().memory_info().rss
+    assert live_tensors() <= settled
+    assert psutil.Process().memory_info().rss < memory + 32e6
+    assert registered(model) == before
+    assert sum(end() is not None for end in ends) <= 1
+    assert torch.equal(sample(model, **small), dense)
+
+
+def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
+    """The method's memory, block tables and masks; before ComfyUI decodes the video and needs the room."""
+    module = comfy_host.module(".nodes.patching.sampling_run")
+    made = []
+
+    class Watched(module.AttentionRun):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(module, "AttentionRun", Watched)
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model, method="adaspa", sparsity=0.6)
+    sample(patched)
+    assert len(made) == 1 and made[0]() is None
+
+
+def test_an_exception_inside_the_override_leaves_the_model_as_it_was():
+    """Out of the sparse path with strict, which hands it on, and out of whoever holds the slot below."""
+    model = load_model("tiny_wan21_t2v")
+    dense, before = sample(model), registered(model)
+
+    def fails(func, *args, **kwargs):
+        raise ArithmeticError("the other pack failed")
+
+    for broken, error in (
+        (with_override(sparse(model), fails), ArithmeticError), (sparse(model, backend="triton"), RuntimeError),
+    ):
+        with pytest.raises(error):
+            sample(broken)
+        assert registered(model) == before and torch.equal(sample(model), dense)
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "rola"])
+def test_an_interruption_in_mid_sampling_leaves_the_model_as_it_was(method):
+    model = load_model("tiny_wan21_t2v")
+    dense, before = sample(model), registered(model)
+    patched = sparse(model, sparsity=0.6, adapter=own_adapter(method) if method == "rola" else None)
+    interrupted(patched)
+    assert not report(patched).completed and report(patched).model_calls == 1
+    assert registered(model) == before and torch.equal(sample(model), dense)
+    assert torch.isfinite(sample(patched)).all() and report(patched).completed
+
+
+def test_nothing_is_recorded_by_the_hosts_memory_compiler(monkeypatch):
+    """Newer ComfyUI expects what a block allocates to be free at its end; what a run keeps is made while it pauses."""
+    memory, run_class = comfy_host.module(".nodes.patching.memory"), comfy_host.module(".attention").AttentionRun
+    paused, inside, attend = [], [], run_class.attend
+
+    class Host:
+        @staticmethod
+        @contextlib.contextmanager
+        def pause_malloc_graph():
+            paused.append(True)
+            try:
+                yield
+            finally:
+                paused.pop()
+
+    def watched(self, *args, **kwargs):
+        inside.append(len(paused))
+        return attend(self, *args, **kwargs)
+
+    def below(func, *args, **kwargs):
+        assert not paused                   # dense attention is the host's own business
+        return func(*args, **kwargs)
+
+    monkeypatch.setattr(memory, "model_prefetch", Host)
+    monkeypatch.setattr(run_class, "attend", watched)
+    patched = with_override(sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1), below)
+    sample(patched)
+    assert inside == [1, 1, 1, 1] and not paused
+
+
+def test_the_slot_is_named_as_the_host_names_it():
+    """The key that every pack shares; a renamed one would make this node a silent no-op."""
+    import inspect
+
+    import comfy.ldm.modules.attention
+
+    assert SLOT in inspect.getsource(comfy.ldm.modules.attention)
+    assert comfy_host.module(".nodes.patching.override").SLOT == SLOT
