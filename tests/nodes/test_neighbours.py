@@ -1,10 +1,13 @@
 """Living with others: who gets the dense calls, what is left behind, and what a compiled model does."""
 
+import inspect
+
 import comfy_host
 import pytest
 import torch
 from fields import relative_error
-from sampling import SLOT, conditioning, full_density, load_model, report, sample, sparse, with_override
+from sampling import SLOT, conditioning, full_density, load_model, own_adapter, report, sample, sparse, with_override
+from variants import VARIANTS
 
 
 def spy(into, name, chain=None):
@@ -113,3 +116,234 @@ def test_a_guider_and_custom_sampling_run_sparse():
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     out = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
     assert torch.isfinite(out[0]["samples"]).all() and report(model).sparse_calls == 6
+
+
+def test_lazycache_and_the_node_work_together():
+    model = load_model("tiny_wan21_t2v")
+    (cached,) = comfy_host.run_node(
+        "LazyCache", model=sparse(model), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+    )
+    assert torch.isfinite(sample(cached, steps=8)).all()
+    assert 0 < report(cached).sparse_calls < 16
+
+
+@pytest.mark.parametrize("node_first", [False, True])
+def test_who_lies_below_is_said(node_first, caplog):
+    """As a Sage switcher does it, whose pack a person knows by its folder."""
+    model = load_model("tiny_wan21_t2v")
+    sage = spy([], "sage")
+    sage.__module__ = "/somewhere/ComfyUI/custom_nodes/ComfyUI-KJNodes.nodes.model_optimization_nodes"
+    patched = with_override(sparse(model), sage) if node_first else sparse(with_override(model, sage))
+    with caplog.at_level("INFO"):
+        sample(patched)
+    assert report(patched).below == "spy.override of ComfyUI-KJNodes"
+    assert sum("goes on to spy.override of ComfyUI-KJNodes" in record.message for record in caplog.records) == 1
+    sample(sparse(model))
+    assert report(sparse(model)) is None
+    alone = sparse(model, dense_first_steps=1)
+    sample(alone)
+    assert report(alone).below == "" and "(by" not in report(alone).summary()
+
+
+class CoreBackend:
+    """ComfyUI's own ModelAttentionBackend (0.32 and newer): one backend for all of a model's attention.
+
+    By its documentation it writes the shared slot, takes no notice of who was there, and has a second entry for calls
+    whose q, k, v travel in containers; an override without one is called with plain tensors.
+    """
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        self.calls += 1
+        return attention_pytorch(q, k, v, heads, mask=mask, **kwargs)
+
+    def container_function(self, *args, **kwargs):
+        raise AssertionError("plain tensors must not come here")
+
+
+@pytest.mark.parametrize("node_first", [False, True])
+def test_the_cores_own_backend_node_gets_the_dense_calls(node_first):
+    model, backend = load_model("tiny_wan21_t2v"), CoreBackend()
+    settings = dict(dense_first_steps=1)
+    if node_first:
+        patched = with_override(sparse(model, **settings), backend)
+    else:
+        patched = sparse(with_override(model, backend), **settings)
+    assert relative_error(sample(patched, steps=2), sample(sparse(model, **settings), steps=2)) < 1e-5
+    assert report(patched).sparse_calls == 2 and backend.calls == 6           # 2 dense ones and 4 of cross-attention
+    assert report(patched).below == f"CoreBackend of {__name__}"
+
+
+@pytest.mark.parametrize("node_first", [False, True])
+def test_the_cores_own_sparse_node_lies_below_in_either_order(node_first):
+    """It writes the slot when it runs, and again before every step if another has taken it; it keeps the one before."""
+    from comfy.patcher_extension import CallbacksMP
+
+    calls = []
+
+    def core_sparse(model):
+        model = model.clone()
+        options = model.model_options["transformer_options"]
+        previous = options.get(SLOT)
+
+        def override(func, q, k, v, heads, mask=None, **kwargs):
+            calls.append(q.shape[-2] == k.shape[-2])
+            if previous is not None:
+                return previous(func, q, k, v, heads, mask=mask, **kwargs)
+            return func(q, k, v, heads, mask=mask, **kwargs)
+
+        def prepare(patcher, timestep, model_options, *_):
+            model_options["transformer_options"][SLOT] = override
+
+        options[SLOT] = override
+        model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, "core_sparse", prepare)
+        return model
+
+    model = load_model("tiny_wan21_t2v")
+    patched = core_sparse(sparse(model)) if node_first else sparse(core_sparse(model))
+    if "model_options" not in inspect.signature(type(model).prepare_state).parameters:
+        patched.callbacks.clear()           # an older host hands it nothing to write into
+    assert torch.equal(sample(patched), sample(sparse(model)))
+    assert report(patched).sparse_calls == 6 and calls == [False] * 6
+    assert "core_sparse" in report(patched).below
+
+
+def test_unknown_arguments_of_newer_hosts_are_passed_on():
+    """Such as preferred_attention or low_precision_attention: dropped ones would change what the host wanted."""
+    seen = []
+
+    def below(func, *args, low_precision_attention=True, **kwargs):
+        seen.append(low_precision_attention)
+        return func(*args, **kwargs)
+
+    override, calls = comfy_host.module(".nodes.patching.override"), []
+    model = with_override(sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1), below)
+
+    def newer(original):
+        def call(*args, **kwargs):
+            calls.append(1)
+            return original(*args, low_precision_attention=False, **kwargs)
+        return call
+
+    import comfy.ldm.wan.model as wan
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(wan, "optimized_attention", newer(wan.optimized_attention))
+    try:
+        assert torch.isfinite(sample(model, steps=2)).all()
+    finally:
+        patch.undo()
+    assert report(model).sparse_calls == 2 and set(seen) == {False} and len(seen) == len(calls) - 2
+    assert not hasattr(override.sparse_override, "container_function")        # so hosts with containers unpack for us
+
+
+def test_two_samplers_of_one_model_each_have_their_own_run():
+    """A high-resolution pass behind a first one: other grid, other settings, nothing of one in the other."""
+    model = load_model("tiny_wan21_t2v")
+    first, second = sparse(model, sparsity=0.6), sparse(model, method="top-k", dense_layers="0")
+    alone = sample(first, latent=(5, 16, 16)), sample(second, latent=(5, 20, 24))
+    for _ in range(2):
+        assert torch.equal(sample(first, latent=(5, 16, 16)), alone[0])
+        assert torch.equal(sample(second, latent=(5, 20, 24)), alone[1])
+    assert report(first).sparse_calls == 6 and report(second).dense_calls == {"dense layers": 3}
+    assert torch.equal(sample(first, latent=(5, 20, 24)), sample(sparse(model, sparsity=0.6), latent=(5, 20, 24)))
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer as GGUF loaders make it: packed numbers that only its forward unpacks; it has no usable weight."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.offset = linear.bias
+
+    @property
+    def weight(self):
+        raise AssertionError("packed weights cannot be read as a matrix")
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, (self.packed * self.scale).to(x.dtype), self.offset)
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "rola"])
+def test_weights_that_only_their_layers_can_unpack(method):
+    """As with GGUF: whoever reads `.weight` instead of calling the layer gets nonsense."""
+    model = load_model("tiny_wan21_t2v")
+    for block in model.model.diffusion_model.blocks:
+        for name in "qkvo":
+            setattr(block.self_attn, name, PackedLinear(getattr(block.self_attn, name)))
+    patched = sparse(model, sparsity=0.6, adapter=own_adapter(method))
+    assert 1e-4 < relative_error(sample(patched), sample(model)) < 0.5
+    assert report(patched).sparse_calls == 6 and not report(patched).dense_calls
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_weights_in_eight_bits(kind):
+    load_model("tiny_wan21_t2v")
+    (model,) = comfy_host.run_node("UNETLoader", unet_name="tiny_wan21_t2v.safetensors", weight_dtype=kind)
+    dense, patched = sample(model), sparse(model, sparsity=0.6)
+    assert 1e-4 < relative_error(sample(patched), dense) < 0.5 and report(patched).sparse_calls == 6
+    assert torch.equal(sample(model), dense)
+
+
+@pytest.mark.parametrize("file", ["tiny_wan21_vace", "tiny_hunyuan_t2v"])
+def test_little_memory_changes_nothing(file, monkeypatch):
+    """--lowvram: weights stay on the host and are moved as each layer runs."""
+    import comfy.model_management as management
+
+    arguments = dict(pooled=True, steps=2)
+    model = load_model(file)
+    expected = sample(sparse(model, sparsity=0.6), **arguments)
+    management.unload_all_models()
+    low = sparse(model, sparsity=0.6)
+
+    def load(models, **_):
+        for each in models:
+            each.patch_model(device_to=each.load_device, lowvram_model_memory=1)
+
+    monkeypatch.setattr(management, "load_models_gpu", load)
+    assert relative_error(sample(low, **arguments), expected) < 1e-5 and low.model.model_lowvram
+    low.unpatch_model()
+
+
+@pytest.mark.slow                           # older hosts cannot slice these conditionings by themselves
+@pytest.mark.parametrize("name", ["Wan VACE", "Wan HuMo", "Wan SCAIL", "Wan 2.2 TI2V 5B"])
+def test_context_windows_of_models_that_have_more_than_a_text(name):
+    """Each window slices the conditionings too: its own grid, and what stands behind it, in every call."""
+    variant = VARIANTS[name]
+    model = variant.model()
+    latent = (9, 16, 16)
+
+    def windowed(model):
+        return comfy_host.run_node("WanContextWindowsManual", model=model, context_length=17, context_overlap=4)[0]
+
+    dense = variant.sample(windowed(model), latent, 1.0)
+    patched = windowed(sparse(model, sparsity=0.5))
+    assert relative_error(variant.sample(patched, latent, 1.0), dense) < 0.5
+    told = report(patched)
+    assert told.model_calls > 2 and told.sparse_calls == variant.calls * told.model_calls and not told.dense_calls
+
+
+def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
+    """Self-forcing keeps keys of earlier frames and does not tell its attention calls anything: dense, and said."""
+    variant = VARIANTS["Wan causal (Self-Forcing)"]
+    if variant.missing() or "SamplerARVideo" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
+        pytest.skip("this ComfyUI has no such sampler")
+    model = variant.model()
+
+    def run(model):
+        (sampler,) = comfy_host.run_node("SamplerARVideo", num_frame_per_block=1)
+        return comfy_host.run_node(
+            "SamplerCustom", model=model, add_noise=True, noise_seed=1, cfg=1.0, positive=conditioning(1),
+            negative=conditioning(2), sampler=sampler, sigmas=torch.tensor([1.0, 0.5, 0.0]),
+            latent_image={"samples": torch.zeros(1, 16, 3, 16, 16)},
+        )[0]["samples"]
+
+    patched = sparse(model)
+    assert torch.equal(run(patched), run(model))
+    assert set(report(patched).dense_calls) == {variant.dense}
