@@ -56,26 +56,31 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
         if reason is None:
             reason, chosen = run.input_reason(layer, inputs), False
         if reason is None:
-            out, reason = _attend(call, layer, layout, inputs, visible, q, k, v, heads, kwargs)
+            out, reason = _attend(call, layer, number, layout, inputs, visible, q, k, v, heads, kwargs)
             if reason is None:
                 return out
     # Here a failed call's tensors are free again, so a dense call may fit where the sparse one did not.
     if not chosen:
         run.warn_dense(reason)
-    run.stay_dense(reason, batch, tokens, width, heads)
-    return call.dense(func, q, k, v, heads, mask, kwargs)
+    run.stay_dense(reason, number, call.sigma, batch, tokens, width, heads)
+    with run.clock.measure("dense", q.device):
+        return call.dense(func, q, k, v, heads, mask, kwargs)
 
 
-def _attend(call, layer, layout, inputs, visible, q, k, v, heads, kwargs) -> tuple[torch.Tensor | None, str | None]:
+def _attend(
+    call, layer, number, layout, inputs, visible, q, k, v, heads, kwargs
+) -> tuple[torch.Tensor | None, str | None]:
     """The sparse output in the form that the caller wants; or why there is none."""
     run, by_head = call.run, bool(kwargs.get("skip_reshape"))
     try:
         views = [x if by_head else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-        out = run.attend(
-            *views, layout, layer, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs, visible
-        )
-        call.note_output(out)
-        return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2), None
+        with run.clock.measure("sparse", q.device):
+            out = run.attend(
+                *views, layout, layer, number, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs,
+                visible,
+            )
+            call.note_output(out)
+            return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2), None
     except TritonNotUsable:                 # asked for by name: to go on without it would be a silent no
         raise
     except Exception as error:

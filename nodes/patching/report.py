@@ -22,7 +22,10 @@ class RunReport:
     replaced (cross-attention). backend is that of the sparse calls, "" where there were none. density is the mean share
     of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. below names
     who else held the attention slot and got the dense calls, "" for ComfyUI's own attention. FLOPs are those of all
-    self-attention calls of the run, in TFLOP; seconds is the wall time of the run.
+    self-attention calls of the run, in TFLOP; seconds is the wall time of the run, attention_seconds what its sparse
+    and dense self-attention took, None on devices without a clock. tokens: of the longest sparse sequence. map: density
+    by step (of this sampler, from 0) and layer, as {"layers": n, "steps": [s, ...], "density": [[x, ...], ...]}; 1 =
+    dense, None = did not run.
     """
 
     model: str
@@ -43,6 +46,9 @@ class RunReport:
     below: str
     seconds: float
     completed: bool
+    tokens: int
+    attention_seconds: dict[str, float] | None
+    map: dict[str, object] | None
 
     @property
     def flops_saved(self) -> float:
@@ -93,9 +99,13 @@ class Tally:
     measured: int = 0
     model_calls: int = 0
     backend: str = ""
+    tokens: int = 0                         # of the longest sparse sequence
+    cells: dict[tuple[int, int], list[float]] = field(default_factory=dict)   # (step, layer): densities of its calls
 
-    def sparse(self, cost: AttentionCost, backend: str) -> None:
+    def sparse(self, cost: AttentionCost, backend: str, tokens: int, step: int, layer: int) -> None:
         self.sparse_calls += 1
+        self.tokens = max(self.tokens, tokens)
+        self.cells.setdefault((step, layer), []).append(cost.density)
         self.backend = backend
         self.density += cost.density
         self.dense_flops += cost.dense
@@ -105,7 +115,17 @@ class Tally:
             self.recall += cost.recall
             self.measured += 1
 
-    def dense(self, reason: str, flops: float) -> None:
+    def dense(self, reason: str, flops: float, step: int, layer: int) -> None:
         self.dense_calls[reason] += 1
+        self.cells.setdefault((step, layer), []).append(1.0)
         self.dense_flops += flops
         self.spent_flops += flops
+
+    def map(self, layers: int) -> dict[str, object] | None:
+        """Density by step and layer, a mean where a cell had several calls; see `RunReport`."""
+        if not self.cells:
+            return None
+        steps = sorted({step for step, _ in self.cells})
+        rows = [[self.cells.get((step, layer)) for layer in range(layers)] for step in steps]
+        density = [[None if cell is None else round(sum(cell) / len(cell), 4) for cell in row] for row in rows]
+        return {"layers": layers, "steps": steps, "density": density}

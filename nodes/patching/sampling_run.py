@@ -16,6 +16,7 @@ from ...attention.adapters import Adapter
 from ...attention.plan import BLOCK
 from ...attention.schedule import StepSchedule
 from ...kernels import ops
+from .clock import AttentionClock
 from .recognise import ModelFacts
 from .report import RunReport, Tally
 from .whole_schedule import adds_noise, steps_outside
@@ -52,6 +53,7 @@ class SamplingRun:
         self.tally = Tally()
         self.already_said = already_said
         self.guarded = True                 # non-finite output is looked for
+        self.clock = AttentionClock()
         self.compiled_anew = False
         self.below = ""
         self.started = time.perf_counter()
@@ -77,8 +79,9 @@ class SamplingRun:
         """Why a whole model call stays dense; None where its layers may be sparse."""
         if self.plan.backend == "dense":
             return BACKEND_DENSE
-        place = self.schedule.before + self.schedule.step(sigma)
-        return self.schedule.dense_reason(sigma) or self.attention.method.dense_reason(place, self.schedule.whole_steps)
+        return self.schedule.dense_reason(sigma) or self.attention.method.dense_reason(
+            self.place(sigma), self.schedule.whole_steps
+        )
 
     def input_reason(self, layer: Hashable, inputs: LayerInputs) -> str | None:
         """Why a call stays dense for want of what an adapter has, or needs."""
@@ -101,9 +104,9 @@ class SamplingRun:
         return (NOTHING_TO_SKIP if self.plan.kept_blocks(blocks) >= blocks else None), True
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, layer: Hashable, sigma: float,
-        conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None, inputs: LayerInputs,
-        visible: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, layer: Hashable, number: int,
+        sigma: float, conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None,
+        inputs: LayerInputs, visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`.
 
@@ -113,10 +116,9 @@ class SamplingRun:
         if visible is not None:
             q, k, v = (x.index_select(2, visible) for x in (q, k, v))
             layout = replace(layout, before=layout.before - (whole.shape[2] - visible.numel()))
-        schedule = self.schedule
         out, cost = self.attention.attend(
-            q, k, v, layout, layer, schedule.before + schedule.step(sigma), conditioning, scale, schedule.whole_steps,
-            sigma, inputs, part,
+            q, k, v, layout, layer, self.place(sigma), conditioning, scale, self.schedule.whole_steps, sigma, inputs,
+            part,
         )
         if visible is not None:
             out = whole.new_zeros(whole.shape).index_copy_(2, visible, out)
@@ -126,12 +128,19 @@ class SamplingRun:
                 f"sparse attention runs in plain PyTorch, which may be slower on {q.device.type} than dense attention: "
                 f"{why}"
             )
-        self.tally.sparse(cost, backend)
+        self.tally.sparse(cost, backend, layout.tokens, self.schedule.step(sigma), number)
         return out
 
-    def stay_dense(self, reason: str, batch: int, tokens: int, width: int, heads: int) -> None:
+    def stay_dense(
+        self, reason: str, number: int, sigma: float, batch: int, tokens: int, width: int, heads: int
+    ) -> None:
         """Count a self-attention call that stays dense."""
-        self.tally.dense(reason, batch * dense_flops(tokens, width, heads))
+        cost = batch * dense_flops(tokens, width, heads)
+        self.tally.dense(reason, cost, self.schedule.step(sigma), number)
+
+    def place(self, sigma: float) -> int:
+        """The step of the whole schedule that a noise level belongs to."""
+        return self.schedule.before + self.schedule.step(sigma)
 
     def leave_dense(self, reason: str, calls: int = 1) -> None:
         """Count and say calls that stay dense unseen, so that their cost is not known."""
@@ -180,7 +189,8 @@ class SamplingRun:
             dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,
             recall=tally.recall / tally.measured if tally.measured else None, calibrations=tally.calibrations,
             model_calls=tally.model_calls,
-            below=self.below, seconds=time.perf_counter() - self.started, completed=completed,
+            below=self.below, seconds=time.perf_counter() - self.started, completed=completed, tokens=tally.tokens,
+            attention_seconds=self.clock.seconds() if completed else None, map=tally.map(self.facts.layers),
         )
 
 

@@ -1,0 +1,43 @@
+"""Time spent in self-attention during one run, without ever waiting for the device while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+class AttentionClock:
+    """Sums spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._walls: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measure(self, kind: str, device: torch.device) -> Iterator[None]:
+        """Add the time of a `with` block; one that raises does not count."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((kind, start, end))
+        elif device.type == "cpu":
+            start = time.perf_counter()
+            yield
+            self._walls[kind] += time.perf_counter() - start
+        else:
+            yield
+
+    def seconds(self) -> dict[str, float] | None:
+        """Seconds by kind; None where nothing was measured. Waits for the device: for the end of a run."""
+        sums = defaultdict(float, self._walls)
+        for kind, start, end in self._events:
+            end.synchronize()
+            sums[kind] += start.elapsed_time(end) / 1000
+        return {kind: sums[kind] for kind in ("sparse", "dense")} if sums else None
