@@ -6,10 +6,11 @@ The model itself is never touched, so bypassing or deleting the node leaves noth
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from comfy.patcher_extension import WrappersMP
 
-from ...attention import SparsePlan
+from ...attention import AttentionRun, SparsePlan
 from ...attention.adapters import Adapter, check_model
 from ...attention.run import resolved
 from .layer_inputs import watching
@@ -28,9 +29,13 @@ RUN = "ropeslr_run"
 class SparsePatch:
     """A plan on one model, shared by the model's clones; remembers the report of the last run."""
 
-    def __init__(self, plan: SparsePlan, node_id: str | None, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, plan: SparsePlan, node_id: str | None, adapter: Adapter | None = None,
+        make_attention: Callable = AttentionRun,
+    ) -> None:
         self.plan = plan
         self.adapter = adapter
+        self.make_attention = make_attention
         self.node_id = node_id
         self.last_report: RunReport | None = None
         self.already_said: set[str] = set()
@@ -42,7 +47,7 @@ class SparsePatch:
         self.last_report = None             # a run that strict refuses must not show the report of the one before
         run = SamplingRun(
             self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
-            patcher.get_model_object("model_sampling"), self.already_said, self.adapter,
+            patcher.get_model_object("model_sampling"), self.already_said, self.adapter, self.make_attention,
         )
         method = run.attention.method
         guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
@@ -56,8 +61,12 @@ class SparsePatch:
             return result
         finally:
             self.last_report = run.report(completed)
-            logger.info(self.last_report.summary())
-            self.last_report.send(self.node_id)
+            self.tell(self.last_report)
+
+    def tell(self, report: RunReport) -> None:
+        """One line in the log, and an event for the browser."""
+        logger.info(report.summary())
+        report.send(self.node_id)
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
@@ -95,12 +104,16 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
     if adapter is not None:
         patcher, adapter = carried(adapter, patched)
         patched.set_additional_models(KEY, [patcher])
-    patch = SparsePatch(plan, node_id, adapter)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
-    patched.set_attachments(KEY, patch)
+    put_on(patched, SparsePatch(plan, node_id, adapter))
     return patched
+
+
+def put_on(model, patch: SparsePatch) -> None:
+    """Let a MODEL sample through a patch, in place of one that it had."""
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    model.set_attachments(KEY, patch)
 
 
 def _say_what_is_missing(plan: SparsePlan, adapter: Adapter | None) -> None:

@@ -23,7 +23,8 @@ class RunReport:
     of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. below names
     who else held the attention slot and got the dense calls, "" for ComfyUI's own attention. FLOPs are those of all
     self-attention calls of the run, in TFLOP; seconds is the wall time of the run, attention_seconds what its sparse
-    and dense self-attention took, None on devices without a clock. tokens: of the longest sparse sequence. map: density
+    and dense self-attention took, None on devices without a clock. tokens: of the longest sparse sequence.
+    spent_parts: spent_tflop by what it was spent on. map: density
     by step (of this sampler, from 0) and layer, as {"layers": n, "steps": [s, ...], "density": [[x, ...], ...]}; 1 =
     dense, None = did not run.
     """
@@ -48,6 +49,7 @@ class RunReport:
     completed: bool
     tokens: int
     attention_seconds: dict[str, float] | None
+    spent_parts: dict[str, float]
     map: dict[str, object] | None
 
     @property
@@ -93,7 +95,7 @@ class Tally:
     other_calls: Counter[str] = field(default_factory=Counter)
     density: float = 0.0                    # the sum over all sparse calls
     dense_flops: float = 0.0
-    spent_flops: float = 0.0
+    spent: Counter[str] = field(default_factory=Counter)                      # FLOPs by what they were spent on
     calibrations: int = 0
     recall: float = 0.0                     # the sum over the calls that measured it
     measured: int = 0
@@ -109,7 +111,10 @@ class Tally:
         self.backend = backend
         self.density += cost.density
         self.dense_flops += cost.dense
-        self.spent_flops += cost.total
+        self.spent.update({
+            "kept blocks": cost.sparse, "routing": cost.routing, "background": cost.background,
+            "calibration": cost.calibration,
+        })
         self.calibrations += cost.calibration > 0
         if cost.recall is not None:
             self.recall += cost.recall
@@ -119,7 +124,7 @@ class Tally:
         self.dense_calls[reason] += 1
         self.cells.setdefault((step, layer), []).append(1.0)
         self.dense_flops += flops
-        self.spent_flops += flops
+        self.spent["dense calls"] += flops
 
     def map(self, layers: int) -> dict[str, object] | None:
         """Density by step and layer, a mean where a cell had several calls; see `RunReport`."""

@@ -43,9 +43,10 @@ class SamplingRun:
 
     def __init__(
         self, plan: SparsePlan, facts: ModelFacts, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object,
-        already_said: set[str], adapter: Adapter | None = None,
+        already_said: set[str], adapter: Adapter | None = None, make_attention: Callable = AttentionRun,
     ) -> None:
-        self.attention = AttentionRun(plan, adapter)
+        self.make_attention = make_attention
+        self.attention = make_attention(plan, adapter)
         self.plan = plan = self.attention.plan
         self.adapter = adapter
         self.facts = facts
@@ -149,7 +150,7 @@ class SamplingRun:
 
     def forget(self) -> None:
         """Drop what the method has learned so far in this run."""
-        self.attention = AttentionRun(self.plan, self.adapter)
+        self.attention = self.make_attention(self.plan, self.adapter)
 
     def not_finite(self, dense_too: bool) -> None:
         """A model call's sparse output was not finite; it has been computed again, dense."""
@@ -186,7 +187,8 @@ class SamplingRun:
             sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls), other_calls=dict(tally.other_calls),
             density=tally.density / tally.sparse_calls if tally.sparse_calls else 1.0,
-            dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent_flops / 1e12,
+            dense_tflop=tally.dense_flops / 1e12, spent_tflop=tally.spent.total() / 1e12,
+            spent_parts={part: flops / 1e12 for part, flops in tally.spent.items()},
             recall=tally.recall / tally.measured if tally.measured else None, calibrations=tally.calibrations,
             model_calls=tally.model_calls,
             below=self.below, seconds=time.perf_counter() - self.started, completed=completed, tokens=tally.tokens,

@@ -1,0 +1,125 @@
+"""Draws a run's report, and a probe if there is one, as one picture."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..attention.probe import Probe
+from .patching import RunReport
+
+PARTS = ("kept blocks", "routing", "background", "calibration", "dense calls")
+COLOURS = ("#3b7dd8", "#8ab4e8", "#e0a13c", "#8f6bb8", "#9aa0a6")
+NOT_RUN = "#d9d9d9"
+
+
+def draw(report: RunReport, probe: Probe | None, look: str) -> torch.Tensor:
+    """-> IMAGE `(1, H, W, 3)` float32 in 0..1. look names the layer and head whose blocks a probe's map shows."""
+    figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
+    (density, cost), (below, blocks) = figure.subplots(2, 2)
+    done = "" if report.completed else ", cut short"
+    figure.suptitle(
+        f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} sparse and "
+        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} s{done}", fontsize=13,
+    )
+    _density(density, report)
+    _cost(cost, report)
+    if probe is None:
+        _reasons(below, report)
+        _note(blocks, "Connect positive and choose a comparison\nto see errors and kept blocks.")
+    else:
+        _errors(below, probe)
+        _blocks(blocks, probe, look)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.astype(numpy.float32) / 255)[None]
+
+
+def _density(axes, report: RunReport) -> None:
+    axes.set_title("Density by layer and step")
+    if report.map is None:
+        _note(axes, "No self-attention call was seen.")
+        return
+    values = numpy.array(report.map["density"], dtype=float).T                # None becomes NaN
+    steps, layers = report.map["steps"], report.map["layers"]
+    axes.set_facecolor(NOT_RUN)
+    drawn = axes.imshow(
+        values, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+        extent=(-0.5, len(steps) - 0.5, -0.5, layers - 0.5),
+    )
+    every = max(1, -(-len(steps) // 12))
+    axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="step of this sampler", ylabel="layer")
+    axes.figure.colorbar(drawn, ax=axes, label="density (1 = dense)")
+
+
+def _cost(axes, report: RunReport) -> None:
+    axes.set_title(f"Attention FLOPs: {100 * report.flops_saved:.1f} % saved")
+    scale, unit = _unit(report.dense_tflop)
+    axes.barh(["dense"], [report.dense_tflop * scale], color="#c4c7cc")
+    left = 0.0
+    for part, colour in zip(PARTS, COLOURS):
+        value = report.spent_parts.get(part, 0.0) * scale
+        if value:
+            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {value:,.3g} {unit}")
+            left += value
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    if left:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9, frameon=False)
+
+
+def _unit(tflop: float) -> tuple[float, str]:
+    """A factor and the name of the unit in which so many TFLOP read well."""
+    if tflop >= 1000:
+        return 1e-3, "PFLOP"
+    return (1.0, "TFLOP") if tflop >= 1 else (1e3, "GFLOP")
+
+
+def _reasons(axes, report: RunReport) -> None:
+    axes.set_title("Self-attention calls")
+    counts = {f"sparse ({report.backend})": report.sparse_calls} if report.sparse_calls else {}
+    counts |= {_short(reason): calls for reason, calls in report.dense_calls.items()}
+    if not counts:
+        _note(axes, "None.")
+        return
+    colours = [COLOURS[0] if name.startswith("sparse (") else COLOURS[4] for name in counts]
+    bars = axes.barh(list(counts), list(counts.values()), color=colours)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel("calls")
+
+
+def _short(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _errors(axes, probe: Probe) -> None:
+    axes.set_title("Error against dense attention, by layer")
+    for name, errors in probe.errors.items():
+        if errors:
+            axes.plot(range(len(errors)), list(errors.values()), marker="o", markersize=3, label=name)
+    axes.set(xlabel="layer", ylabel="relative error of the output")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9)
+
+
+def _blocks(axes, probe: Probe, look: str) -> None:
+    axes.set_title(f"Kept blocks, {look}")
+    if probe.kept is None:
+        _note(axes, "This layer stayed dense.")
+        return
+    axes.imshow(probe.kept.numpy(), cmap="Blues", interpolation="nearest", aspect="auto")
+    axes.set(xlabel="key block", ylabel="query block")
+
+
+def _note(axes, text: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, ha="center", va="center", color="#666666", transform=axes.transAxes)

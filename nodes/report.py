@@ -1,0 +1,138 @@
+"""RoPeSLR Report: after the sampler, what the run did, as a picture and in words; and which method suits the model."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+
+import numpy
+import torch
+from comfy_api.latest import io, ui
+
+from ..attention.probe import Probe
+from .patching import RunReport, last_report
+from .patching.probing import probe
+
+logger = logging.getLogger(__name__)
+
+COMPARE = ("off", "this method", "all methods")
+
+
+class RoPeSLRReport(io.ComfyNode):
+    """LATENT + MODEL -> LATENT, IMAGE, STRING about the last run of that MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RoPeSLRReport",
+            display_name="RoPeSLR Report",
+            category="RoPeSLR",
+            description=(
+                "After the sampler: what ran sparse and what dense and why, density by layer and step, cost by part. "
+                "With conditioning, also the error of this method, or of every method, against dense attention."
+            ),
+            search_aliases=["sparse attention report", "compare methods"],
+            inputs=[
+                io.Latent.Input(
+                    "latent", tooltip="From the sampler, so that this node runs after it; passed on as it is.",
+                ),
+                io.Model.Input(
+                    "model", tooltip="The MODEL that went into that sampler, behind RoPeSLR Sparse Attention.",
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True,
+                    tooltip="The sampler's positive conditioning; only needed to compare with dense attention.",
+                ),
+                io.Combo.Input(
+                    "compare", options=list(COMPARE), default="off",
+                    tooltip="this method, all methods: put noise on the finished latent and run the model once more, "
+                            "dense, with the methods beside it: one step's time, and about one step more for each "
+                            "method. Needs positive.",
+                ),
+                io.Float.Input(
+                    "at", default=0.5, min=0.0, max=1.0, step=0.05,
+                    tooltip="The place in the schedule that the comparison looks at: 0 is pure noise, 1 the finished "
+                            "video.",
+                ),
+                io.Int.Input("layer", default=0, min=0, max=999, tooltip="The layer whose block map is drawn."),
+                io.Int.Input("head", default=0, min=0, max=999, tooltip="The head whose block map is drawn."),
+            ],
+            outputs=[
+                io.Latent.Output(), io.Image.Output(display_name="report"), io.String.Output(display_name="text"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, latent, model, compare, at, layer, head, positive=None) -> io.NodeOutput:
+        """Tell about the last run of MODEL; never fails a graph whose video is finished."""
+        report = last_report(model)
+        if report is None:
+            text = (
+                "No run to report: this MODEL has not been sampled behind a RoPeSLR Sparse Attention node. Connect the "
+                "MODEL that goes into the sampler, and the sampler's LATENT."
+            )
+            return io.NodeOutput(latent, _written(text), text, ui=ui.PreviewText(text))
+        found, remark = None, ""
+        if compare != "off":
+            found, remark = _compare(model, latent, positive, compare, at, layer, head)
+        text = "\n".join(filter(None, (report.summary(), _time(report), _table(found), remark)))
+        try:
+            from .figure import draw
+
+            image = draw(report, found, f"layer {layer}, head {head}")
+        except ImportError:
+            text += "\nThe picture needs matplotlib: pip install matplotlib."
+            image = _written(text)
+        return io.NodeOutput(latent, image, text, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _compare(model, latent, positive, compare: str, at: float, layer: int, head: int) -> tuple[Probe | None, str]:
+    """What a probe found, or why there is none."""
+    if positive is None:
+        return None, "No comparison: connect the sampler's positive conditioning."
+    try:
+        with torch.inference_mode():
+            found = probe(model, latent["samples"], positive, compare == "all methods", at, layer, head)
+    except Exception as error:              # the video is finished: a report must not cost it
+        logger.warning("RoPeSLR: the comparison failed", exc_info=True)
+        return None, f"No comparison: it failed ({type(error).__name__}: {error})."
+    if found is None:
+        return None, "No comparison: no attention of this model can be sparse at these settings."
+    return found, ""
+
+
+def _time(report: RunReport) -> str:
+    spent = report.attention_seconds
+    if not spent or not report.seconds:
+        return ""
+    both = sum(spent.values())
+    return (
+        f"Time in self-attention: {both:.1f} s of {report.seconds:.1f} s ({100 * both / report.seconds:.0f} %), sparse "
+        f"{spent['sparse']:.1f} s, dense {spent['dense']:.1f} s."
+    )
+
+
+def _table(found: Probe | None) -> str:
+    """The methods with their errors, best first."""
+    if found is None:
+        return ""
+    rows = sorted(
+        (sum(errors.values()) / len(errors), max(errors.values()), name)
+        for name, errors in found.errors.items() if errors
+    )
+    lines = ["Error against dense attention: mean over layers, worst layer; FLOPs saved:"]
+    lines += [f"  {name:12} {mean:.3f}  {worst:.3f}  {100 * found.saved[name]:.1f} %" for mean, worst, name in rows]
+    if len(rows) > 1:
+        lines.append(f"Closest to dense on this model at this sparsity: {rows[0][2]}.")
+    return "\n".join(lines)
+
+
+def _written(text: str) -> torch.Tensor:
+    """A text as an IMAGE `(1, H, W, 3)`, where there is nothing to draw, or nothing to draw it with."""
+    from PIL import Image, ImageDraw
+
+    lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, 90) or [""]]
+    image = Image.new("RGB", (720, 40 + 18 * len(lines)), "white")
+    ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), fill="black", spacing=6)
+    return torch.from_numpy(numpy.asarray(image).astype(numpy.float32) / 255)[None]

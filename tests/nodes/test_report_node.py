@@ -1,0 +1,112 @@
+"""The Report node: after the sampler, in words and as a picture; a comparison of methods that changes nothing."""
+
+import builtins
+
+import comfy_host
+import pytest
+import torch
+from sampling import conditioning, load_model, own_adapter, report, sample, sparse
+from variants import VARIANTS
+
+
+def told(model, latent, **widgets):
+    """(latent, image, text) of the node."""
+    comfy_host.pack()
+    return comfy_host.run_node("RoPeSLRReport", model=model, latent={"samples": latent}, **widgets)
+
+
+@pytest.fixture
+def finished():
+    model = sparse(load_model("tiny_wan21_t2v"), sparsity=0.6, dense_first_steps=1)
+    return model, sample(model)
+
+
+def test_it_passes_the_latent_on_and_tells_of_the_run(finished):
+    model, latent = finished
+    passed, image, text = told(model, latent)
+    assert passed["samples"] is latent
+    assert image.shape == (1, 850, 1300, 3) and 0 <= image.min() < image.max() <= 1
+    assert text.startswith(report(model).summary()) and "Time in self-attention" in text
+
+
+def test_every_method_is_compared_with_dense_attention(finished):
+    model, latent = finished
+    run = report(model)
+    _, image, text = told(model, latent, positive=conditioning(1), compare="all methods", layer=1)
+    rows = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
+    assert list(rows) == ["ropeslr", "top-k", "adaspa", "top-k plain"]
+    assert "on this model at this sparsity: ropeslr" in text
+    assert report(model) is run             # the comparison is no run of the person's
+    assert not torch.equal(image, told(model, latent)[1])
+    _, _, text = told(model, latent, positive=conditioning(1), compare="this method")
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == ["ropeslr"]
+
+
+def test_the_errors_are_those_of_the_methods():
+    """Sparsity 0.3 is closer to dense than 0.8, at every layer and by every method; an adapter adds its method."""
+    module = comfy_host.module(".nodes.patching.probing")
+    model, latent = load_model("tiny_wan21_t2v"), torch.randn(1, 16, 9, 16, 16)
+    low, high = (
+        module.probe(sparse(model, sparsity=sparsity), latent, conditioning(1), True, 0.5, 0, 0)
+        for sparsity in (0.3, 0.8)
+    )
+    for name in low.errors:
+        assert set(low.errors[name]) == {0, 1}
+        assert all(low.errors[name][layer] < high.errors[name][layer] for layer in (0, 1)), name
+        assert low.saved[name] < high.saved[name]
+    assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
+    trained = module.probe(
+        sparse(model, adapter=own_adapter("rola"), sparsity=0.8), latent, conditioning(1), True, 0.5, 0, 0)
+    assert list(trained.errors) == ["rola", "ropeslr", "top-k", "top-k plain", "adaspa"]
+
+
+@pytest.mark.parametrize("name", ["Wan VACE", "HunyuanVideo 1.5 I2V with glyphs", "Wan SCAIL", "Wan 2.1 I2V"])
+def test_other_models_are_compared_too(name):
+    """Text first, references, control blocks: whatever the conditioning brings."""
+    variant = VARIANTS[name]
+    model = sparse(variant.model(), sparsity=0.6)
+    latent = variant.sample(model, variant.even, 1.0)
+    extra = conditioning(1, **variant.extra(variant.even))
+    _, _, text = told(model, latent, positive=extra, compare="all methods", layer=999, head=999)
+    assert "Closest to dense" in text and "failed" not in text
+
+
+def test_comparing_leaves_the_model_as_it_was(finished):
+    model, latent = finished
+    plain = sample(load_model("tiny_wan21_t2v"))
+    told(model, latent, positive=conditioning(1), compare="all methods")
+    assert torch.equal(sample(model), latent)
+    assert torch.equal(sample(load_model("tiny_wan21_t2v")), plain)
+
+
+@pytest.mark.parametrize("widgets, says", [
+    (dict(compare="all methods"), "connect the sampler's positive"),
+    (dict(compare="all methods", positive=[[torch.zeros(1, 3, 5), {}]]), "No comparison: it failed"),
+])
+def test_a_comparison_that_cannot_be_made_does_not_cost_the_run(finished, widgets, says):
+    model, latent = finished
+    _, image, text = told(model, latent, **widgets)
+    assert says in text and image.shape[1:] == (850, 1300, 3)
+
+
+def test_a_model_that_cannot_be_sparse_and_one_that_never_ran():
+    variant = VARIANTS["HunyuanImage 2.1"]
+    model = sparse(variant.model())
+    latent = variant.sample(model, variant.even, 1.0)
+    text = told(model, latent, positive=conditioning(1, **variant.extra(variant.even)), compare="all methods")[2]
+    assert "single pictures" in text and "no attention of this model can be sparse" in text
+    for never in (load_model("tiny_wan21_t2v"), sparse(load_model("tiny_wan21_t2v"))):
+        assert "No run to report" in told(never, latent)[2]
+
+
+def test_without_matplotlib_the_text_is_the_picture(finished, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if "figure" in name or name.startswith("matplotlib"):
+            raise ImportError("no matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    _, image, text = told(*finished)
+    assert "pip install matplotlib" in text and image.shape[2:] == (720, 3) and image.min() < 0.5
