@@ -98,8 +98,9 @@ def coverage_table(record: dict) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
     lines.append(
         f"\nSelf-attention calls of one model call that run sparse, out of all. Found by tests in ComfyUI "
-        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, even and odd sizes; rola and sla "
-        "with random weights of their form. Empty: no such weights are published."
+        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, two sizes, one of them with odd "
+        "sides where the model itself takes them; rola and sla with random weights of their form. Empty: no such "
+        "weights are published."
     )
     return "\n".join(lines) + "\n"
 

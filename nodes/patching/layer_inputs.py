@@ -7,6 +7,7 @@ adapter needs them, and hold nothing themselves: they write into the model call 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -21,12 +22,24 @@ class EnteringLayer:
     """The hidden state and RoPE that the layer under way was called with; taken once, by its attention."""
 
     def __init__(self) -> None:
+        self.control: dict[int, int] = {}   # VACE: which control block of a layer is under way, counted from 1
+        self.control_seen = False           # hooks tell of control blocks in this call
+        self._entered: Counter[int] = Counter()
         self._x: torch.Tensor | None = None
         self._rope: torch.Tensor | None = None
         self._read: tuple[torch.Tensor, Positions | None] | None = None     # of the last layer: all share one RoPE
 
     def enter(self, x: torch.Tensor, rope: torch.Tensor | None) -> None:
         self._x, self._rope = x, rope
+
+    def enter_control(self, number: int) -> None:
+        """A control block of a layer begins; `leave` ends what is known of it."""
+        self.control_seen = True
+        self._entered[number] += 1
+        self.control[number] = self._entered[number]
+
+    def leave(self, number: int) -> None:
+        self.control.pop(number, None)
 
     def take(self, batch: int, tokens: int, device: torch.device, layout: TokenLayout | None) -> LayerInputs:
         """What was seen, if it belongs to an attention of so many tokens; a second call sees nothing."""
@@ -58,12 +71,26 @@ def note_inputs(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         call.entering.enter(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))
 
 
+@torch.compiler.disable
+def note_control(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of VACE's control blocks, whose layer transformer_options tell."""
+    options = kwargs.get("transformer_options")
+    call = options.get(CALL) if isinstance(options, dict) else None
+    if call is not None and "block_index" in options:
+        call.entering.enter_control(options["block_index"])
+
+
 @contextlib.contextmanager
-def watching(diffusion_models: list[torch.nn.Module]) -> Iterator[None]:
-    """Hook every self-attention of some models for the length of a `with` block; nothing is left behind."""
+def watching(diffusion_models: list[torch.nn.Module], inputs: bool) -> Iterator[None]:
+    """Hook some models for the length of a `with` block; nothing is left behind.
+
+    Control blocks are always watched, every self-attention where its inputs are needed.
+    """
     handles = []
     try:
-        for block in (block for model in diffusion_models for block in blocks(model)):
+        for block in (block for model in diffusion_models for block in getattr(unwrap(model), "vace_blocks", ())):
+            handles.append(unwrap(block).register_forward_pre_hook(note_control, with_kwargs=True))
+        for block in (block for model in diffusion_models if inputs for block in blocks(model)):
             attention = getattr(unwrap(block), "self_attn", None)
             if isinstance(attention, torch.nn.Module):
                 handles.append(unwrap(attention).register_forward_pre_hook(note_inputs, with_kwargs=True))

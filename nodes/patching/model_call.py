@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -10,9 +9,11 @@ from collections.abc import Callable, Hashable
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...attention.accounting import AttentionCost, dense_flops
 from .layer_inputs import CALL, EnteringLayer
 from .override import SLOT, sparse_override
-from .recognise import blocks, recognise, unwrap
+from .recognise import ModelFacts, blocks, recognise, unwrap
+from .report import Tally
 from .sampling_run import NOT_FINITE, SamplingRun
 from .token_places import TokenPlaces, token_places, visible_tokens
 
@@ -30,6 +31,8 @@ class ModelCall:
         self.run = run
         self.unsupported = unsupported
         self.sigma = sigma
+        self.step = run.schedule.step(sigma)
+        self.tally = Tally()
         self.entering = EnteringLayer()
         self.dense_reason = dense_reason or run.call_reason(sigma)
         self.conditioning = conditioning
@@ -73,34 +76,59 @@ class ModelCall:
         self._same_length_calls[layer] += 1
         return turn if position == 0 else None
 
-    def missing_layers(self) -> int:
-        """How many of the layers that can be sparse never asked the slot in this call."""
-        return 0 if self.unsupported else len(self.run.facts.expected_layers() - self.layers_seen)
+    def identity(self, layer: Hashable, number: int, turn: int) -> Hashable:
+        """Whose self-attention it is: the layer's own, or a control block's of the same number.
+
+        Other nodes skip blocks, so a hook tells when a control block is entered; without one the turn has to do.
+        """
+        if number not in self.run.facts.control_layers:
+            return layer
+        entered = self.entering.control.get(number) if self.entering.control_seen else turn
+        self.entering.leave(number)
+        return ("control", number, entered) if entered else layer
+
+    def missing_layers(self) -> frozenset[Hashable]:
+        """Those of the layers that can be sparse that never asked the slot in this call."""
+        return frozenset() if self.unsupported else frozenset(self.run.facts.expected_layers() - self.layers_seen)
+
+    def sparse(self, cost: AttentionCost, backend: str, tokens: int, number: int) -> None:
+        """Count a sparse self-attention call."""
+        self.tally.sparse(cost, backend, tokens, self.step, number)
+
+    def stay_dense(self, reason: str, number: int, batch: int, tokens: int, width: int, heads: int) -> None:
+        """Count a self-attention call that stays dense."""
+        self.tally.dense(reason, batch * dense_flops(tokens, width, heads), self.step, number)
+
+    def leave_dense(self, reason: str, calls: int = 1) -> None:
+        """Count and say calls that stay dense unseen, so that their cost is not known."""
+        self.run.warn_dense(reason)
+        self.tally.dense_calls[reason] += calls
 
     def note_output(self, out: torch.Tensor) -> None:
         """Remember a sparse output's extremes, without waiting for the device; NaN is one of them if it is there."""
         self._extremes += torch.aminmax(out.detach())
 
     def finite(self) -> bool:
-        """Whether all sparse outputs of the call were; the only place that waits for the device."""
+        """Whether all sparse outputs of the call were; waits for the device, so it is asked once in a call."""
         return not self._extremes or bool(torch.isfinite(torch.stack(self._extremes)).all())
 
 
 def call_model(run: SamplingRun, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
     """Run the model with the override on top of its slot, for the length of this call."""
-    first = run.tally.model_calls == 0
-    run.tally.model_calls += 1
     base = executor.class_obj
     facts = recognise(base.diffusion_model)
     unsupported = facts.unsupported
     if facts != run.facts:                  # guiders with two models hand the first one's options to the second
         unsupported = unsupported or f"a second model, {facts.name}, takes part in this run"
-    contexts = (c_crossattn, kwargs.get("clip_fea"))
-    lengths = () if facts.arrangement.text_first else tuple(c.shape[-2] for c in contexts if c is not None)
-    places = None if unsupported else token_places(facts, unwrap(base.diffusion_model), x, kwargs)
+    lengths, places = (), None
+    if not unsupported:
+        lengths = _context_lengths(facts, c_crossattn, kwargs)
+        places = token_places(facts, unwrap(base.diffusion_model), x, kwargs)
     below = transformer_options.get(SLOT)
+    first = run.begin_call(below)
+    untouched = x.clone()                   # some nodes write into it, and it may be needed again
 
-    def execute(dense_reason: str | None = None):
+    def execute(x: torch.Tensor, dense_reason: str | None = None):
         call = ModelCall(
             run, float(transformer_options["sigmas"][0]), _conditioning(transformer_options, x.shape[0]), lengths,
             places, below, unsupported, _part(transformer_options), dense_reason,
@@ -108,44 +136,56 @@ def call_model(run: SamplingRun, executor, x, t, c_concat, c_crossattn, control,
         options = {**transformer_options, CALL: call, SLOT: sparse_override}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs), call
 
-    before = copy.deepcopy(run.tally)
-    result, call = execute()
-    if call.missing_layers() and not run.compiled_anew and _is_compiled(base, transformer_options):
-        # Compiled before the node was added: torch.compile nodes drop the guards on transformer_options, so an old
-        # graph, of the whole model or of one block, is used again and never asks the slot.
-        logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
-        run.compiled_anew = True            # what is compiled from now on asks the slot
-        run.forget()                        # some layers did ask it, behind others that were still dense
-        run.tally = before
-        torch.compiler.reset()
-        result, call = execute()
+    result, call = execute(x)
+    missing = call.missing_layers()
+    if missing and _is_compiled(base, transformer_options) and run.compiles_anew(untouched.shape, missing):
+        run.forget(x.device)                # some layers did ask the slot, behind others that were still dense
+        result, call = execute(untouched.clone())
+        run.excuse(call.missing_layers())
+    if not missing:
+        run.complete_shapes.add(untouched.shape)
     if run.plan.verbose:
         logger.info(
-            "RoPeSLR: sigma %.4f, step %d of %d: %s", call.sigma, run.schedule.step(call.sigma) + 1,
-            run.schedule.steps, unsupported or call.dense_reason or "sparse",
+            "RoPeSLR: sigma %.4f, step %d of %d: %s", call.sigma, call.step + 1, run.schedule.steps,
+            unsupported or call.dense_reason or "sparse",
         )
     if first:
-        run.look_below(below)
-        _look_for_silence(run, call)
-    if run.guarded and not call.finite():
+        _look_for_silence(call)
+    guarded = (tuple(key for key, _ in call.conditioning), call.part)
+    if guarded not in run.unguarded and not call.finite():
+        wasted = call.tally.spent.total()
         del result                          # free before the same is computed again
-        run.forget()                        # what it learned in this call may be spoiled
-        result, _ = execute(NOT_FINITE)
-        run.not_finite(dense_too=not bool(torch.isfinite(result).all()))
+        run.forget(x.device)                # what it learned in this call may be spoiled
+        result, call = execute(untouched, NOT_FINITE)
+        call.tally.spent["computed again"] += wasted
+        if torch.isfinite(result).all():
+            run.say_not_finite()
+        else:                               # computing every such call twice would not help
+            run.unguarded.add(guarded)
+            run.say_once("the model gives out numbers that are not finite, with dense attention too")
+    run.end_call(call.tally)
     return result
 
 
-def _look_for_silence(run: SamplingRun, call: ModelCall) -> None:
+def _context_lengths(facts: ModelFacts, text: torch.Tensor | None, conditions: dict) -> tuple[int, ...]:
+    """Tokens of each context that the blocks attend to besides themselves."""
+    if facts.arrangement.text_first:
+        return ()
+    images = [conditions[name].shape[-2] for name in ("clip_fea", "clip_fea_ref") if conditions.get(name) is not None]
+    return (*([text.shape[-2]] if text is not None else []), *([sum(images)] if images else []))
+
+
+def _look_for_silence(call: ModelCall) -> None:
     """Count and say what never asked the slot in the first call of a run: nothing else would show it."""
     if call.unsupported:
-        if call.attention_calls == 0:
-            run.leave_dense(call.unsupported)
+        if not call.tally.dense_calls:
+            call.leave_dense(call.unsupported)
         return
-    missing = call.missing_layers()
+    missing, expected = call.missing_layers(), call.run.facts.expected_layers()
     if missing:
-        run.leave_dense(
-            f"{missing} of {len(run.facts.expected_layers())} layers do not ask the attention slot (replaced by "
-            "another node?)", missing,
+        call.leave_dense(
+            f"{len(missing)} of {len(expected)} layers do not ask the attention slot (replaced by another node?)",
+            len(missing),
         )
 
 

@@ -23,64 +23,68 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     call = options[CALL]
     run = call.run
     call.attention_calls += 1
-    if call.unsupported:                    # its calls are not told apart: how its tokens lie is not known
-        run.leave_dense(call.unsupported)
+    by_head = bool(kwargs.get("skip_reshape"))
+    batch, tokens = q.shape[0], q.shape[-2]
+    if call.unsupported:                    # how its tokens lie is not known
+        if "block_index" in options and tokens == k.shape[-2]:
+            call.leave_dense(call.unsupported)
         return call.dense(func, q, k, v, heads, mask, kwargs)
     found = run.facts.layer(options)
     if found is None:
-        run.tally.other_calls[OUTSIDE_BLOCKS] += 1
+        call.tally.other_calls[OUTSIDE_BLOCKS] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
     layer, number = found
-    by_head = bool(kwargs.get("skip_reshape"))
-    batch, tokens = q.shape[0], q.shape[-2]
     turn = call.self_attention(layer, batch, tokens, k.shape[-2])
     if turn is None:
-        run.tally.other_calls[CROSS_ATTENTION] += 1
+        call.tally.other_calls[CROSS_ATTENTION] += 1
         return call.dense(func, q, k, v, heads, mask, kwargs)
 
-    if turn and number in run.facts.control_layers:
-        layer = ("control", number, turn)
+    layer = call.identity(layer, number, turn)
     call.layers_seen.add(layer)
     width = q.shape[-1] if by_head else q.shape[-1] // heads
     kv_heads = k.shape[1] if by_head else k.shape[-1] // width
-    reason, chosen, layout, visible = call.dense_reason, True, None, None
+    reason, chosen = call.dense_reason, True
     if reason is None:
         reason, chosen = run.layer_reason(number, width, heads, kv_heads)
-    with unrecorded():
+    if reason is None:
+        with unrecorded():
+            out, reason, chosen = _attend(call, layer, number, q, k, v, heads, mask, kwargs)
         if reason is None:
-            (layout, visible), reason = call.places(options, tokens, mask)
-            chosen = False
-        if reason is None:
-            reason, chosen = run.length_reason(layout)
-        inputs = call.entering.take(batch, tokens, q.device, layout)
-        if reason is None:
-            reason, chosen = run.input_reason(layer, inputs), False
-        if reason is None:
-            out, reason = _attend(call, layer, number, layout, inputs, visible, q, k, v, heads, kwargs)
-            if reason is None:
-                return out
+            return out
     # Here a failed call's tensors are free again, so a dense call may fit where the sparse one did not.
     if not chosen:
         run.warn_dense(reason)
-    run.stay_dense(reason, number, call.sigma, batch, tokens, width, heads)
+    call.stay_dense(reason, number, batch, tokens, width, heads)
     with run.clock.measure("dense", q.device):
         return call.dense(func, q, k, v, heads, mask, kwargs)
 
 
 def _attend(
-    call, layer, number, layout, inputs, visible, q, k, v, heads, kwargs
-) -> tuple[torch.Tensor | None, str | None]:
-    """The sparse output in the form that the caller wants; or why there is none."""
+    call, layer, number, q, k, v, heads, mask, kwargs
+) -> tuple[torch.Tensor | None, str | None, bool]:
+    """The sparse output in the form that the caller wants; or why there is none, and whether the person chose that."""
     run, by_head = call.run, bool(kwargs.get("skip_reshape"))
     try:
+        (layout, visible), reason = call.places(kwargs["transformer_options"], q.shape[-2], mask)
+        if reason is not None:
+            return None, reason, False
+        reason, chosen = run.length_reason(layout)
+        if reason is not None:
+            return None, reason, chosen
+        inputs = call.entering.take(q.shape[0], q.shape[-2], q.device, layout)
+        reason = run.input_reason(layer, inputs)
+        if reason is not None:
+            return None, reason, False
         views = [x if by_head else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
         with run.clock.measure("sparse", q.device):
-            out = run.attend(
-                *views, layout, layer, number, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs,
-                visible,
+            out, cost, backend = run.attend(
+                *views, layout, layer, call.sigma, call.conditioning, call.part, kwargs.get("scale"), inputs, visible
             )
             call.note_output(out)
-            return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2), None
+            if not kwargs.get("skip_output_reshape"):
+                out = out.transpose(1, 2).flatten(2)
+        call.sparse(cost, backend, layout.tokens, number)
+        return out, None, False
     except TritonNotUsable:                 # asked for by name: to go on without it would be a silent no
         raise
     except Exception as error:
@@ -88,5 +92,5 @@ def _attend(
             raise
         words = str(error).partition("\n")[0]
         reason = f"the sparse path failed ({type(error).__name__}: {words})"
-        run.warn_dense(reason, with_traceback=not isinstance(error, torch.cuda.OutOfMemoryError))
-        return None, reason
+        run.say_once(f"attention runs dense: {reason}", not isinstance(error, torch.cuda.OutOfMemoryError))
+        return None, reason, True           # said already

@@ -17,7 +17,7 @@ from .layer_inputs import watching
 from .model_call import call_model
 from .recognise import recognise
 from .report import RunReport
-from .sampling_run import SamplingRun, SparseNotPossible
+from .sampling_run import Said, SamplingRun, SparseNotPossible
 from .weights import carried
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SparsePatch:
         self.make_attention = make_attention
         self.node_id = node_id
         self.last_report: RunReport | None = None
-        self.already_said: set[str] = set()
+        self.said = Said()
 
     def outer_sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE wrapper: args are (noise, latent image, sampler, sigmas, ...). A run begins and ends here."""
@@ -47,7 +47,7 @@ class SparsePatch:
         self.last_report = None             # a run that strict refuses must not show the report of the one before
         run = SamplingRun(
             self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
-            patcher.get_model_object("model_sampling"), self.already_said, self.adapter, self.make_attention,
+            patcher.get_model_object("model_sampling"), self.said, self.adapter, self.make_attention,
         )
         method = run.attention.method
         guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
@@ -55,7 +55,7 @@ class SparsePatch:
         try:
             models = [patcher, *patcher.get_additional_models_with_key("multigpu")]
             needed = method.needs_x or method.needs_positions
-            with watching([each.model.diffusion_model for each in models] if needed else []):
+            with watching([each.model.diffusion_model for each in models], needed):
                 result = executor(*args, **kwargs)
             completed = True
             return result

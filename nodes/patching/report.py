@@ -126,6 +126,16 @@ class Tally:
         self.dense_flops += flops
         self.spent["dense calls"] += flops
 
+    def add(self, call: Tally) -> None:
+        """Add the counts of one model call; model_calls are counted by the run itself."""
+        for name in ("sparse_calls", "density", "dense_flops", "calibrations", "recall", "measured"):
+            setattr(self, name, getattr(self, name) + getattr(call, name))
+        for name in ("dense_calls", "other_calls", "spent"):
+            getattr(self, name).update(getattr(call, name))
+        for place, densities in call.cells.items():
+            self.cells.setdefault(place, []).extend(densities)
+        self.tokens, self.backend = max(self.tokens, call.tokens), call.backend or self.backend
+
     def map(self, layers: int) -> dict[str, object] | None:
         """Density by step and layer, a mean where a cell had several calls; see `RunReport`."""
         if not self.cells:

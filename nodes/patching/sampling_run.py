@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ...attention import AttentionRun, LayerInputs, SparsePlan, TokenLayout
-from ...attention.accounting import dense_flops
+from ...attention.accounting import AttentionCost
 from ...attention.adapters import Adapter
 from ...attention.plan import BLOCK
 from ...attention.schedule import StepSchedule
@@ -38,12 +39,20 @@ class SparseNotPossible(RuntimeError):
         super().__init__(f"RoPeSLR (strict): this run cannot be sparse: {reason}. {remedy}")
 
 
+@dataclass
+class Said:
+    """What one patched model has told already, over all of its runs."""
+
+    texts: set[str] = field(default_factory=set)
+    excused: set[frozenset] = field(default_factory=set)                      # layers that do not ask, however compiled
+
+
 class SamplingRun:
     """Made when a sampler starts and dropped when it ends; nothing outlives it but its report."""
 
     def __init__(
         self, plan: SparsePlan, facts: ModelFacts, noise: torch.Tensor, sigmas: torch.Tensor, model_sampling: object,
-        already_said: set[str], adapter: Adapter | None = None, make_attention: Callable = AttentionRun,
+        said: Said, adapter: Adapter | None = None, make_attention: Callable = AttentionRun,
     ) -> None:
         self.make_attention = make_attention
         self.attention = make_attention(plan, adapter)
@@ -52,11 +61,14 @@ class SamplingRun:
         self.facts = facts
         self.schedule = _schedule(plan, noise, sigmas, model_sampling)
         self.tally = Tally()
-        self.already_said = already_said
-        self.guarded = True                 # non-finite output is looked for
+        self.said = said
         self.clock = AttentionClock()
-        self.compiled_anew = False
         self.below = ""
+        self.unguarded: set[Hashable] = set()         # conditionings that are not finite with dense attention either
+        self.complete_shapes: set[torch.Size] = set() # latents of which some call heard every layer
+        self._compiled_anew = self._said_not_finite = False
+        self._attentions: dict[torch.device, AttentionRun] = {}
+        self._lock = threading.Lock()       # clones on several GPUs share a run, each in a thread of its own
         self.started = time.perf_counter()
         if plan.strict and plan.backend != "dense":
             self._refuse_hopeless(noise)
@@ -105,11 +117,11 @@ class SamplingRun:
         return (NOTHING_TO_SKIP if self.plan.kept_blocks(blocks) >= blocks else None), True
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, layer: Hashable, number: int,
-        sigma: float, conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None,
-        inputs: LayerInputs, visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Sparse self-attention, counted: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`.
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, layer: Hashable, sigma: float,
+        conditioning: tuple[tuple[Hashable, int], ...], part: Hashable, scale: float | None, inputs: LayerInputs,
+        visible: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, AttentionCost, str]:
+        """Sparse self-attention: q, k, v `(B, H, L, D)` -> `(B, H, L, D)`, its cost, and the backend it ran on.
 
         visible `(n,)`: tokens that a mask leaves; the others, text all of them, attend to nothing and give out 0.
         """
@@ -117,7 +129,7 @@ class SamplingRun:
         if visible is not None:
             q, k, v = (x.index_select(2, visible) for x in (q, k, v))
             layout = replace(layout, before=layout.before - (whole.shape[2] - visible.numel()))
-        out, cost = self.attention.attend(
+        out, cost = self._attention_on(q.device).attend(
             q, k, v, layout, layer, self.place(sigma), conditioning, scale, self.schedule.whole_steps, sigma, inputs,
             part,
         )
@@ -129,53 +141,80 @@ class SamplingRun:
                 f"sparse attention runs in plain PyTorch, which may be slower on {q.device.type} than dense attention: "
                 f"{why}"
             )
-        self.tally.sparse(cost, backend, layout.tokens, self.schedule.step(sigma), number)
-        return out
+        return out, cost, backend
 
-    def stay_dense(
-        self, reason: str, number: int, sigma: float, batch: int, tokens: int, width: int, heads: int
-    ) -> None:
-        """Count a self-attention call that stays dense."""
-        cost = batch * dense_flops(tokens, width, heads)
-        self.tally.dense(reason, cost, self.schedule.step(sigma), number)
+    def _attention_on(self, device: torch.device) -> AttentionRun:
+        """Each device has a memory of its own, which one thread alone uses."""
+        with self._lock:
+            if device not in self._attentions:
+                spare = self.attention if not self._attentions else None
+                self._attentions[device] = spare or self.make_attention(self.plan, self.adapter)
+            return self._attentions[device]
+
+    def forget(self, device: torch.device) -> None:
+        """Drop what the method has learned on a device so far in this run."""
+        with self._lock:
+            self._attentions[device] = self.make_attention(self.plan, self.adapter)
+
+    def begin_call(self, below: Callable | None) -> bool:
+        """Count a model call; whether it is the first. below: who held the attention slot, and gets dense calls."""
+        with self._lock:
+            self.tally.model_calls += 1
+            first = self.tally.model_calls == 1
+        if first and below is not None:
+            self.below = _holder_name(below)
+            logger.info("RoPeSLR: attention that stays dense goes on to %s", self.below)
+        return first
+
+    def end_call(self, tally: Tally) -> None:
+        """Add what one model call counted."""
+        with self._lock:
+            self.tally.add(tally)
+
+    def compiles_anew(self, shape: torch.Size, missing: frozenset) -> bool:
+        """Whether a compiled model that left out some layers is to be run again, after dropping its graphs once.
+
+        torch.compile nodes drop the guards on transformer_options: a graph, of the whole model or of one block, that
+        was made without this node is used again and never asks the slot. Layers that other nodes skip do not either;
+        so a shape that once was complete is believed, and layers that stay silent when compiled anew are excused.
+        """
+        if shape in self.complete_shapes or missing in self.said.excused:
+            return False
+        with self._lock:
+            if not self._compiled_anew:     # what is compiled from now on asks the slot
+                self._compiled_anew = True
+                logger.info("RoPeSLR: the model was compiled without this node; compiling it again")
+                torch.compiler.reset()
+        return True
+
+    def excuse(self, missing: frozenset) -> None:
+        """Layers that do not ask the slot in a graph made with it: that is how this model runs."""
+        if missing:
+            self.said.excused.add(missing)
 
     def place(self, sigma: float) -> int:
         """The step of the whole schedule that a noise level belongs to."""
         return self.schedule.before + self.schedule.step(sigma)
 
-    def leave_dense(self, reason: str, calls: int = 1) -> None:
-        """Count and say calls that stay dense unseen, so that their cost is not known."""
-        self.warn_dense(reason)
-        self.tally.dense_calls[reason] += calls
+    def say_not_finite(self) -> None:
+        """A model call was computed again, dense; said once in every run."""
+        text = "a sparse output was not finite (NaN or infinite)"
+        if self.plan.strict:
+            raise SparseNotPossible(text)
+        if not self._said_not_finite:
+            self._said_not_finite = True
+            logger.warning("RoPeSLR: %s; that model call is computed again with dense attention", text)
 
-    def forget(self) -> None:
-        """Drop what the method has learned so far in this run."""
-        self.attention = self.make_attention(self.plan, self.adapter)
-
-    def not_finite(self, dense_too: bool) -> None:
-        """A model call's sparse output was not finite; it has been computed again, dense."""
-        if dense_too:
-            self.guarded = False            # to compute every call twice would not help
-            self.say_once("the model gives out numbers that are not finite, with dense attention too")
-        else:
-            self.warn_dense("a sparse output was not finite (NaN or infinite); that model call was computed again")
-
-    def look_below(self, holder: Callable | None) -> None:
-        """Say who held the attention slot before, and gets the calls that stay dense."""
-        if holder is not None:
-            self.below = _holder_name(holder)
-            logger.info("RoPeSLR: attention that stays dense goes on to %s", self.below)
-
-    def warn_dense(self, reason: str, with_traceback: bool = False) -> None:
+    def warn_dense(self, reason: str) -> None:
         """Say that calls run dense for a reason that the person did not choose; strict makes it an error."""
         if self.plan.strict:
             raise SparseNotPossible(reason)
-        self.say_once(f"attention runs dense: {reason}", with_traceback)
+        self.say_once(f"attention runs dense: {reason}")
 
     def say_once(self, text: str, with_traceback: bool = False) -> None:
         """Log what the person should know, once for each patched model."""
-        if text not in self.already_said:
-            self.already_said.add(text)
+        if text not in self.said.texts:
+            self.said.texts.add(text)
             logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
 
     def report(self, completed: bool) -> RunReport:

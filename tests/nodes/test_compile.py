@@ -2,11 +2,13 @@
 
 import shutil
 
+import comfy_host
 import pytest
 import torch
 from compiling import compiled
 from fields import relative_error
 from sampling import load_model, own_adapter, report, sample, sparse
+from variants import VARIANTS
 
 CHANGES = (
     dict(), dict(method="top-k"), dict(method="adaspa"), dict(sparsity=0.5), dict(rank=32), dict(calibrate="off"),
@@ -111,3 +113,48 @@ def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatc
     found = call(patched, (5, 15, 17))
     assert report(patched).sparse_calls == 1 and not torch.equal(found, plain)
     assert relative_error(found, call(sparse(model, sparsity=0.6), (5, 15, 17))) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("neighbour", ["EasyCache", "SkipLayerGuidanceDiT", "a block replaced"])
+def test_a_node_that_skips_blocks_is_not_taken_for_an_old_graph(neighbour, monkeypatch):
+    """Every run would be compiled anew, minutes on a real model, and the skipping node would be run twice."""
+    use(monkeypatch, "attention_pytorch")
+    model = load_model("tiny_wan21_t2v")
+    if neighbour == "EasyCache":
+        (skipping,) = comfy_host.run_node(
+            "EasyCache", model=model, reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False)
+    elif neighbour == "SkipLayerGuidanceDiT":
+        (skipping,) = comfy_host.run_node(
+            "SkipLayerGuidanceDiT", model=model, double_layers="0", single_layers="", scale=3.0, start_percent=0.01,
+            end_percent=0.9, rescaling_scale=0.0)
+    else:
+        skipping = model.clone()
+        skipping.set_model_patch_replace(lambda args, more: {"img": args["img"]}, "dit", "double_block", 0)
+    resets, reset = [], torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or reset())
+    alone = sparse(skipping, sparsity=0.6)
+    patched = sparse(compiled(skipping), sparsity=0.6)
+    arguments = dict(steps=6, cfg=3.0, latent=(3, 16, 16))
+    expected = sample(alone, **arguments)
+    found = sample(patched, **arguments)
+    if neighbour != "SkipLayerGuidanceDiT":  # which torch.compile nodes freeze by themselves, sparse or dense
+        assert relative_error(found, expected) < 1e-5
+        assert report(patched).sparse_calls == report(alone).sparse_calls
+    first = len(resets)
+    sample(patched, **arguments)
+    assert first <= 1 and len(resets) == first
+
+
+@pytest.mark.slow
+def test_control_blocks_are_told_apart_in_a_compiled_model(monkeypatch):
+    use(monkeypatch, "attention_pytorch")
+    variant = VARIANTS["Wan VACE"]
+    model = variant.model()
+    around = compiled(model)
+    for adapter in (None, own_adapter("rola"), None):
+        settings = dict(sparsity=0.6, adapter=adapter)
+        patched, alone = sparse(around, **settings), sparse(model, **settings)
+        found = variant.sample(patched, variant.even, 1.0)
+        assert relative_error(found, variant.sample(alone, variant.even, 1.0)) < 1e-5
+        assert report(patched).dense_calls == report(alone).dense_calls

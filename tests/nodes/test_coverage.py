@@ -51,16 +51,20 @@ def test_methods_without_weights(variant, cfg, size):
         assert not told.dense_calls and told.density < 1
 
 
-@pytest.mark.parametrize("method", ["rola", pytest.param("sla", marks=pytest.mark.slow)])
-def test_methods_with_weights(variant, method):
+@pytest.mark.parametrize("method, cfg, size", [
+    ("rola", 1.0, "even"), pytest.param("rola", 5.0, "odd", marks=pytest.mark.slow),
+    pytest.param("sla", 1.0, "odd", marks=pytest.mark.slow), pytest.param("sla", 5.0, "even", marks=pytest.mark.slow),
+])
+def test_methods_with_weights(variant, method, cfg, size):
     """An adapter of the model's own layers; VACE's control blocks have none, and say so."""
     name, variant, model = variant
     if not variant.trained:
         pytest.skip("no such weights are published for HunyuanVideo")
-    dense = variant.sample(model, variant.even, 1.0)
+    latent = getattr(variant, size)
+    dense = variant.sample(model, latent, cfg)
     layers = len(model.model.diffusion_model.blocks)
     patched = sparse(model, method=method, sparsity=0.6, adapter=own_adapter(method, layers))
-    sampled = variant.sample(patched, variant.even, 1.0)
+    sampled = variant.sample(patched, latent, cfg)
     told = check(name, variant, patched, method, sampled, dense, variant.calls - variant.control)
     assert sum(told.dense_calls.values()) == variant.control * told.model_calls
     assert all("has no weights for control blocks" in reason for reason in told.dense_calls)
@@ -110,6 +114,34 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
         assert len(own[0, 0].unique()) == found.grid[axis]
 
 
+@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow)])
+def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
+    """Other noise changes the first layer's queries of every video token, and of no reference and no text."""
+    name, variant, model = variant
+    run_class, seen = comfy_host.module(".attention").AttentionRun, []
+    attend = run_class.attend
+
+    def watched(self, q, k, v, layout, *args, **kwargs):
+        seen.append((q.clone(), layout))
+        return attend(self, q, k, v, layout, *args, **kwargs)
+
+    monkeypatch.setattr(run_class, "attend", watched)
+    queries = []
+    for seed in (1, 2):
+        seen.clear()
+        variant.sample(sparse(model, sparsity=0.6), getattr(variant, size), 1.0, steps=1, seed=seed)
+        queries.append(seen[0])
+    (one, layout), (other, _) = queries
+    changed = (one != other).any(dim=-1).any(dim=1)[0]
+    video = torch.zeros_like(changed)
+    video[layout.before : layout.before + layout.video_tokens] = True
+    frames = changed[video].unflatten(0, layout.grid).flatten(1)
+    assert not changed[~video].any(), f"{name}: the video reaches beyond {layout}"
+    # Some models count frames of references as frames of the video: whole frames, at one end.
+    noisy = frames.all(dim=1)
+    assert torch.equal(frames.any(dim=1), noisy) and int(noisy.sum()) == getattr(variant, size)[0]
+
+
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.dense])
 @pytest.mark.parametrize("size", ["even", "odd"])
 @pytest.mark.parametrize("method", TRAINING_FREE)
@@ -120,25 +152,34 @@ def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size)
     model, latent = variant.model(), getattr(variant, size)
     patched = sparse(model, method=method)
     assert torch.equal(variant.sample(patched, latent, 5.0), variant.sample(model, latent, 5.0))
-    assert set(report(patched).dense_calls) == {variant.dense} and report(patched).sparse_calls == 0
+    told = report(patched)
+    assert told.dense_calls == {variant.dense: variant.calls * told.model_calls} and told.sparse_calls == 0
     FOUND[name][method] = variant.dense
     with pytest.raises(RuntimeError, match="strict"):
         sparse(model, method=method, strict=True)
 
 
-def test_the_matrix_in_the_record_is_what_was_found():
-    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE."""
+def test_the_matrix_in_the_record_is_what_was_found(request):
+    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE; only ever as a whole."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfyui_version
 
     version, record = comfyui_version.__version__, json.loads(RECORD.read_text("utf-8"))
+    wanted = {
+        name: {*TRAINING_FREE, *(("rola", "sla") if variant.trained else ())}
+        for name, variant in VARIANTS.items() if not variant.missing()
+    }
+    whole = {name: set(methods) for name, methods in FOUND.items()} == wanted
     if os.environ.get("ROPESLR_COVERAGE"):
+        assert whole and not request.session.testsfailed, "the record is written from a whole run without failures"
         record[version] = {name: FOUND[name] for name in VARIANTS if name in FOUND}
         RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
     recorded = record.get(version)
     if recorded is None:
         pytest.skip(f"no record for ComfyUI {version}")
+    if whole:
+        assert recorded == FOUND, "run `python dev.py coverage`"
     for name, methods in FOUND.items():
         for method, found in methods.items():
             assert recorded.get(name, {}).get(method) == found, f"{name}, {method}: run `python dev.py coverage`"

@@ -52,7 +52,7 @@ def test_a_subclass_of_a_known_model_runs_dense_with_a_reason():
     finally:
         inner.__class__ = original
     assert report(patched).dense_calls == {
-        "FancyWanModel is a kind of Wan or HunyuanVideo whose token layout is not known": 8}
+        "FancyWanModel is a kind of Wan or HunyuanVideo whose token layout is not known": 4}
 
 
 def with_reference(model):
@@ -107,7 +107,7 @@ def test_tokens_that_nobody_accounts_for_run_dense_with_a_reason():
     call = Calls()
     q = torch.randn(1, 2, 300, 64)
     assert call(q, q, q, 2, skip_reshape=True) == "dense"
-    assert dict(call.run.tally.dense_calls) == {
+    assert dict(call.call.tally.dense_calls) == {
         "300 tokens where the grid (4, 8, 8) holds 256: where the others stand is not known": 1
     }
 
@@ -145,11 +145,12 @@ class Calls:
         facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
         self.run = patching["sampling_run"].SamplingRun(
             plan, facts, torch.ones(1, 16, 4, 16, 16), torch.tensor([1.0, 0.5, 0.0]),
-            model.get_model_object("model_sampling"), set(),
+            model.get_model_object("model_sampling"), patching["sampling_run"].Said(),
         )
         places = patching["token_places"].TokenPlaces((4, 8, 8))
         self.options = {"block_index": 0}
-        self.options["ropeslr_call"] = patching["model_call"].ModelCall(self.run, 1.0, (("all", 1),), (20,), places)
+        self.call = patching["model_call"].ModelCall(self.run, 1.0, (("all", 1),), (20,), places)
+        self.options["ropeslr_call"] = self.call
         self.override = patching["override"].sparse_override
 
     def __call__(self, q, k, v, heads, mask=None, **kwargs):
@@ -168,7 +169,7 @@ def test_calls_that_the_path_cannot_take_go_dense(width, kv_heads, mask, reason)
     q, k = torch.randn(1, 2, 256, width), torch.randn(1, kv_heads, 256, width)
     call = Calls()
     assert call(q, k, k, 2, mask=mask, skip_reshape=True) == "dense"
-    assert dict(call.run.tally.dense_calls) == {reason: 1}
+    assert dict(call.call.tally.dense_calls) == {reason: 1}
     with pytest.raises(RuntimeError, match="strict.*" + reason.split(" (")[0]):
         Calls(strict=True)(q, k, k, 2, mask=mask, skip_reshape=True)
 
@@ -188,7 +189,7 @@ def test_calls_before_the_blocks_pass_through():
     call = Calls()
     del call.options["block_index"]
     assert call(*[torch.randn(1, 2, 256, 64)] * 3, 2, skip_reshape=True) == "dense"
-    assert dict(call.run.tally.other_calls) == {"outside the transformer blocks": 1}
+    assert dict(call.call.tally.other_calls) == {"outside the transformer blocks": 1}
 
 
 @pytest.mark.parametrize("file, says", [

@@ -77,34 +77,39 @@ def test_a_thousand_runs_leave_nothing_behind():
 
 def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
     """The method's memory, block tables and masks; before ComfyUI decodes the video and needs the room."""
-    module = comfy_host.module(".nodes.patching.sampling_run")
-    made = []
+    run_class, made = comfy_host.module(".attention").AttentionRun, []
+    begin = run_class.__init__
 
-    class Watched(module.AttentionRun):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(weakref.ref(self))
+    def watched(self, *args):
+        begin(self, *args)
+        made.append(weakref.ref(self))
 
-    monkeypatch.setattr(module, "AttentionRun", Watched)
+    monkeypatch.setattr(run_class, "__init__", watched)
     model = load_model("tiny_wan21_t2v")
     patched = sparse(model, method="adaspa", sparsity=0.6)
     sample(patched)
     assert len(made) == 1 and made[0]() is None
 
 
-def test_an_exception_inside_the_override_leaves_the_model_as_it_was():
-    """Out of the sparse path with strict, which hands it on, and out of whoever holds the slot below."""
+def test_an_exception_inside_the_override_leaves_the_model_as_it_was(monkeypatch):
+    """Out of the sparse path where strict or a backend by name hands it on, and of whoever holds the slot below."""
     model = load_model("tiny_wan21_t2v")
     dense, before = sample(model), registered(model)
 
     def fails(func, *args, **kwargs):
         raise ArithmeticError("the other pack failed")
 
-    for broken, error in (
+    def broken(self, *args, **kwargs):
+        raise MemoryError("the sparse path failed")
+
+    for patched, error in (
         (with_override(sparse(model), fails), ArithmeticError), (sparse(model, backend="triton"), RuntimeError),
+        (sparse(model, strict=True, adapter=own_adapter("rola")), MemoryError),
     ):
+        if error is MemoryError:
+            monkeypatch.setattr(comfy_host.module(".attention").AttentionRun, "attend", broken)
         with pytest.raises(error):
-            sample(broken)
+            sample(patched)
         assert registered(model) == before and torch.equal(sample(model), dense)
 
 
@@ -157,3 +162,40 @@ def test_the_slot_is_named_as_the_host_names_it():
 
     assert SLOT in inspect.getsource(comfy.ldm.modules.attention)
     assert comfy_host.module(".nodes.patching.override").SLOT == SLOT
+
+
+def test_clones_on_several_devices_share_a_run_but_not_its_memory():
+    """A thread each: what one learns is never used, forgotten or changed by another; the counts add up."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    run = sampling_run()
+    devices = [torch.device("cuda", i) for i in range(4)]
+
+    def work(device):
+        for turn in range(300):
+            run.begin_call(None)
+            mine = run._attention_on(device)
+            assert run._attention_on(device) is mine
+            if turn % 50 == 0:
+                run.forget(device)
+                assert run._attention_on(device) is not mine
+            tally = comfy_host.module(".nodes.patching.report").Tally()
+            tally.dense("chosen", 2.0, turn, 0)
+            tally.other_calls["cross-attention"] += 3
+            run.end_call(tally)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, devices))
+    assert len({id(run._attention_on(device)) for device in devices}) == 4
+    assert run.tally.model_calls == 1200 and run.tally.dense_calls == {"chosen": 1200}
+    assert run.tally.other_calls == {"cross-attention": 3600} and run.tally.dense_flops == 2400.0
+
+
+def sampling_run():
+    """A sampling run of a tiny model, as a sampler would begin it."""
+    module, model = comfy_host.module(".nodes.patching.sampling_run"), load_model("tiny_wan21_t2v")
+    facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
+    return module.SamplingRun(
+        comfy_host.module(".attention").SparsePlan(), facts, torch.ones(1, 16, 4, 16, 16),
+        torch.tensor([1.0, 0.5, 0.0]), model.get_model_object("model_sampling"), module.Said(),
+    )

@@ -347,3 +347,49 @@ def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
     patched = sparse(model)
     assert torch.equal(run(patched), run(model))
     assert set(report(patched).dense_calls) == {variant.dense}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, monkeypatch):
+    """Layer skipping leaves out the main block; the control block of the same number must not use its weights."""
+    variant = VARIANTS["Wan VACE" if count == 1 else "Wan VACE, two controls"]
+    model = variant.model().clone()
+    model.set_model_patch_replace(lambda args, more: {"img": args["img"]}, "dit", "double_block", 0)
+    run_class, layers = comfy_host.module(".attention").AttentionRun, []
+    attend = run_class.attend
+
+    def watched(self, q, k, v, layout, layer, *args, **kwargs):
+        layers.append(layer)
+        return attend(self, q, k, v, layout, layer, *args, **kwargs)
+
+    monkeypatch.setattr(run_class, "attend", watched)
+    patched = sparse(model, sparsity=0.6)
+    variant.sample(patched, variant.even, 1.0, steps=1)
+    assert layers == [*(("control", 0, turn + 1) for turn in range(count)), 1]
+    patched = sparse(model, sparsity=0.6, adapter=own_adapter("rola"))
+    layers.clear()
+    variant.sample(patched, variant.even, 1.0, steps=1)
+    assert layers == [1]
+    control = [n for reason, n in report(patched).dense_calls.items() if "has no weights for control blocks" in reason]
+    assert control == [count]
+
+
+def test_a_cache_that_writes_into_its_input_is_not_spoiled_by_a_second_execution(monkeypatch):
+    """EasyCache adds to the latent in place on the steps it skips; NaN in a step before makes that step run again."""
+    model = load_model("tiny_wan21_t2v")
+    run_class = comfy_host.module(".attention").AttentionRun
+    attend, count = run_class.attend, []
+
+    def broken(self, *args, **kwargs):
+        out, cost = attend(self, *args, **kwargs)
+        count.append(1)
+        if len(count) == 3:
+            out[0, 0, 0, 0] = float("nan")
+        return out, cost
+
+    monkeypatch.setattr(run_class, "attend", broken)
+    (cached,) = comfy_host.run_node(
+        "EasyCache", model=sparse(model), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+    )
+    assert torch.isfinite(sample(cached, steps=8)).all()
+    assert sum(report(cached).dense_calls.values()) == 2 and report(cached).sparse_calls > 0

@@ -186,6 +186,7 @@ FILES: dict[str, Callable[[Path], None]] = {
         24, "WanDancerModel", "model_wandancer", {"audio_inject_layers": [0]}, model_type="wandancer", in_dim=36,
         audio_inject_layers=[0],
     ),
+    "diffusion_models/tiny_wan21_flow_rvs.safetensors": _wan(27, told={"model_type": "flow_rvs"}),
     "diffusion_models/tiny_wan21_causal.safetensors": _wan(
         25, "CausalWanModel", "ar_model", {"causal_ar": True}, model_type="t2v"
     ),
@@ -199,6 +200,9 @@ FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_hunyuan15_sr.safetensors": _hunyuan(
         17, in_channels=98, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
         use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+    ),
+    "diffusion_models/tiny_hunyuan_refiner.safetensors": _hunyuan(
+        26, in_channels=128, out_channels=64, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False,
     ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
         18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64],

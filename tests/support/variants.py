@@ -50,13 +50,14 @@ class Variant:
     def model(self):
         return load_model(self.file)
 
-    def sample(self, model, latent: tuple[int, ...], cfg: float, steps: int = 2) -> torch.Tensor:
-        """Sample with the stock KSampler, the same noise and texts every time."""
+    def sample(self, model, latent: tuple[int, ...], cfg: float, steps: int = 2, seed: int = 1) -> torch.Tensor:
+        """Sample with the stock KSampler, the same texts every time; seed: of the noise, or what stands for it."""
+        start = torch.zeros(1, self.channels, *latent) if seed == 1 else noise(seed, 1, self.channels, *latent)
         extra, other_text = self.extra(latent), 24 if self.apart else 20        # texts of two lengths stay apart
         out = comfy_host.run_node(
-            "KSampler", model=model, seed=1, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
+            "KSampler", model=model, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
             positive=conditioning(1, **extra), negative=conditioning(2, other_text, **extra),
-            latent_image={"samples": torch.zeros(1, self.channels, *latent)}, denoise=1.0,
+            latent_image={"samples": start}, denoise=1.0,
         )
         return out[0]["samples"]
 
@@ -94,7 +95,7 @@ def controls(count: int) -> Callable:
 def speech(latent) -> dict:
     return {
         "audio_embed": noise(5, 1, 25, 1024, 4 * latent[0]), "reference_latents": [reference(latent)],
-        "reference_motion": noise(6, 1, 16, 19, *latent[1:]),
+        "reference_motion": noise(6, 1, 16, 19, *latent[1:]), "control_video": noise(7, 1, 16, *latent),
     }
 
 
@@ -124,6 +125,7 @@ VARIANTS = {
     "Wan 2.2 T2V A14B": Variant("tiny_wan22_t2v_high_noise"),
     "Wan 2.2 I2V A14B": Variant("tiny_wan22_i2v", extra=image),
     "Wan 2.2 TI2V 5B": Variant("tiny_wan22_ti2v_5b", channels=48),
+    "Wan FlowRVS": Variant("tiny_wan21_flow_rvs", needs=("WAN21_FlowRVS", "")),
     "Wan Fun Control with a reference": Variant(
         "tiny_wan22_fun_control_ref", odd=ODD_GRID, extra=lambda latent: {"reference_latents": [reference(latent)]},
     ),
@@ -144,13 +146,13 @@ VARIANTS = {
         "tiny_wan21_humo", odd=ODD_GRID, extra=lambda latent: {
             "reference_latents": [reference(latent)], "audio_embed": noise(5, 1, latent[0], 8, 5, 1280)},
     ),
-    "Wan Animate": Variant(
+    "Wan Animate, without a face": Variant(
         "tiny_wan22_animate", 5, odd=ODD_GRID,
         extra=lambda latent: {
             **image(latent), **seen(1280), "pose_video_latent": noise(6, 1, 16, latent[0] - 1, *latent[1:])},
     ),
     "Wan SCAIL": Variant("tiny_wan21_scail", extra=scail),
-    "Wan SCAIL-2": Variant("tiny_wan21_scail2", extra=identities, needs=("WAN21_SCAIL2", ""), odd=ODD_GRID),
+    "Wan SCAIL-2, animation": Variant("tiny_wan21_scail2", extra=identities, needs=("WAN21_SCAIL2", ""), odd=ODD_GRID),
     "WanDancer": Variant(
         "tiny_wan22_wandancer", needs=("WAN22_WanDancer", ""), apart=True, extra=lambda latent: {
             **image(latent), **seen(1280), "audio_embed": noise(5, 1, 8 * latent[0], 35), "fps": 30.0},
@@ -167,13 +169,16 @@ VARIANTS = {
     "HunyuanVideo 1.5 T2V": hunyuan_15("tiny_hunyuan15_t2v"),
     "HunyuanVideo 1.5 I2V with glyphs": hunyuan_15("tiny_hunyuan15_t2v", extra=everything_15),
     "HunyuanVideo 1.5 upscaler": hunyuan_15("tiny_hunyuan15_sr"),
+    "HunyuanImage 2.1 refiner": Variant(     # the network of HunyuanVideo, for one frame
+        "tiny_hunyuan_refiner", 4, 64, even=(1, 16, 20), odd=(1, 15, 17), trained=False,
+    ),
     "Wan causal (Self-Forcing)": Variant(
         "tiny_wan21_causal", trained=False,
         dense="CausalWanModel runs dense: it makes a few frames at a time, from keys that it remembers",
         needs=("WAN21_CausalAR", ""),
     ),
     "HunyuanImage 2.1": Variant(
-        "tiny_hunyuan_image", channels=64, even=(16, 16), odd=(15, 17), trained=False,
+        "tiny_hunyuan_image", 4, channels=64, even=(16, 16), odd=(15, 17), trained=False,
         dense="HunyuanVideo runs dense: HunyuanImage, which makes single pictures",
     ),
 }
