@@ -42,7 +42,7 @@ def why_not_triton(
     if device.type != "cuda":
         return f"the tensors are on {device.type}, and the kernels run on NVIDIA and AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
-    reason = _why_not_installed() or _why_not_device(index)
+    reason = why_not_installed() or _why_not_device(index)
     if reason:
         return reason
     if dtype not in DTYPES:
@@ -116,7 +116,7 @@ def explain(reason: str) -> str:
             f"{_windows_package()} (run it with ComfyUI's own Python: python_embeded\\python.exe -m in the portable "
             "version), and the Microsoft Visual C++ Redistributable. "
         )
-    elif _why_not_installed():
+    elif why_not_installed():
         text += "On Linux, `pip install triton` in ComfyUI's environment; PyTorch for CUDA usually brings it. "
     return text + "Or set backend to auto: it takes plain PyTorch wherever Triton cannot run."
 
@@ -132,17 +132,23 @@ def _windows_package() -> str:
 
 
 @cache
-def _why_not_installed() -> str | None:
-    names = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
+def why_not_installed() -> str | None:
+    """Why Triton cannot be imported here, or is too old; None where it is there."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    for name in names:
+    name, version = installed_triton() or ("", "")
+    if name and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return f"{name} is {version}, and {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"
+    return None
+
+
+def installed_triton() -> tuple[str, str] | None:
+    """The package that Triton comes from, and its version; None where there is none that can be told."""
+    for name in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
         try:
-            version = metadata.version(name)
+            return name, metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
-            return f"{name} is {version}, and {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"
     return None
 
 

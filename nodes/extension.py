@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import folders
 from .adapter_io import RoPeSLRLoadAdapter, RoPeSLRSaveAdapter
 from .checkpoint import RoPeSLRLoadSparseCheckpoint
+from .doctor import RoPeSLRDoctor
 from .report import RoPeSLRReport
 from .sigmas import RoPeSLRFewStepSigmas
 from .sparse_attention import RoPeSLRSparseAttention
@@ -19,5 +20,5 @@ class RoPeSLRExtension(ComfyExtension):
         folders.register()                  # before a schema lists its files
         return [
             RoPeSLRSparseAttention, RoPeSLRLoadAdapter, RoPeSLRSaveAdapter, RoPeSLRLoadSparseCheckpoint,
-            RoPeSLRFewStepSigmas, RoPeSLRReport,
+            RoPeSLRFewStepSigmas, RoPeSLRReport, RoPeSLRDoctor,
         ]

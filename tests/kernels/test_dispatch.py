@@ -17,7 +17,7 @@ GPU = torch.device("cuda", 0)
 def gpu(monkeypatch):
     """A machine that says it has a GPU of some kind, with some Triton installed."""
     def pretend(major=9, minor=0, triton="3.6.0", hip=None):
-        dispatch._why_not_installed.cache_clear()
+        dispatch.why_not_installed.cache_clear()
         dispatch._why_not_device.cache_clear()
         properties = SimpleNamespace(name="a GPU", major=major, minor=minor, gcnArchName=f"{hip}:sramecc+")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -25,7 +25,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: triton and object())
         monkeypatch.setattr(dispatch.metadata, "version", lambda name: triton)
     yield pretend
-    dispatch._why_not_installed.cache_clear()
+    dispatch.why_not_installed.cache_clear()
     dispatch._why_not_device.cache_clear()
 
 

@@ -20,7 +20,6 @@ CLASSES = {
     "tiny_hunyuan_skyreels_i2v": ("HunyuanVideoSkyreelsI2V", "HunyuanVideo"),
     "tiny_hunyuan15_t2v": ("HunyuanVideo15", "HunyuanVideo"), "tiny_flux": ("Flux", "Flux"),
     "tiny_hunyuan15_sr": ("HunyuanVideo15_SR_Distilled", "HunyuanVideo"),
-    "tiny_hunyuan_refiner": ("HunyuanImage21Refiner", "HunyuanVideo"),
     "tiny_wan21_flow_rvs": ("WAN21_FlowRVS", "WanModel"),
     "tiny_hunyuan_image": ("HunyuanImage21", "HunyuanVideo"),
     "tiny_wan21_humo": ("WAN21_HuMo", "HumoWanModel"), "tiny_wan22_animate": ("WAN22_Animate", "AnimateWanModel"),

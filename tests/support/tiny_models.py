@@ -201,9 +201,6 @@ FILES: dict[str, Callable[[Path], None]] = {
         17, in_channels=98, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
         use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
     ),
-    "diffusion_models/tiny_hunyuan_refiner.safetensors": _hunyuan(
-        26, in_channels=128, out_channels=64, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False,
-    ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
         18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64],
     ),

@@ -52,7 +52,7 @@ class Variant:
 
     def sample(self, model, latent: tuple[int, ...], cfg: float, steps: int = 2, seed: int = 1) -> torch.Tensor:
         """Sample with the stock KSampler, the same texts every time; seed: of the noise, or what stands for it."""
-        start = torch.zeros(1, self.channels, *latent) if seed == 1 else noise(seed, 1, self.channels, *latent)
+        start = noise(100 + seed, 1, self.channels, *latent)
         extra, other_text = self.extra(latent), 24 if self.apart else 20        # texts of two lengths stay apart
         out = comfy_host.run_node(
             "KSampler", model=model, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
@@ -169,9 +169,6 @@ VARIANTS = {
     "HunyuanVideo 1.5 T2V": hunyuan_15("tiny_hunyuan15_t2v"),
     "HunyuanVideo 1.5 I2V with glyphs": hunyuan_15("tiny_hunyuan15_t2v", extra=everything_15),
     "HunyuanVideo 1.5 upscaler": hunyuan_15("tiny_hunyuan15_sr"),
-    "HunyuanImage 2.1 refiner": Variant(     # the network of HunyuanVideo, for one frame
-        "tiny_hunyuan_refiner", 4, 64, even=(1, 16, 20), odd=(1, 15, 17), trained=False,
-    ),
     "Wan causal (Self-Forcing)": Variant(
         "tiny_wan21_causal", trained=False,
         dense="CausalWanModel runs dense: it makes a few frames at a time, from keys that it remembers",

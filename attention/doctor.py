@@ -1,0 +1,195 @@
+"""What this machine would run and why, whether it computes right, how fast it is, and what to do: in lines of text."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import dispatch, ops, reference
+from .layout import TokenLayout
+from .plan import BLOCK, SparsePlan
+from .run import AttentionRun
+
+METHODS = ("ropeslr", "top-k", "top-k plain")
+ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}   # of the outputs of the self-test
+HEADS, WIDTH = 8, 128
+LARGEST_ON_CPU = 8192                       # tokens; a longer video would take minutes and say the same
+WORTH_IT = 1.1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians in milliseconds of one self-attention call of 8 heads, dense and by method."""
+
+    tokens: int
+    dense: float
+    methods: dict[str, float]
+
+    def gain(self, method: str) -> float:
+        return self.dense / self.methods[method]
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What video models usually run in there."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def facts(device: torch.device) -> list[str]:
+    """The machine, and which backend it would use, and why."""
+    lines = [
+        f"system: {platform.system()} {platform.release()}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}",
+        f"triton: {' '.join(dispatch.installed_triton() or ('not installed',))}",
+    ]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        arch = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        lines.append(f"device: {properties.name} ({arch}), {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        lines.append(f"device: {device.type}, {torch.get_num_threads()} threads")
+    q = torch.empty(1, 1, BLOCK, WIDTH, dtype=working_dtype(device), device=device)
+    backend, why = ops.backend_for(q, "auto", BLOCK)
+    name = "Triton kernels" if backend == "triton" else "plain PyTorch"
+    lines.append(f"backend: {name}{f', since {why}' if why else ''}")
+    if why and dispatch.why_not_installed() and device.type == "cuda":
+        lines.append(dispatch.explain(why))
+    return lines
+
+
+def self_test(device: torch.device) -> list[str]:
+    """Errors of the path that would run, against the definition in float64 on the CPU and PyTorch's own attention."""
+    dtype, grid = working_dtype(device), (5, 12, 15)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, math.prod(grid), WIDTH, generator=generator).to(dtype) for _ in range(3))
+    layout = TokenLayout(grid)
+    tables = layout.tables(False, False)
+    pooled = [reference.block_pool(x.double(), tables.keys).float() for x in (q, k)]
+    indices, counts, _ = reference.block_select(*pooled, tables.key_sizes, 4)
+    lists = (tables.video, tables.keys, indices, counts)
+    exact = reference.block_sparse_attention(*(x.double() for x in (q, k, v)), *lists)[0]
+    here = [x.to(device) for x in (q, k, v)]
+    found = ops.block_sparse_attention(*here, *(x.to(device) for x in lists))[0]
+    lines = [_verdict("kept blocks", found, exact, dtype)]
+    whole, _ = AttentionRun(SparsePlan(method="top-k plain", sparsity=0.0)).attend(*here, layout)
+    lines.append(_verdict("every block kept, against dense", whole, reference.dense_attention(q, k, v)[0], dtype))
+    for method in METHODS[:2]:
+        plan = SparsePlan(method=method, sparsity=0.6)
+        expected, _ = AttentionRun(plan).attend(q.float(), k.float(), v.float(), layout)
+        lines.append(_verdict(method, AttentionRun(plan).attend(*here, layout)[0], expected, dtype))
+    return lines
+
+
+def _verdict(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> str:
+    error = ((found.cpu().double() - exact.double()).norm() / exact.double().norm()).item()
+    good = error <= ROUNDING[dtype]         # also False for NaN
+    return f"{name}: relative error {error:.1e}, {'right' if good else 'WRONG (please report this)'}"
+
+
+def measure(
+    device: torch.device, grid: tuple[int, int, int], sparsity: float, seconds: float = 20.0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Measurement:
+    """Time one self-attention call of a video of so many frames, rows and columns of tokens, in turns."""
+    dtype = working_dtype(device)
+    grid = _shortened(grid) if device.type == "cpu" else grid
+    tokens = math.prod(grid)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, HEADS, WIDTH, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+    )
+    layout, steps = TokenLayout(grid), iter(range(1, 1 << 30))
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
+    for method in METHODS:
+        run = AttentionRun(SparsePlan(method=method, sparsity=sparsity, calibrate="first step"))
+        calls[method] = lambda run=run: run.attend(q, k, v, layout, step=next(steps))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for name, call in _turns(calls, seconds, progress):
+            _wait(device)
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            samples[name].append(1e3 * (time.perf_counter() - started))
+    medians = {name: statistics.median(values[1:]) for name, values in samples.items()}     # the first warms up
+    return Measurement(tokens, medians.pop("dense"), medians)
+
+
+def _turns(calls: dict, seconds: float, progress: Callable[[int, int], None]) -> Iterator[tuple[str, Callable]]:
+    """Every call in turn, at least three times, until the time is up."""
+    started, turn = time.monotonic(), 0
+    while turn < 3 or (time.monotonic() - started < seconds and turn < 50):
+        yield from calls.items()
+        turn += 1
+        progress(min(99, max(100 * turn // 50, int(100 * (time.monotonic() - started) / seconds))), 100)
+    progress(100, 100)
+
+
+def _shortened(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The same picture with fewer frames, or a smaller one, that a CPU attends to in a moment."""
+    frames, rows, columns = grid
+    while frames * rows * columns > LARGEST_ON_CPU:
+        if frames > 1:
+            frames = max(1, LARGEST_ON_CPU // (rows * columns))
+        else:
+            rows, columns = max(1, rows // 2), max(1, columns // 2)
+        if frames * rows * columns > LARGEST_ON_CPU and frames > 1:
+            frames = 1
+    return frames, rows, columns
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def advice(device: torch.device, measured: Measurement, asked_tokens: int, sparsity: float) -> list[str]:
+    """The figures in words, and what to do about them."""
+    lines = [
+        f"one self-attention call, {measured.tokens:,} tokens, {HEADS} heads, sparsity {sparsity:.2f}: dense "
+        f"{measured.dense:.1f} ms; " + ", ".join(
+            f"{name} {ms:.1f} ms ({measured.gain(name):.1f}x)" for name, ms in measured.methods.items()
+        )
+    ]
+    if measured.tokens < asked_tokens:
+        lines.append(
+            f"Measured at {measured.tokens:,} instead of {asked_tokens:,} tokens, since a CPU would take minutes; "
+            "longer videos gain more."
+        )
+    best = max(METHODS, key=measured.gain)
+    if measured.gain("ropeslr") >= WORTH_IT:
+        lines.append(f"Recommended: method auto, sparsity {sparsity:.2f}. A whole step gains less than its attention.")
+    elif measured.gain(best) >= WORTH_IT:
+        lines.append(f"ropeslr gains little here; {best} is faster, at a larger error. Longer videos gain more.")
+    elif device.type != "cpu" and ops.backend_for(
+        torch.empty(1, 1, BLOCK, WIDTH, dtype=working_dtype(device), device=device), "auto", BLOCK
+    )[0] == "pytorch":
+        lines.append("Plain PyTorch gains nothing on this device: install Triton, or leave the node bypassed.")
+    else:
+        lines.append("Sparse attention gains nothing at this size: raise the sparsity, or make the video longer.")
+    return lines
+
+
+def examine(
+    device: torch.device, grid: tuple[int, int, int], sparsity: float, seconds: float = 20.0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> str:
+    """Everything above as one text. grid: frames, rows, columns of tokens."""
+    lines = ["Machine", *(f"  {line}" for line in facts(device)), "Self-test"]
+    try:
+        lines += [f"  {line}" for line in self_test(device)]
+        measured = measure(device, grid, sparsity, seconds, progress)
+        lines += ["Speed", *(f"  {line}" for line in advice(device, measured, math.prod(grid), sparsity))]
+    except Exception as error:              # whatever is broken here is what the person wants to know
+        lines.append(f"  failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if sys.platform == "win32" or dispatch.why_not_installed():
+            lines.append(f"  {dispatch.explain('see above')}")
+    return "\n".join(lines)

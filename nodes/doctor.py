@@ -1,0 +1,78 @@
+"""RoPeSLR Doctor: what this machine would run, whether it computes right, and how fast it is at the person's size."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..attention.doctor import examine
+
+logger = logging.getLogger(__name__)
+
+# pixels of width and height, and frames, to one token, by what a person calls the model
+TOKENS = {"Wan 2.1, Wan 2.2 14B": (16, 4), "Wan 2.2 5B": (32, 4), "HunyuanVideo": (16, 4), "HunyuanVideo 1.5": (16, 4)}
+
+
+class RoPeSLRDoctor(io.ComfyNode):
+    """-> STRING about this machine."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RoPeSLRDoctor",
+            display_name="RoPeSLR Doctor",
+            category="RoPeSLR",
+            description=(
+                "Needs no model. Says which backend would run on this machine and why, checks it against the "
+                "definition, times it for your video's size, and says what to do."
+            ),
+            search_aliases=["sparse attention benchmark", "triton check"],
+            inputs=[
+                io.Combo.Input("model_kind", options=list(TOKENS), default=next(iter(TOKENS)),
+                               tooltip="How many pixels make one token."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
+                io.Int.Input("length", default=81, min=1, max=4096, step=4, tooltip="Of the video, in frames."),
+                io.Float.Input("sparsity", default=0.90, min=0.0, max=0.98, step=0.01,
+                               tooltip="The sparsity to time; that of RoPeSLR Sparse Attention."),
+                io.Int.Input("seconds", default=20, min=1, max=600, tooltip="How long to measure, at most."),
+            ],
+            outputs=[io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, model_kind, width, height, length, sparsity, seconds) -> io.NodeOutput:
+        """Examine; takes about as long as asked, and the memory of one attention call of eight heads."""
+        pixels, frames = TOKENS[model_kind]
+        grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
+        bar = ProgressBar(100)
+        text = "\n".join((
+            f"ComfyUI: {_comfyui_version()}, dense attention by {_dense_attention()}",
+            examine(
+                comfy.model_management.get_torch_device(), grid, sparsity, seconds,
+                lambda done, of: bar.update_absolute(done, of),
+            ),
+        ))
+        logger.info("RoPeSLR Doctor\n%s", text)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _comfyui_version() -> str:
+    try:
+        from comfyui_version import __version__
+    except ImportError:                     # embedded in another program
+        return "unknown"
+    return __version__
+
+
+def _dense_attention() -> str:
+    """The function that ComfyUI was started with, such as attention_pytorch."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    return getattr(optimized_attention, "__wrapped__", optimized_attention).__name__
