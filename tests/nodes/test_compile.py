@@ -6,6 +6,7 @@ import comfy_host
 import pytest
 import torch
 from compiling import compiled
+from effort import THOROUGH, thorough
 from fields import relative_error
 from sampling import load_model, own_adapter, report, sample, sparse
 from variants import VARIANTS
@@ -36,11 +37,12 @@ def use(monkeypatch, attention):
 
 
 @pytest.mark.parametrize("attention, blocks, node_first, changes", [
-    ("attention_pytorch", 0, False, CHANGES), ("attention_pytorch", 2, False, FEW),
-    pytest.param("attention_pytorch", 0, True, CHANGES, marks=pytest.mark.slow),
+    ("attention_pytorch", 0, False, CHANGES if THOROUGH else FEW),
     pytest.param("attention_pytorch", 2, True, FEW, marks=pytest.mark.slow),
-    pytest.param("attention_sub_quad", 0, False, FEW, marks=pytest.mark.slow),
     pytest.param("attention_sub_quad", 0, True, FEW, marks=pytest.mark.slow),
+    pytest.param("attention_pytorch", 0, True, CHANGES, marks=thorough),
+    pytest.param("attention_pytorch", 2, False, FEW, marks=thorough),
+    pytest.param("attention_sub_quad", 0, False, FEW, marks=thorough),
 ])
 def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatch):
     """A graph compiled without the node must not be used with it, nor the other way round."""
@@ -50,7 +52,9 @@ def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("blocks, node_first, changes", [(0, False, CHANGES), (2, True, FEW)])
+@pytest.mark.parametrize("blocks, node_first, changes", [
+    (0, False, CHANGES if THOROUGH else FEW), pytest.param(2, True, FEW, marks=thorough),
+])
 def test_settings_take_effect_with_inductor(blocks, node_first, changes, monkeypatch):
     use(monkeypatch, "attention_pytorch")
     check("inductor", blocks, node_first, changes)
@@ -74,6 +78,7 @@ def check(backend, blocks, node_first, changes):
     assert relative_error(sample(both()), sample(sparse(model))) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_connected_later_takes_effect(monkeypatch):
     use(monkeypatch, "attention_pytorch")
     model = load_model("tiny_wan_smallest")
@@ -82,6 +87,7 @@ def test_an_adapter_that_is_connected_later_takes_effect(monkeypatch):
         assert relative_error(sample(sparse(around, adapter=adapter)), sample(sparse(model, adapter=adapter))) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_lora_and_another_size_do_not_freeze_a_compiled_model(monkeypatch):
     use(monkeypatch, "attention_pytorch")
     model = load_model("tiny_wan_smallest")
@@ -97,6 +103,7 @@ def test_a_lora_and_another_size_do_not_freeze_a_compiled_model(monkeypatch):
             assert report(patched).sparse_calls == report(alone).sparse_calls == 3
 
 
+@pytest.mark.slow
 def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatch):
     """Windows of two lengths: the first is compiled with the node, the last was compiled before, without it."""
     use(monkeypatch, "attention_pytorch")
@@ -116,7 +123,9 @@ def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("neighbour", ["EasyCache", "SkipLayerGuidanceDiT", "a block replaced"])
+@pytest.mark.parametrize("neighbour", [
+    "EasyCache", pytest.param("SkipLayerGuidanceDiT", marks=thorough), pytest.param("a block replaced", marks=thorough),
+])
 def test_a_node_that_skips_blocks_is_not_taken_for_an_old_graph(neighbour, monkeypatch):
     """Every run would be compiled anew, minutes on a real model, and the skipping node would be run twice."""
     use(monkeypatch, "attention_pytorch")

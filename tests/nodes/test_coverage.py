@@ -12,6 +12,7 @@ from pathlib import Path
 import comfy_host
 import pytest
 import torch
+from effort import thorough
 from fields import relative_error
 from sampling import full_density, own_adapter, report, sparse
 from variants import VARIANTS
@@ -39,8 +40,10 @@ def check(name, variant, patched, method, sampled, dense, calls):
     return told
 
 
-@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cfg", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cfg, size", [
+    (1.0, "even"), pytest.param(5.0, "odd", marks=pytest.mark.slow),
+    pytest.param(5.0, "even", marks=thorough), pytest.param(1.0, "odd", marks=thorough),
+])
 def test_methods_without_weights(variant, cfg, size):
     name, variant, model = variant
     latent = getattr(variant, size)
@@ -52,8 +55,8 @@ def test_methods_without_weights(variant, cfg, size):
 
 
 @pytest.mark.parametrize("method, cfg, size", [
-    ("rola", 1.0, "even"), pytest.param("rola", 5.0, "odd", marks=pytest.mark.slow),
-    pytest.param("sla", 1.0, "odd", marks=pytest.mark.slow), pytest.param("sla", 5.0, "even", marks=pytest.mark.slow),
+    ("rola", 1.0, "even"), pytest.param("sla", 5.0, "odd", marks=pytest.mark.slow),
+    pytest.param("rola", 5.0, "odd", marks=thorough), pytest.param("sla", 1.0, "even", marks=thorough),
 ])
 def test_methods_with_weights(variant, method, cfg, size):
     """An adapter of the model's own layers; VACE's control blocks have none, and say so."""
@@ -80,7 +83,7 @@ def test_every_block_kept_is_dense(variant, monkeypatch):
         assert report(patched).density == 1.0 and not report(patched).dense_calls
 
 
-@pytest.mark.parametrize("size", ["even", "odd"])
+@pytest.mark.parametrize("size", [pytest.param("even", marks=thorough), "odd"])
 def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
     """By the model's own RoPE: its first angle of each axis must change along that axis of the grid, and no other."""
     name, variant, model = variant
@@ -114,7 +117,7 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
         assert len(own[0, 0].unique()) == found.grid[axis]
 
 
-@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=thorough)])
 def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
     """Other noise changes the first layer's queries of every video token, and of no reference and no text."""
     name, variant, model = variant

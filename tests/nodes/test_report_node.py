@@ -60,6 +60,7 @@ def test_the_errors_are_those_of_the_methods():
     assert list(trained.errors) == ["rola", "ropeslr", "top-k", "top-k plain", "adaspa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Wan VACE", "HunyuanVideo 1.5 I2V with glyphs", "Wan SCAIL", "Wan 2.1 I2V"])
 def test_other_models_are_compared_too(name):
     """Text first, references, control blocks: whatever the conditioning brings."""
