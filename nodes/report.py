@@ -54,8 +54,8 @@ class RoPeSLRReport(io.ComfyNode):
                     tooltip="The place in the schedule that the comparison looks at: 0 is pure noise, 1 the finished "
                             "video.",
                 ),
-                io.Int.Input("layer", default=0, min=0, max=999, tooltip="The layer whose block map is drawn."),
-                io.Int.Input("head", default=0, min=0, max=999, tooltip="The head whose block map is drawn."),
+                io.Int.Input("layer", default=0, min=0, max=999, tooltip="The layer whose block map is drawn, from 0."),
+                io.Int.Input("head", default=0, min=0, max=999, tooltip="The head whose block map is drawn, from 0."),
             ],
             outputs=[
                 io.Latent.Output(), io.Image.Output(display_name="report"), io.String.Output(display_name="text"),

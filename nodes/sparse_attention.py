@@ -32,8 +32,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             category="RoPeSLR",
             description=(
                 "Makes Wan and HunyuanVideo faster: self-attention computes only the key blocks that matter, and a "
-                "cheap low-rank background stands in for the rest. Put it between the model (or its LoRAs) and the "
-                "sampler."
+                "cheap background that calibrates itself stands in for the rest. Put it between the model (or its "
+                "LoRAs) and the sampler."
             ),
             search_aliases=["sparse attention", "block sparse", "wan speed"],
             inputs=[
@@ -49,9 +49,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     "method", options=list(METHODS), default="auto",
                     tooltip="auto: the adapter's own method; without an adapter, ropeslr. "
                             "ropeslr: sparse attention plus a background that calibrates itself. "
-                            "rola, sla: sparse attention plus a trained low-rank branch; they need their checkpoint's "
-                            "adapter. adaspa: searches the blocks that matter exactly, twice a run, and is dense until "
-                            "the first search. top-k: sparse attention plus one averaged key for every block left out. "
+                            "rola, sla: sparse attention plus a trained low-rank or linear branch; they need their "
+                            "checkpoint's adapter. adaspa: searches the blocks that matter exactly, twice a run, and "
+                            "is dense until the first search. top-k: sparse attention plus one averaged key for every "
+                            "block left out. "
                             "top-k plain: the kept blocks and nothing else.",
                 ),
                 io.Float.Input(
@@ -103,7 +104,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 io.Combo.Input(
                     "backend", options=list(BACKENDS), default="auto", advanced=True,
                     tooltip="auto: Triton's kernels where they can run, else plain PyTorch. triton: an error where "
-                            "they cannot. dense: switches the node off and still counts calls, to compare.",
+                            "they cannot. pytorch: always plain PyTorch. dense: switches the node off and still counts "
+                            "calls, to compare.",
                 ),
                 io.Combo.Input(
                     "block_order", options=list(BLOCK_ORDERS), default="auto", advanced=True,
