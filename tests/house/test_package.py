@@ -64,12 +64,14 @@ def test_every_node_has_a_help_page_and_names_in_every_language(node):
     )
     inputs = set(re.findall(r'Input\(\s*"(\w+)"', source))
     assert len(inputs) == NODES[node]
-    for language in ("en", "zh"):
-        page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
-        assert all(f"`{name}`" in page for name in inputs), language
-    names = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[node]
-    assert set(names["inputs"]) == inputs
-    assert all({"name", "tooltip"} <= set(each) for each in names["inputs"].values())
+    # docs/<id>.md is what the frontend falls back to in any language; it never takes another language's page.
+    for name in (f"{node}.md", f"{node}/zh.md"):
+        page = (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")
+        assert all(f"`{each}`" in page for each in inputs), name
+    for language in ("en", "zh", "ja"):
+        names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+        assert set(names["inputs"]) == inputs, language
+        assert all(each["name"] and each["tooltip"] for each in names["inputs"].values())
 
 
 @pytest.mark.parametrize("pattern", [

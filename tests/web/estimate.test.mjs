@@ -1,0 +1,131 @@
+// The panel's numbers: what it keeps, counts and calls dense.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import {
+  attentionCost, blockDensity, countLayers, estimate, firstFrameBlocks, keptBlocks, MODELS, resolve, sparseSteps,
+  tokenGrid,
+} from "../../web/js/estimate.js";
+
+const SETTINGS = {
+  method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
+  dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
+  keep_first_frame: false, sla_variant: "released",
+};
+const SIZE_480 = { width: 832, height: 480, length: 81 };
+const SIZE_720 = { width: 1280, height: 720, length: 81 };
+
+test("tokens of published sizes", () => {
+  const tokens = (model, size) => tokenGrid(MODELS[model], size).reduce((one, other) => one * other);
+  assert.equal(tokens("wan-1.3b", SIZE_480), 32760);
+  assert.equal(tokens("wan-14b", SIZE_720), 75600);
+  assert.equal(tokens("wan-5b", { width: 1280, height: 704, length: 121 }), 27280);
+  assert.equal(tokens("hunyuan", { width: 1280, height: 720, length: 129 }), 118800);
+  assert.equal(tokens("hunyuan-1.5", { width: 848, height: 480, length: 121 }), 31 * 30 * 53);
+});
+
+test("a side that the patch does not divide is padded up", () => {
+  assert.deepEqual(tokenGrid(MODELS["wan-5b"], { width: 1280, height: 720, length: 121 }), [31, 23, 40]);
+});
+
+test("kept blocks round down, never below one, and 1 - 0.9 counts as a tenth", () => {
+  assert.equal(keptBlocks(0.9, 1182), 118);
+  assert.equal(keptBlocks(0.9, 10), 1);
+  assert.equal(keptBlocks(0.9, 20), 2);
+  assert.equal(keptBlocks(0.98, 3), 1);
+});
+
+test("forced blocks come on top of those kept by score", () => {
+  const options = { sparsity: 0.9, order: "raster", keepDiagonal: true, keepFirstFrame: false };
+  const { keys, kept } = blockDensity([1, 64, 64], 0, options);
+  assert.deepEqual([keys, kept], [64, 7]);
+  const all = blockDensity([1, 64, 64], 0, { ...options, keepFirstFrame: true });
+  assert.equal(all.density, 1);
+});
+
+test("the first frame of a raster fills its blocks; in cube order it touches those of three or four frames", () => {
+  assert.equal(firstFrameBlocks([21, 30, 52], "raster"), Math.ceil(1560 / 64));
+  const cube = firstFrameBlocks([21, 30, 52], "cube");
+  assert.ok(cube >= 3 * 1560 / 64 - 1 && cube <= 4 * 1560 / 64 + 1, String(cube));
+});
+
+test("auto follows the adapter, and released weights start sparse", () => {
+  const auto = (adapter) => resolve(SETTINGS, adapter);
+  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", first: 1 });
+  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", first: 0 });
+  assert.equal(resolve({ ...SETTINGS, method: "sla" }, "").first, 1);
+  assert.equal(resolve({ ...SETTINGS, method: "adaspa" }, "").first, 0);
+  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", first: 1 });
+  assert.ok(resolve({ ...SETTINGS, method: "sla" }, "unknown").trained);
+});
+
+test("sparse steps leave out first, last, and AdaSpa's warm-up with its search", () => {
+  assert.equal(sparseSteps(30, "ropeslr", 1, 2), 27);
+  assert.equal(sparseSteps(50, "adaspa", 0, 0), 39);
+  assert.equal(sparseSteps(4, "adaspa", 0, 0), 3);
+  assert.equal(sparseSteps(2, "ropeslr", 5, 0), 0);
+});
+
+test("dense layers count once, within the model, and unreadable ones not at all", () => {
+  assert.equal(countLayers("0, 1, 38-39, 39", 40), 4);
+  assert.equal(countLayers("38-45", 40), 2);
+  assert.equal(countLayers("abc, -, 7x, 1-2-3", 40), 0);
+  assert.equal(countLayers("", 40), 0);
+});
+
+test("the paper's own case: 90 % and rank 64 are ten times fewer FLOPs", () => {
+  const numbers = estimate({ ...SETTINGS, rank: 64 }, "wan-1.3b", SIZE_480);
+  assert.ok(Math.abs(numbers.attention - 10) < 0.5, String(numbers.attention));
+  assert.ok(Math.abs(numbers.saved - (1 - 1 / numbers.attention)) < 1e-12);
+});
+
+test("higher sparsity and lower rank never cost more; a step gains less than its attention", () => {
+  let before = null;
+  for (const sparsity of [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]) {
+    const numbers = estimate({ ...SETTINGS, sparsity }, "wan-14b", SIZE_720, "", 30);
+    assert.ok(numbers.step < numbers.attention && numbers.run.speedUp < numbers.step && numbers.run.speedUp > 1);
+    if (before) assert.ok(numbers.attention > before.attention && numbers.step > before.step);
+    before = numbers;
+  }
+  const rank = (value) => estimate({ ...SETTINGS, rank: value }, "wan-14b", SIZE_720).attention;
+  assert.ok(rank(16) > rank(64) && rank(64) > rank(0));
+});
+
+test("methods are told apart by their background", () => {
+  const total = (method, trained = false) => attentionCost([21, 30, 52], 0, 128, 12, {
+    method, trained, order: "cube", rank: 0, sparsity: 0.9, slaVariant: "released",
+  }).total;
+  assert.ok(total("adaspa") < total("top-k plain") && total("top-k plain") < total("ropeslr"));
+  assert.equal(total("rola"), total("top-k plain"));
+  assert.ok(total("rola", true) > total("rola") && total("ropeslr", true) > total("ropeslr"));
+});
+
+test("text tokens of HunyuanVideo are kept whole", () => {
+  const cost = attentionCost([10, 30, 52], 256, 128, 24, {
+    method: "top-k plain", order: "cube", rank: 0, sparsity: 0.9, trained: false,
+  });
+  const blocks = Math.ceil(15600 / 64);
+  const video = (keptBlocks(0.9, blocks) + 4) / (blocks + 4);
+  assert.ok(Math.abs(cost.density - (1 - (1 - video) * 15600 / 15856)) < 1e-12);
+});
+
+for (const [name, change, size, words] of [
+  ["backend dense", { backend: "dense" }, SIZE_480, /backend is set to dense/],
+  ["sparsity 0", { sparsity: 0 }, SIZE_480, /sparsity 0/],
+  ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, and min_tokens is 4,096/],
+  ["nothing to leave out", { sparsity: 0.01, min_tokens: 0 }, { width: 64, height: 64, length: 1 }, /no block out/],
+  ["every layer dense", { dense_layers: "0-29" }, SIZE_480, /every layer/],
+  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /refused/],
+]) {
+  test(`said plainly instead of numbers: ${name}`, () => {
+    const numbers = estimate({ ...SETTINGS, ...change }, "wan-1.3b", size);
+    assert.match(numbers.why, words);
+    assert.equal(numbers.attention, undefined);
+  });
+}
+
+test("dense layers take their share of what is saved", () => {
+  const all = estimate(SETTINGS, "wan-1.3b", SIZE_480);
+  const half = estimate({ ...SETTINGS, dense_layers: "0-14" }, "wan-1.3b", SIZE_480);
+  assert.ok(Math.abs(half.saved - all.saved / 2) < 1e-12);
+});

@@ -1,0 +1,239 @@
+"""The panel's scripts: their own tests under node, their arithmetic against Python's, what they must not contain."""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from pack_loader import load
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
+TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
+ENTRY = "ropeslr_panel.js"
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+
+accounting, planning = load(".attention.accounting"), load(".attention.plan")
+adaspa, calibration = load(".attention.methods.adaspa"), load(".attention.methods.calibration")
+schedule, running, layouts = load(".attention.schedule"), load(".attention.run"), load(".attention.layout")
+
+METHODS = ("ropeslr", "ropeslr with weights", "rola", "sla", "sla paper", "adaspa", "top-k", "top-k plain")
+GRIDS = ((21, 30, 52), (21, 45, 80), (31, 22, 40), (9, 30, 52), (5, 13, 7), (1, 64, 64), (33, 27, 31))
+RELEASED_RANK = 64                          # of the weights that the panel assumes
+
+
+def evaluate(calls):
+    """Answers of estimate.js to a list of [function, *arguments]."""
+    script = Path(__file__).with_name("evaluate.mjs")
+    done = subprocess.run([NODE, str(script)], input=json.dumps(calls), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def draw_cases(count=64):
+    """Settings of attention calls: every method and every grid, the rest drawn."""
+    dice = random.Random(7)
+    for i in range(count):
+        yield {
+            "method": METHODS[i % len(METHODS)], "grid": GRIDS[i % len(GRIDS)], "extra": dice.choice((0, 0, 256, 300)),
+            "width": 128, "heads": dice.choice((12, 16, 24, 40)), "rank": dice.choice((0, 1, 7, 16, 32, 64, 96, 128)),
+            "sparsity": dice.choice((0.0, 0.3, 0.5, 0.77, 0.8, 0.9, 0.93, 0.95, 0.98)),
+            "order": dice.choice(("cube", "raster")), "diagonal": dice.random() < 0.3, "first": dice.random() < 0.3,
+        }
+
+
+def in_script(case):
+    """The call of estimate.js for a case."""
+    method = case["method"].split()[0] if case["method"].startswith(("ropeslr", "sla")) else case["method"]
+    return ["attentionCost", case["grid"], case["extra"], case["width"], case["heads"], {
+        "method": method, "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
+        "order": case["order"], "rank": case["rank"], "sparsity": case["sparsity"],
+        "slaVariant": "paper" if case["method"] == "sla paper" else "released",
+        "keepDiagonal": case["diagonal"], "keepFirstFrame": case["first"],
+    }]
+
+
+def in_python(case):
+    """The same from the pack: its layout, its plan, its accounting, put together as AttentionRun does."""
+    width, heads, rank = case["width"], case["heads"], case["rank"]
+    layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
+    tables = layout.tables(case["diagonal"], case["first"])
+    n_q, n_k = tables.video.shape[0], tables.keys.shape[0]
+    keep = planning.SparsePlan(sparsity=case["sparsity"]).kept_blocks(n_q)
+    share = layout.video_tokens / layout.tokens
+    density = 1.0 - (1.0 - tables.density(keep)) * share
+    place = (layout.video_tokens, width, heads)
+    features = rank if 0 < rank < RELEASED_RANK else RELEASED_RANK
+    channels = first_order_channels(width, rank)
+    background = {
+        "ropeslr": lambda: accounting.first_order_flops(*place, channels),
+        "ropeslr with weights": lambda: (
+            accounting.first_order_flops(*place, channels) + accounting.low_rank_flops(*place, features)
+        ),
+        "rola": lambda: accounting.low_rank_flops(*place, features + features % 2),
+        "sla": lambda: accounting.linear_flops(*place),
+        "sla paper": lambda: accounting.marginal_flops(*place, n_q, n_k),
+        "adaspa": lambda: 0.0,
+        "top-k": lambda: accounting.pooled_tail_flops(*place, n_k),
+        "top-k plain": lambda: 0.0,
+    }[case["method"]]()
+    routing = accounting.routing_flops(layout.tokens, width, heads, n_q, n_k) if case["method"] != "adaspa" else 0.0
+    cost = accounting.AttentionCost(
+        density, accounting.dense_flops(layout.tokens, width, heads),
+        accounting.sparse_flops(layout.tokens, width, heads, density), routing, background,
+    )
+    return {
+        "keep": keep, "queries": n_q, "keys": n_k, "density": cost.density, "dense": cost.dense, "sparse": cost.sparse,
+        "routing": cost.routing, "background": cost.background, "total": cost.total,
+    }
+
+
+def first_order_channels(width, rank):
+    """How many channels the first-order background really takes."""
+    cov = torch.eye(width)[None, None]
+    features = calibration.strongest(calibration.untrained(cov, 1.0), cov, rank).features
+    return width if features is None else features.shape[-1]
+
+
+@needs_node
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_the_scripts_own_tests(path):
+    done = subprocess.run([NODE, "--test", str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"^\W*pass (\d+)", done.stdout, re.M)[1]) > 5
+
+
+@needs_node
+def test_costs_are_those_of_the_pack():
+    cases = list(draw_cases())
+    assert len({case["method"] for case in cases}) == len(METHODS)
+    for case, found in zip(cases, evaluate([in_script(case) for case in cases]), strict=True):
+        expected = in_python(case)
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9), case
+
+
+@needs_node
+def test_the_first_frames_blocks_are_those_of_the_layout():
+    dice = random.Random(1)
+    cases = [
+        ([dice.randint(1, 12), dice.randint(1, 20), dice.randint(1, 20)], dice.choice(("cube", "raster")))
+        for _ in range(300)
+    ]
+    for (grid, order), found in zip(cases, evaluate([["firstFrameBlocks", *case] for case in cases]), strict=True):
+        counts = layouts.TokenLayout(tuple(grid), order=order).tables(False, True).forced_counts
+        assert found == counts[0], (grid, order)
+
+
+@needs_node
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_costs_are_those_of_a_real_call(method):
+    """A call between two calibrations, counted by AttentionRun itself."""
+    grid, before, heads, width = (3, 10, 12), 70, 2, 32
+    plan = planning.SparsePlan(method=method, sparsity=0.5, rank=9, calibrate="off", backend="pytorch")
+    run = running.AttentionRun(plan)
+    layout = layouts.TokenLayout(grid, before, 0, run.plan.block_order)
+    q, k, v = torch.randn(3, 1, heads, layout.tokens, width, generator=torch.Generator().manual_seed(0))
+    for step in range(2):                   # the first call of a run makes its state from all channels
+        _, cost = run.attend(q, k, v, layout, step=step, steps=2)
+    (found,) = evaluate([["attentionCost", grid, before, width, heads, {
+        "method": method, "trained": False, "order": run.plan.block_order, "rank": 9, "sparsity": 0.5,
+    }]])
+    assert cost.density < 1
+    for name in ("density", "dense", "sparse", "routing", "background", "total"):
+        assert found[name] == pytest.approx(getattr(cost, name), rel=1e-9), name
+
+
+@needs_node
+def test_auto_means_what_it_means_in_the_plan():
+    cases = [
+        (method, adapter, order, first) for method in planning.METHODS for adapter in ("", "ropeslr", "rola", "sla")
+        for order in planning.BLOCK_ORDERS for first in (-1, 3)
+        if not adapter or method in ("auto", adapter) or method not in planning.TRAINED_METHODS
+    ]
+    found = evaluate([
+        ["resolve", {"method": method, "block_order": order, "dense_first_steps": first}, adapter]
+        for method, adapter, order, first in cases
+    ])
+    for (method, adapter, order, first), answer in zip(cases, found, strict=True):
+        trained_order = "raster" if adapter in ("rola", "sla") else "cube"
+        plan = planning.SparsePlan(method=method, block_order=order, dense_first_steps=first)
+        plan = plan.resolve(adapter or None, trained_order)
+        expected = {"method": plan.method, "order": plan.block_order, "first": plan.dense_first_steps}
+        assert answer == {**expected, "trained": plan.method == adapter}, (method, adapter)
+
+
+@needs_node
+def test_sparse_steps_are_those_of_the_schedule():
+    cases = list(itertools.product((1, 4, 8, 9, 30), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)))
+    found = evaluate([["sparseSteps", *case] for case in cases])
+    for (steps, method, first, last), answer in zip(cases, found, strict=True):
+        sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
+        plan = schedule.StepSchedule(sigmas, float("inf"), float("-inf"), first, last)
+        sparse = [step for step, sigma in enumerate(sigmas[:-1]) if plan.dense_reason(sigma) is None]
+        if method == "adaspa":              # the first step that is due and not dense anyway searches, dense
+            search = max(adaspa.search_steps(steps)[0], first)
+            sparse = [step for step in sparse if step > search]
+        assert answer == len(sparse), (steps, method, first, last)
+
+
+@needs_node
+@pytest.mark.parametrize("text", ["", "0, 1, 38-39", "3-5,4", "7"])
+def test_dense_layers_are_read_as_the_plan_reads_them(text):
+    (found,) = evaluate([["countLayers", text, 40]])
+    assert found == len(planning.parse_layers(text))
+
+
+def read(name):
+    return (ROOT / "web" / "js" / name).read_text(encoding="utf-8")
+
+
+def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
+    node = (ROOT / "nodes" / "sparse_attention.py").read_text(encoding="utf-8")
+    widgets = set(re.findall(r'io\.(?:Combo|Float|Int|String|Boolean)\.Input\(\s*"(\w+)"', node))
+    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(ENTRY), re.S)[1]
+    known = set(re.findall(r"(\w+):", settings))
+    assert known <= widgets
+    assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
+    report = (ROOT / "nodes" / "patching" / "report.py").read_text(encoding="utf-8")
+    assert re.search(r'^EVENT = "(.+)"', report, re.M)[1] == re.search(r'const EVENT = "(.+)"', read(ENTRY))[1]
+    assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(ENTRY)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_safe_and_portable(path):
+    text = path.read_text(encoding="utf-8")
+    first, *_ = lines = text.splitlines()
+    assert first.startswith("// ") and len(first) > 20
+    assert all(len(line) <= 120 for line in lines) and len(lines) <= 300
+    for banned in (
+        "/extensions/", "ComfyUI-RoPeSLR", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
+        "fetch", "XMLHttpRequest", "WebSocket", "sendBeacon", "localStorage", "http:", "https:",
+    ):
+        assert banned not in text, f"{path.name} contains {banned}"
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != ENTRY], ids=lambda path: path.name)
+def test_only_the_entry_touches_comfyui(path):
+    """ComfyUI loads every script below web/ as an extension: a helper must do nothing by being loaded."""
+    text = path.read_text(encoding="utf-8")
+    assert "registerExtension" not in text and "scripts/" not in text
+    if NODE:
+        code = (
+            "const before = Object.keys(globalThis).length;"
+            f"await import({json.dumps(path.as_uri())});"
+            "if (Object.keys(globalThis).length !== before) throw new Error('left something behind');"
+        )
+        done = subprocess.run(
+            [NODE, "--input-type=module", "--eval", code], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+def test_there_are_scripts_and_tests():
+    assert ENTRY in {path.name for path in SCRIPTS} and len(SCRIPTS) >= 5 and len(TESTS) >= 3

@@ -1,0 +1,197 @@
+// The live panel on RoPeSLR Sparse Attention: an estimate before the run, and what happened after it.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { estimate, MODELS } from "./estimate.js";
+import { isMeant, surroundings, valueOf, whyIdle } from "./graph.js";
+import { createView, STYLE } from "./view.js";
+
+const NODE = "RoPeSLRSparseAttention";
+const EVENT = "ropeslr.report";
+const MARGIN = 6; // of the classic renderer around the element
+const WIDTH = 340; // of a new node: the figures stand side by side
+const PADDING = 4; // of the element above and below its body
+const LOOK_AROUND_MS = 500; // how often a visible panel looks whether other nodes changed
+const CHOSEN = { model: "ropeslr_model", size: "ropeslr_size" }; // node.properties
+const NAMES = Object.fromEntries(Object.entries(MODELS).map(([key, model]) => [key, model.name]));
+const DEFAULTS = {
+  method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
+  dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
+  keep_first_frame: false, sla_variant: "released",
+};
+
+/** Let the wheel and the middle button over an element of the classic renderer move the canvas below it. */
+function passToCanvas(element) {
+  const pass = (name, isMeant) => safely((event) => {
+    if (!globalThis.LiteGraph?.vueNodesMode && isMeant(event)) app.canvas?.[name]?.(event);
+  });
+  const middle = (event) => event.button === 1 || (event.buttons & 4) !== 0;
+  element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: false });
+  element.addEventListener("pointerdown", pass("processMouseDown", middle));
+  element.addEventListener("pointermove", pass("processMouseMove", middle));
+  element.addEventListener("pointerup", pass("processMouseUp", middle));
+}
+
+/** A function that never throws into the graph. */
+function safely(run) {
+  return function (...given) {
+    try {
+      return run.apply(this, given);
+    } catch (error) {
+      console.debug("RoPeSLR panel:", error);
+      return undefined;
+    }
+  };
+}
+
+/** Run `then` after a node's or widget's own callback, whose answer stays. */
+function chain(owner, name, then) {
+  const before = owner[name];
+  owner[name] = function (...given) {
+    const answer = before?.apply(this, given);
+    then();
+    return answer;
+  };
+}
+
+function rootGraph() {
+  return app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
+}
+
+function settingsOf(node) {
+  const entries = Object.entries(DEFAULTS).map(([name, initial]) => {
+    const value = valueOf(rootGraph(), node, name);
+    return [name, typeof value === typeof initial ? value : initial];
+  });
+  return Object.fromEntries(entries);
+}
+
+function chosenSize(node) {
+  const size = node.properties?.[CHOSEN.size];
+  return size && [size.width, size.height, size.length].every((side) => side > 0) ? size : null;
+}
+
+/** Everything that the view shows, read anew. */
+function stateOf(node, report) {
+  const around = surroundings(rootGraph(), node);
+  const chosenModel = node.properties?.[CHOSEN.model];
+  const model = around.model || (chosenModel in MODELS ? chosenModel : "");
+  const size = around.size ?? chosenSize(node);
+  const settings = settingsOf(node);
+  const idle = whyIdle(node);
+  let numbers = idle ? { why: idle } : null;
+  if (!idle && model && size) numbers = estimate(settings, model, size, around.adapter, around.steps);
+  const found = { model: Boolean(around.model), size: Boolean(around.size) };
+  const basis = JSON.stringify([settings, model, size, around.adapter, around.steps, idle]);
+  return { models: NAMES, model, size, found, numbers, basis, report: report?.detail ?? null,
+    fresh: report?.basis === basis };
+}
+
+class Panel {
+  constructor(node) {
+    this.node = node;
+    this.shown = "";
+    this.height = 0;
+    this.pending = false;
+    this.visible = true;
+    this.report = null;
+    this.update = safely(() => this.refresh());
+    this.view = createView(document, safely((kind, value) => this.choose(kind, value)));
+    this.widget = node.addDOMWidget("ropeslr_panel", "ROPESLR_PANEL", this.view.element, {
+      serialize: false, hideOnZoom: false, margin: MARGIN,
+      getMinHeight: () => this.height + 2 * MARGIN, getMaxHeight: () => this.height + 2 * MARGIN,
+    });
+    this.widget.serialize = false; // neither in widgets_values nor in the prompt
+    if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]]);
+    passToCanvas(this.view.element);
+    this.listen();
+    this.later();
+  }
+
+  listen() {
+    const { node } = this;
+    const later = () => this.later();
+    for (const widget of node.widgets ?? []) if (widget !== this.widget) chain(widget, "callback", later);
+    for (const name of ["onConnectionsChange", "onConfigure", "onAdded"]) chain(node, name, later);
+    chain(node, "onRemoved", safely(() => this.stop()));
+    this.onReport = safely((event) => this.receive(event.detail));
+    this.resized = new ResizeObserver(safely(() => this.fit()));
+    this.seen = new IntersectionObserver(([entry]) => { this.visible = entry.isIntersecting; });
+    this.start();
+  }
+
+  start() {
+    if (this.timer) return;
+    api.addEventListener(EVENT, this.onReport);
+    this.resized.observe(this.view.body);
+    this.seen.observe(this.view.element);
+    this.timer = setInterval(() => { if (this.visible && !document.hidden) this.update(); }, LOOK_AROUND_MS);
+  }
+
+  stop() {
+    api.removeEventListener(EVENT, this.onReport);
+    this.resized.disconnect();
+    this.seen.disconnect();
+    clearInterval(this.timer);
+    this.timer = null;
+  }
+
+  /** Refresh once after all that is going on now: a widget's callback may run before its value is set. */
+  later() {
+    if (this.node.graph) this.start(); // a node that comes back, as undo of a removal may do
+    if (this.pending) return;
+    this.pending = true;
+    queueMicrotask(() => {
+      this.pending = false;
+      this.update();
+    });
+  }
+
+  refresh() {
+    if (!this.node.graph) return;
+    const state = stateOf(this.node, this.report);
+    const shown = JSON.stringify([state.basis, state.found, state.fresh, this.report?.number]);
+    if (shown === this.shown) return;
+    this.shown = shown;
+    this.view.render(state); // the observer of its size calls fit, before the browser paints
+  }
+
+  /** Give the element as much height as it needs, and the node no more than that. */
+  fit() {
+    const height = this.view.body.offsetHeight + PADDING;
+    this.view.redraw();
+    if (height === PADDING || height === this.height) return; // not on the page, or nothing new
+    this.height = height;
+    const { node } = this;
+    // Vue nodes grow to what they hold by themselves; computeSize would count advanced widgets that they hide.
+    const least = globalThis.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1];
+    if (!node.flags?.collapsed) node.setSize([node.size[0], least]);
+    node.graph?.setDirtyCanvas?.(true, true);
+  }
+
+  choose(kind, value) {
+    const { properties } = this.node;
+    if (value) properties[CHOSEN[kind]] = kind === "size" ? JSON.parse(value) : value;
+    else delete properties[CHOSEN[kind]];
+    this.refresh();
+  }
+
+  receive(detail) {
+    if (!detail || !isMeant(rootGraph(), this.node, detail.node)) return;
+    const number = (this.report?.number ?? 0) + 1;
+    // Sliders may have moved while the run went on.
+    const same = Math.abs(settingsOf(this.node).sparsity - detail.sparsity) < 1e-6;
+    this.report = { detail, number, basis: same ? stateOf(this.node, null).basis : "" };
+    this.refresh();
+  }
+}
+
+app.registerExtension({
+  name: "ropeslr.panel",
+  setup() {
+    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
+  },
+  nodeCreated: safely((node) => {
+    if (node.comfyClass === NODE) node.ropeslrPanel = new Panel(node);
+  }),
+});
