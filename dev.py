@@ -3,8 +3,11 @@
 Standard library only.
 
     demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
-    test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them
+    test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them;
+            --thorough: every variant of every test instead of a cross-section
     kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
+    browser the shipped workflows in a real browser, with a real ComfyUI: all tests of tests/browser
+    workflows       write workflows/*.json anew from their description; --pictures [NAME ...]: the .jpg beside them too
     coverage        write the README's matrix of models and methods anew, from what the tests find in each ComfyUI
     inspect FILE    say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it
     convert FILE    write a released checkpoint as .safetensors in ComfyUI's layout; --out NAME, --adapter NAME for the
@@ -51,6 +54,20 @@ NEWEST = "0.30.0"
 TRITON = {"3.6.0": (), "3.9.0": ("-m", "not slow")}
 
 
+# Names of the program, and where it lies without being on the path.
+CHROMIUM = (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge", "chrome", "msedge",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+    r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+)
+NO_BROWSER = (
+    "No Chromium, Chrome or Edge was found. Install one (Debian and Ubuntu: apt install chromium), or name it with "
+    "ROPESLR_CHROMIUM."
+)
+
+
 class SetupError(Exception):
     """Something this machine lacks; the message says what, and what to do."""
 
@@ -58,7 +75,7 @@ class SetupError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"demo": demo, "test": test, "kernels": kernels, "coverage": coverage, "inspect": inspect}
-    commands["convert"] = convert
+    commands |= {"convert": convert, "browser": browser, "workflows": workflows}
     parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()
     try:
@@ -80,9 +97,12 @@ def demo(rest: list[str]) -> int:
 def test(rest: list[str]) -> int:
     """Run every test, or with arguments just what they name; the exit code is that of the first suite to fail."""
     python = environment()
+    if "--thorough" in rest:                # every variant of every test, which takes most of an hour
+        os.environ["ROPESLR_THOROUGH"] = "1"
+        rest.remove("--thorough")
     if rest:
         return run_in(python, comfyui(NEWEST), ["-m", "pytest", *rest])
-    others = ["tests/attention", "tests/house", "tests/kernels", "tests/workflows"]
+    others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
     suites = [
         Suite("inside ComfyUI", ["tests/nodes"], inside(comfyui(NEWEST), "nodes")),
         Suite("everything else", others, inside(comfyui(NEWEST), "others")),
@@ -91,6 +111,9 @@ def test(rest: list[str]) -> int:
         if version != NEWEST:
             places = inside(registry_comfyui(version), version)
             suites.append(Suite(f"inside ComfyUI {version}", ["-m", "not slow", "tests/nodes"], places))
+    program = chromium()
+    if program:
+        suites.insert(1, browser_suite(program, ["-m", "not slow"]))
     return run_suites(python, suites + kernel_suites(python))
 
 
@@ -100,12 +123,41 @@ def kernels(rest: list[str]) -> int:
     return run_suites(python, kernel_suites(python, rest))
 
 
+def browser(rest: list[str]) -> int:
+    """Run the tests in a browser."""
+    python, program = environment(), chromium()
+    if program is None:
+        raise SetupError(NO_BROWSER)
+    return run_suites(python, [browser_suite(program, rest)])
+
+
+def browser_suite(program: str, rest: list[str]) -> Suite:
+    places = inside(comfyui(NEWEST), "browser") | {"ROPESLR_CHROMIUM": program}
+    return Suite("in a browser", [*rest, "tests/browser"], places)
+
+
+def workflows(rest: list[str]) -> int:
+    """Write the shipped workflows anew, and with --pictures their pictures."""
+    parser = argparse.ArgumentParser(prog="dev.py workflows")
+    parser.add_argument("--pictures", nargs="*", metavar="NAME", help="all, or those named; needs a Chromium")
+    options = parser.parse_args(rest)
+    python, tree = environment(), comfyui(NEWEST)
+    code = run_in(python, tree, [str(SUPPORT / "graphs.py")])
+    if code or options.pictures is None:
+        return code
+    program = chromium()
+    if program is None:
+        raise SetupError(NO_BROWSER)
+    places = {**os.environ, **inside(tree, "browser"), "ROPESLR_CHROMIUM": program}
+    return subprocess.call([str(python), str(SUPPORT / "browser.py"), *options.pictures], cwd=ROOT, env=places)
+
+
 def coverage(rest: list[str]) -> int:
     """Record which models run sparse by which methods, in each ComfyUI."""
     python = environment()
     for version in COMFYUI:
         places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
-        places["ROPESLR_COVERAGE"] = "1"
+        places |= {"ROPESLR_COVERAGE": "1", "ROPESLR_THOROUGH": "1"}
         if run_suites(python, [Suite(f"coverage, ComfyUI {version}", ["tests/nodes/test_coverage.py", *rest], places)]):
             return 1
     return subprocess.call([str(python), "-m", "benchmarks.readme"], cwd=ROOT)
@@ -207,6 +259,22 @@ def with_adapters(rest: list[str], parser: argparse.ArgumentParser, run) -> int:
     except adapters.AdapterError as error:
         raise SetupError(str(error)) from None
     return 0
+
+
+def chromium() -> str | None:
+    """A browser of the Chromium family; on Debian, with root's rights, installed where there is none."""
+    named = os.environ.get("ROPESLR_CHROMIUM")
+    if named and not shutil.which(named):
+        raise SetupError(f"ROPESLR_CHROMIUM is {named}, but there is no such program.")
+    found = named or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None and Path("/etc/debian_version").exists() and hasattr(os, "geteuid") and os.geteuid() == 0:
+        say("no browser was found; installing Debian's: apt-get install -y --no-install-recommends chromium")
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.call(["apt-get", *command], stdout=subprocess.DEVNULL)
+        found = shutil.which("chromium")
+    if found is None:
+        say(f"{NO_BROWSER} Tests in a browser are left out.")
+    return found
 
 
 def triton(python: Path, version: str) -> Path:

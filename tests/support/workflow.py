@@ -7,14 +7,28 @@ import json
 from pathlib import Path
 
 from comfy_cli.workflow_to_api import convert_ui_to_api
+from graph_file import widget_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = {
     "wan2.1_t2v_1.3B_fp16.safetensors": "tiny_wan21_t2v.safetensors",
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_clip_l.pt",
+    "wan2.1_i2v_480p_14B_fp8_scaled.safetensors": "tiny_wan21_i2v.safetensors",
+    "wan2.1_vace_1.3B_fp16.safetensors": "tiny_wan21_vace.safetensors",
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": "tiny_wan22_t2v_high_noise.safetensors",
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "tiny_wan22_t2v_low_noise.safetensors",
+    "wan2.2_ti2v_5B_fp16.safetensors": "tiny_wan22_ti2v_5b.safetensors",
+    "hunyuan_video_t2v_720p_bf16.safetensors": "tiny_hunyuan_t2v.safetensors",
+    "hunyuanvideo1.5_720p_t2v_fp16.safetensors": "tiny_hunyuan15_t2v.safetensors",
+    "SparkWan2.1-T2V-1.3B-480P-0.90Sparsity.pth": "tiny_sparkwan.safetensors",
+    "clip_vision_h.safetensors": "tiny_clip_vision_h.pt",
     "wan_2.1_vae.safetensors": "tiny_wan_vae.safetensors",
+    "wan2.2_vae.safetensors": "tiny_taew22.safetensors",
+    "hunyuan_video_vae_bf16.safetensors": "tiny_taehv_hunyuan.safetensors",
+    "hunyuanvideo15_vae_fp16.safetensors": "tiny_lighttae_hv15.safetensors",
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_clip_l.pt",
 }
+CLIP = "tiny_clip_l.pt"                     # one tiny text encoder takes the place of Hunyuan's two
 BYPASS = 4                                  # a node's mode in the UI format
 
 
@@ -36,15 +50,45 @@ def make_tiny(prompt: dict, width: int, height: int, length: int, steps: int) ->
     """The same prompt with tiny checkpoints, and sizes that a CPU can sample."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
+        if node["class_type"] == "DualCLIPLoader":
+            node.update(class_type="CLIPLoader", inputs={"clip_name": CLIP, "type": "wan"})
         inputs = node["inputs"]
-        for name, value in inputs.items():
-            if isinstance(value, str) and value in TINY:
-                inputs[name] = TINY[value]
-        if "length" in inputs:
-            inputs.update(width=width, height=height, length=length)
-        if "steps" in inputs:
-            inputs["steps"] = steps
+        inputs.update({
+            name: _tiny(name, value, "length" in inputs, width, height, length, steps)
+            for name, value in inputs.items() if not isinstance(value, list)
+        })
     return prompt
+
+
+def tiny_workflow(workflow: dict, object_info: dict, width: int, height: int, length: int, steps: int) -> dict:
+    """The same for the UI format, so that a browser can run it."""
+    workflow = copy.deepcopy(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] not in object_info:
+            continue                        # notes
+        node["properties"].pop("models", None)
+        if node["type"] == "DualCLIPLoader":
+            node.update(type="CLIPLoader", widgets_values=[CLIP, "wan", "default"])
+            node["properties"]["Node name for S&R"] = "CLIPLoader"
+        names = widget_names(object_info[node["type"]])
+        node["widgets_values"] = [
+            _tiny(name, value, "length" in names, width, height, length, steps)
+            for name, value in zip(names, node["widgets_values"], strict=True)
+        ]
+    return workflow
+
+
+def _tiny(name: str, value, sized: bool, width: int, height: int, length: int, steps: int):
+    """A widget's value in the small: file names, the size of the video, steps and the border between two samplers."""
+    if isinstance(value, str):
+        return TINY.get(value, value)
+    if name in ("start_at_step", "end_at_step"):
+        return steps // 2 if value == 10 else value
+    if name == "min_tokens":
+        return 64
+    if name == "steps":
+        return steps
+    return {"width": width, "height": height, "length": length}.get(name, value) if sized else value
 
 
 def node_id(prompt: dict, class_type: str) -> str:

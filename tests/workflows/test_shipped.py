@@ -1,14 +1,24 @@
 """The shipped workflows: well-formed, complete, and run to a video on a real server."""
 
+import asyncio
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+NAMES = [
+    "adapter_on_stock_model", "dense_vs_sparse", "hunyuanvideo1.5_t2v", "hunyuanvideo_t2v", "sparkwan_few_step",
+    "wan2.1_i2v", "wan2.1_t2v", "wan2.1_vace", "wan2.2_5b", "wan2.2_a14b_t2v",
+]
+QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")        # run by default; the others are slow
 NODE = "RoPeSLRSparseAttention"
+SCHEMA = Draft202012Validator(json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8")))
+TITLE = 30                                  # a node's title stands above its position
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -16,45 +26,178 @@ def workflow(request):
     return json.loads(request.param.read_text(encoding="utf-8"))
 
 
-def test_every_workflow_has_a_thumbnail():
-    assert WORKFLOWS
+@pytest.fixture(scope="module")
+def info():
+    """What this ComfyUI knows of every node, with files of every name that a workflow asks for."""
+    import graph_file
+
+    return graph_file.object_info()
+
+
+def test_the_workflows_are_those_that_the_pack_promises():
+    assert [path.stem for path in WORKFLOWS] == NAMES
+
+
+def test_the_files_are_what_their_description_says(info):
+    """`python dev.py workflows` writes them; whoever edits one by hand or adds an input to a node is told here."""
+    import comfyui_version
+    import graph_file
+    import graphs
+
+    if comfyui_version.__version__ != graph_file.CORE:
+        pytest.skip(f"the files are written for ComfyUI {graph_file.CORE}; this is {comfyui_version.__version__}")
+    described = graphs.workflows()
+    assert sorted(described) == NAMES
     for path in WORKFLOWS:
-        assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+        assert path.read_text(encoding="utf-8") == graphs.text_of(described[path.stem]), (
+            f"{path.name} differs from tests/support/graphs.py; `python dev.py workflows` writes it anew"
+        )
+
+
+def test_every_workflow_has_a_small_thumbnail():
+    for path in WORKFLOWS:
+        picture = path.with_suffix(".jpg").read_bytes()
+        assert picture[:3] == b"\xff\xd8\xff" and len(picture) <= 120_000, path.stem
+
+
+def test_the_schema_holds(workflow):
+    assert not [f"{'/'.join(map(str, each.path))}: {each.message}" for each in SCHEMA.iter_errors(workflow)]
+
+
+def test_the_schema_can_fail(workflow):
+    for spoil in (
+        lambda w: w.pop("last_link_id"), lambda w: w["links"][0].pop(), lambda w: w["nodes"][0].pop("pos"),
+        lambda w: w.update(version=1), lambda w: w["groups"][0].pop("bounding"),
+    ):
+        spoiled = json.loads(json.dumps(workflow))
+        spoil(spoiled)
+        assert not SCHEMA.is_valid(spoiled)
 
 
 def test_links_join_what_exists_and_types_agree(workflow):
-    assert workflow["version"] == 0.4
     nodes = {node["id"]: node for node in workflow["nodes"]}
-    assert len(nodes) == len(workflow["nodes"]) and max(nodes) <= workflow["last_node_id"]
-    assert max(link[0] for link in workflow["links"]) <= workflow["last_link_id"]
+    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
+    numbers = [link[0] for link in workflow["links"]]
+    assert len(set(numbers)) == len(numbers) and max(numbers) == workflow["last_link_id"]
+    assert sorted(node["order"] for node in nodes.values()) == list(range(len(nodes)))
     for number, source, output, target, slot, kind in workflow["links"]:
         assert number in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == number
         assert nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][slot]["type"] == kind
+        assert nodes[source]["order"] < nodes[target]["order"]
+    ends = [each["link"] for node in nodes.values() for each in node["inputs"] if each["link"] is not None]
+    starts = [number for node in nodes.values() for each in node["outputs"] for number in each["links"]]
+    assert sorted(ends) == sorted(starts) == sorted(numbers)
+
+
+def test_every_node_has_its_widgets_and_what_it_needs(workflow, info):
+    """Counted against ComfyUI's definitions; a seed's control_after_generate is the classic value to forget."""
+    import graph_file
+
+    for node in workflow["nodes"]:
+        if node["type"] == graph_file.NOTE:
+            continue
+        names = graph_file.widget_names(info[node["type"]])
+        assert len(node["widgets_values"]) == len(names), node["type"]
+        linked = {each["name"] for each in node["inputs"] if each["link"] is not None}
+        for name, kind, options, optional in graph_file.inputs_of(info[node["type"]]):
+            assert optional or name in linked or graph_file.is_widget(kind, options), f"{node['type']}: {name} is open"
 
 
 def test_our_nodes_are_found_by_the_manager_and_models_can_be_downloaded(workflow):
-    loaders = [node for node in workflow["nodes"] if node["type"].endswith("Loader")]
+    loaders = [node for node in workflow["nodes"] if re.search("Loader|LoadSparse", node["type"])]
     assert loaders
     for node in loaders:
-        (model,) = node["properties"]["models"]
-        assert model["name"] == node["widgets_values"][0] and model["url"].endswith(model["name"])
-        assert model["url"].startswith("https://huggingface.co/") and model["directory"]
+        files = [value for value in node["widgets_values"] if re.search(r"\.(safetensors|pth)$", str(value))]
+        assert files and files == [model["name"] for model in node["properties"]["models"]]
+        for model in node["properties"]["models"]:
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "clip_vision")
     ours = [node for node in workflow["nodes"] if node["type"].startswith("RoPeSLR")]
     assert ours and all(node["properties"]["cnr_id"] == "ropeslr" and node["properties"]["ver"] for node in ours)
+
+
+def test_the_read_me_names_every_file_and_the_slider(workflow):
+    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    (text,) = note["widgets_values"]
+    models = [each for node in workflow["nodes"] for each in node["properties"].get("models", ())]
+    assert all(f"[{each['name']}]({each['url']}) into **models/{each['directory']}**" in text for each in models)
+    assert "**sparsity**" in text and "What to expect" in text
+
+
+def test_no_file_names_a_place_of_one_machine(workflow):
+    assert not re.search(r'"(/|[A-Za-z]:\\|~)[^"]*"|\b(home|Users)/', json.dumps(workflow["nodes"]))
+
+
+def test_nothing_overlaps_and_every_node_stands_in_its_frame(workflow):
+    """Sizes as the file has them; the browser's own are looked at in tests/browser."""
+    boxes = [
+        (node["pos"][0], node["pos"][1] - TITLE, node["size"][0], node["size"][1] + TITLE)
+        for node in workflow["nodes"]
+    ]
+    frames = [group["bounding"] for group in workflow["groups"]]
+    for boxes_of_a_kind in (boxes, frames):
+        for i, (x, y, width, height) in enumerate(boxes_of_a_kind):
+            for left, top, wide, high in boxes_of_a_kind[:i]:
+                assert x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+    for x, y, width, height in boxes:
+        inside = [
+            left <= x and top <= y and x + width <= left + wide and y + height <= top + high
+            for left, top, wide, high in frames
+        ]
+        outside = [
+            x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+            for left, top, wide, high in frames
+        ]
+        assert sum(inside) + sum(outside) == len(frames)
+
+
+def test_comfyui_accepts_every_workflow_as_it_stands(workflow, info, monkeypatch):
+    """Converted by comfy-cli, checked by ComfyUI itself, on a machine that has the files."""
+    import execution
+    import folder_paths
+    from workflow import to_prompt
+
+    files = {value for node in workflow["nodes"] for value in node["widgets_values"] if isinstance(value, str)}
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda kind: sorted(files))
+    monkeypatch.setattr(folder_paths, "get_annotated_filepath", lambda name, *_: __file__)
+    monkeypatch.setattr(folder_paths, "exists_annotated_filepath", lambda name: name in files)
+    monkeypatch.setattr(os, "listdir", lambda folder=".": sorted(files))
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)
+    ok, error, outputs, node_errors = asyncio.run(execution.validate_prompt("test", to_prompt(workflow, info), None))
+    assert ok, (error, node_errors)
+    assert len(outputs) == 1
 
 
 @pytest.fixture(scope="module")
 def server():
     import comfy_host
-    import tiny_models
+    import tiny_files
     from comfy_server import ComfyServer
 
     base = Path(os.environ["ROPESLR_TEST_BASE"])
     comfy_host.boot()
-    tiny_models.make(base / "models")
+    tiny_files.make(base)
     with ComfyServer(Path(os.environ["COMFYUI_PATH"]), base) as running:
         yield running
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+])
+def test_every_workflow_runs_to_a_video(server, name):
+    from workflow import load, make_tiny, to_prompt
+
+    side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
+    prompt = make_tiny(to_prompt(load(name), server.get("/object_info")), side, side, length=9, steps=2)
+    result = server.run(prompt)
+    (save,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
+    (saved,) = result.outputs[save]["images"]
+    video = server.base / "output" / saved["subfolder"] / saved["filename"]
+    assert video.suffix == ".mp4" and video.stat().st_size > 0
+    nodes = [key for key, node in prompt.items() if node["class_type"] == NODE]
+    assert sorted(report["node"] for report in result.reports) == sorted(nodes)
+    assert any(report["sparse_calls"] for report in result.reports), result.reports
 
 
 def tiny_prompt(server, name="wan2.1_t2v", bypass=None, **inputs):

@@ -1,0 +1,47 @@
+"""A real ComfyUI server on the CPU and a real browser at it, in both renderers; skipped where there is no browser."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+if "COMFYUI_PATH" not in os.environ:
+    pytest.exit("tests/browser needs a ComfyUI: run `python dev.py browser`", returncode=2)
+
+
+@pytest.fixture(scope="session")
+def server():
+    import browser
+    import comfy_host
+    import tiny_files
+    from comfy_server import ComfyServer
+
+    pytest.importorskip("playwright", reason="playwright is not installed; `python dev.py browser` installs it")
+    if browser.find_chromium() is None:
+        pytest.skip("no Chromium or Chrome was found; `python dev.py browser` says how to get one")
+    base = Path(os.environ["ROPESLR_TEST_BASE"]) / "browser"
+    comfy_host.boot()
+    tiny_files.make(base)
+    browser.placeholders(base)
+    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["classic", "vue"])
+def page(request, server):
+    """ComfyUI in a browser window; opened once for all tests of a file, since that takes longest."""
+    import browser
+
+    with browser.window(server.url) as window:
+        window.open(vue=request.param == "vue")
+        window.renderer = request.param
+        yield window
+
+
+@pytest.fixture
+def shown(page):
+    """The window; a test that uses it fails when anything went wrong in the page."""
+    page.errors.clear()
+    page.close_dialogs()
+    yield page
+    assert not page.errors

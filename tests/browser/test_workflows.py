@@ -1,0 +1,101 @@
+"""Every shipped workflow in a real browser: dropped, drawn, saved, opened again, and run to a video."""
+
+import json
+import uuid
+
+import pytest
+from workflow import ROOT, load, tiny_workflow
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+QUICK = ("sparkwan_few_step", "wan2.1_t2v")  # run by default; the others are slow
+
+
+def contents(workflow):
+    """What a person would miss if it were lost: widgets, titles, modes and links, whatever the browser adds."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+
+    def end(node, slots, slot):
+        return node, nodes[node][slots][slot]["name"]
+
+    return (
+        {
+            key: (node["type"], node["mode"], node.get("title"), list(node["widgets_values"] or []))
+            for key, node in nodes.items()
+        },
+        {
+            (*end(source, "outputs", output), *end(target, "inputs", slot), kind)
+            for _, source, output, target, slot, kind in map(tuple, workflow["links"])
+        },
+    )
+
+
+def named(workflow):
+    """Titles as the browser has them: a node without one of its own bears its type's."""
+    nodes, links = contents(workflow)
+    return {key: (kind, mode, values) for key, (kind, mode, _, values) in nodes.items()}, links
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name):
+    workflow = load(name)
+    nodes = shown.drop(name, workflow)
+    shown.fit()
+    shown.screenshot(f"{name}_{shown.renderer}")
+    assert not [node["type"] for node in nodes if node["missing"]]
+    assert shown.dialogs() == ""            # no missing node, no missing file, no complaint about the format
+    saved = shown.saved()
+    assert named(saved) == named(workflow)
+    titles = {node["id"]: node["title"] for node in workflow["nodes"] if "title" in node}
+    assert titles.items() <= {node["id"]: node.get("title") for node in saved["nodes"]}.items()
+    saved["id"] = str(uuid.uuid4())
+    shown.drop(name, saved)
+    assert named(shown.saved()) == named(workflow)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
+    """Boxes with titles; the pack's node has its panel by then. Vue nodes take the height that they need."""
+    nodes = shown.drop(name, load(name))
+    for i, node in enumerate(nodes):
+        if shown.renderer == "classic":
+            assert all(has >= needs - 1 for has, needs in zip(node["size"], node["least"])), node
+        x, y, width, height = node["box"]
+        for other in nodes[:i]:
+            left, top, wide, high = other["box"]
+            apart = x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+            assert apart, (node["type"], other["type"])
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+])
+def test_it_runs_to_a_video_that_is_shown(shown, server, name):
+    side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
+    small = tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2)
+    small["id"] = str(uuid.uuid4())
+    for node in small["nodes"]:             # a seed of its own, or ComfyUI answers from what it has kept
+        node["widgets_values"] = [uuid.uuid4().int % 2**40 if x == 42 else x for x in node["widgets_values"]]
+    shown.drop(name, small)
+    outputs = shown.run()
+    (save,) = (node["id"] for node in small["nodes"] if node["type"] == "SaveVideo")
+    (saved,) = outputs[str(save)]["images"]
+    video = server.base / "output" / saved["subfolder"] / saved["filename"]
+    assert video.suffix == ".mp4" and video.stat().st_size > 0
+    shown.page.locator("video").first.wait_for(state="attached")
+    shown.fit()
+    shown.screenshot(f"{name}_{shown.renderer}_done")
+    assert shown.dialogs() == ""
+
+
+@pytest.mark.parametrize("kind, was, becomes, says", [
+    ("ModelSamplingSD3", "ModelSamplingSD3", "NobodyKnowsThisNode", "Missing node: NobodyKnowsThisNode"),
+    ("group", "bounding", "bounding_box", "nvalid"),
+    ("VAELoader", "wan_2.1_vae.safetensors", "nobody_has_this.safetensors", "nobody_has_this.safetensors is missing"),
+])
+def test_what_is_missing_is_noticed(shown, kind, was, becomes, says):
+    """The checks above can fail: a node that nobody knows, a file that is not there."""
+    workflow = json.loads(json.dumps(load("wan2.1_t2v")).replace(f'"{was}"', f'"{becomes}"'))
+    workflow["id"] = str(uuid.uuid4())
+    nodes = shown.drop("spoiled", workflow)
+    assert [node["type"] for node in nodes if node["missing"]] == [becomes] * (kind == was)
+    assert says in shown.dialogs()

@@ -1,0 +1,241 @@
+"""A real browser on a real server: drop a workflow onto the canvas, queue it, save it, take its picture.
+
+Debian's Chromium, or any other, driven by playwright; playwright's own download is never used. ROPESLR_CHROMIUM names
+the program where it is not found by itself, ROPESLR_SCREENSHOTS a folder for pictures of what the tests see.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+SECONDS = 1000                              # playwright counts in milliseconds
+PATIENCE = 120 * SECONDS                    # a busy machine takes many times the usual two seconds to load the page
+PICTURE_WIDTH, PICTURE_BYTES = 1600, 118_000
+# Nothing is to cover the canvas: no tour, no template browser, no floating tools.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasMenu": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Workflow.Persist": False,
+    "Comfy.Validation.Workflows": True, "Comfy.Workflow.ConfirmDelete": False,
+}
+DROP = """([name, text]) => {
+    const canvas = document.querySelector("#graph-canvas")
+    const carried = new DataTransfer()
+    carried.items.add(new File([text], name, { type: "application/json" }))
+    const at = { bubbles: true, cancelable: true, dataTransfer: carried, clientX: 900, clientY: 500 }
+    for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, at))
+}"""
+# What stands on the canvas: each node's box with its title, its size and the size that it needs at least.
+SEEN = """() => app.graph.nodes.map((node) => ({
+    id: node.id, type: node.type, missing: !LiteGraph.registered_node_types[node.type],
+    box: [...node.boundingRect], size: [...node.size], least: [...node.computeSize()],
+}))"""
+
+
+def find_chromium() -> str | None:
+    """The program, or None where this machine has no Chromium; dev.py looks further and sets ROPESLR_CHROMIUM."""
+    return os.environ.get("ROPESLR_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@dataclass
+class Window:
+    """One page of a browser with ComfyUI in it, and what went wrong in it."""
+
+    page: object
+    url: str
+    errors: list[str] = field(default_factory=list)
+
+    def open(self, vue: bool = False) -> None:
+        """Load ComfyUI with an empty canvas, in the classic renderer or with Vue nodes."""
+        for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": vue}.items():
+            body = json.dumps(value).encode()
+            request = urllib.request.Request(
+                f"{self.url}/api/settings/{name}", body, {"Content-Type": "application/json"}
+            )
+            urllib.request.urlopen(request, timeout=60).close()
+        self.page.goto(self.url, timeout=PATIENCE)
+        self.page.wait_for_function(
+            "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && window.app?.graph?.nodes.length",
+            timeout=PATIENCE,               # the default workflow stands on the canvas last
+        )
+        self.page.wait_for_timeout(SECONDS)
+        if self.page.evaluate("() => LiteGraph.vueNodesMode === true") != vue:
+            raise RuntimeError(f"the page did not take Comfy.VueNodes.Enabled = {vue}")
+
+    def drop(self, name: str, workflow: dict) -> list[dict]:
+        """Drop a file as a person does; -> the nodes that stand on the canvas then."""
+        self.page.evaluate(DROP, [f"{name}.json", json.dumps(workflow)])
+        self.page.wait_for_function(
+            "([id, count]) => app.graph.id === id && app.graph.nodes.length === count",
+            arg=[workflow["id"], len(workflow["nodes"])], timeout=PATIENCE,
+        )
+        self.page.wait_for_timeout(SECONDS)         # nodes grow and widgets appear a few frames later
+        return self.nodes()
+
+    def heed(self, message) -> None:
+        """Keep what the console says of our scripts; an address that cannot be reached is the machine's affair."""
+        if message.type == "error" and "ropeslr" in f"{message.text} {message.location.get('url')}".lower():
+            self.errors.append(message.text)
+
+    def nodes(self) -> list[dict]:
+        return self.page.evaluate(SEEN)
+
+    def saved(self) -> dict:
+        """What saving would write."""
+        return self.page.evaluate("() => app.graph.serialize()")
+
+    def dialogs(self) -> str:
+        """The text of dialogs and messages over the canvas."""
+        shown = self.page.locator(
+            ".p-dialog:visible, .p-toast-message:visible, [role=dialog]:visible, [data-testid=error-overlay]:visible"
+        )
+        return "\n".join(shown.all_inner_texts())
+
+    def close_dialogs(self) -> None:
+        for _ in range(3):
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(200)
+        for button in self.page.locator(".p-toast-close-button:visible").all():
+            button.click()
+
+    def run(self) -> dict:
+        """Queue what is on the canvas as the button does; -> outputs by node id, when it is done."""
+        self.page.evaluate("""() => {
+            window.ropeslrDone = null
+            const finish = (kind) => (event) => { window.ropeslrDone ??= { kind, detail: event.detail } }
+            for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) {
+                app.api.addEventListener(kind, finish(kind), { once: true })
+            }
+        }""")
+        if not self.page.evaluate("async () => await app.queuePrompt(0)"):
+            raise RuntimeError(f"the server refused the prompt: {self.page.evaluate('() => app.lastNodeErrors')}")
+        self.page.wait_for_function("() => window.ropeslrDone", timeout=PATIENCE)
+        done = self.page.evaluate("() => window.ropeslrDone")
+        if done["kind"] != "execution_success":
+            raise RuntimeError(f"{done['kind']}: {done['detail'].get('exception_message')}")
+        self.page.wait_for_timeout(SECONDS)
+        return self.page.evaluate("() => app.nodeOutputs")
+
+    def fit(self, room: float = 0.92) -> None:
+        """Everything into view, frames and titles included."""
+        self.page.evaluate("""(room) => {
+            const boxes = [...app.graph.nodes, ...app.graph.groups].map((each) => each.boundingRect)
+            const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
+            const right = Math.max(...boxes.map((b) => b[0] + b[2]))
+            const bottom = Math.max(...boxes.map((b) => b[1] + b[3]))
+            const ds = app.canvas.ds, view = document.querySelector("#graph-canvas").getBoundingClientRect()
+            ds.scale = room * Math.min(view.width / (right - left), view.height / (bottom - top))
+            ds.offset[0] = view.width / 2 / ds.scale - (left + right) / 2
+            ds.offset[1] = view.height / 2 / ds.scale - (top + bottom) / 2
+            app.canvas.setDirty(true, true)
+        }""", room)
+        self.page.wait_for_timeout(SECONDS)
+
+    def clear_view(self) -> None:
+        """Hide everything but the canvas."""
+        self.page.evaluate("async () => await app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        self.page.wait_for_timeout(SECONDS)
+
+    def picture(self, margin: int = 16) -> bytes:
+        """The graph alone as PNG, cut out of the page; `fit` comes first."""
+        box = self.page.evaluate("""(margin) => {
+            const boxes = [...app.graph.nodes, ...app.graph.groups].map((each) => each.boundingRect)
+            const ds = app.canvas.ds, view = document.querySelector("#graph-canvas").getBoundingClientRect()
+            const x = (value) => view.x + (value + ds.offset[0]) * ds.scale
+            const y = (value) => view.y + (value + ds.offset[1]) * ds.scale
+            const left = x(Math.min(...boxes.map((b) => b[0]))) - margin
+            const top = y(Math.min(...boxes.map((b) => b[1]))) - margin
+            return {
+                x: left, y: top, width: x(Math.max(...boxes.map((b) => b[0] + b[2]))) + margin - left,
+                height: y(Math.max(...boxes.map((b) => b[1] + b[3]))) + margin - top,
+            }
+        }""", margin)
+        return self.page.screenshot(clip=box)
+
+    def screenshot(self, name: str) -> None:
+        """A picture into the folder that ROPESLR_SCREENSHOTS names; nothing without one."""
+        folder = os.environ.get("ROPESLR_SCREENSHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+@contextmanager
+def window(url: str, width: int = 1920, height: int = 1080) -> Iterator[Window]:
+    """A browser with one page at a ComfyUI server."""
+    from playwright.sync_api import sync_playwright
+
+    program = find_chromium()
+    if program is None:
+        raise RuntimeError("no Chromium or Chrome was found; ROPESLR_CHROMIUM can name one")
+    with sync_playwright() as playwright:
+        # Without --no-sandbox Chromium refuses to start as root, as in a container.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(PATIENCE)
+            opened = Window(page, url)
+            page.on("pageerror", lambda error: opened.errors.append(str(error)))
+            page.on("console", opened.heed)
+            yield opened
+        finally:
+            browser.close()
+
+
+def placeholders(base: Path) -> None:
+    """Empty files under the names that the shipped workflows ask for: the lists show them, nothing loads them."""
+    import graphs
+    import tiny_files
+
+    for model in graphs.MODELS.values():
+        path = base / "models" / model.directory / model.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    tiny_files.start_image(base / "input" / "example.png")
+
+
+def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: bool = False) -> None:
+    """Write folder/NAME.jpg for shipped workflows, as the canvas shows them where every file is in its place."""
+    from comfy_server import ComfyServer
+    from workflow import load
+
+    placeholders(base)
+    with ComfyServer(tree, base) as server, window(server.url, 2400, 1200) as shown:
+        shown.open(vue)
+        shown.clear_view()
+        for name in names:
+            shown.drop(name, load(name))
+            shown.close_dialogs()
+            shown.fit()
+            (folder / f"{name}.jpg").write_bytes(_small_jpeg(shown.picture()))
+
+
+def _small_jpeg(png: bytes) -> bytes:
+    """The picture as a JPEG of at most PICTURE_BYTES."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS)
+    for quality in range(88, 30, -4):
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=quality, optimize=True, progressive=True)
+        if out.tell() <= PICTURE_BYTES:
+            return out.getvalue()
+    raise RuntimeError(f"the picture does not become smaller than {PICTURE_BYTES} bytes")
+
+
+if __name__ == "__main__":
+    import graphs
+
+    take_pictures(
+        Path(os.environ["COMFYUI_PATH"]), Path(os.environ["ROPESLR_TEST_BASE"]) / "pictures", graphs.FOLDER,
+        sys.argv[1:] or list(graphs.GRAPHS),
+    )
