@@ -39,7 +39,6 @@ class ModelCall:
         self.part = part
         self.context_lengths = context_lengths
         self.below = below
-        self.attention_calls = 0
         self.layers_seen: set[Hashable] = set()
         self._places = places
         self._read_mask: tuple[torch.Tensor, tuple] | None = None             # of the last layer: all share one mask

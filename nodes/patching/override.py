@@ -22,7 +22,6 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
     options = kwargs["transformer_options"]
     call = options[CALL]
     run = call.run
-    call.attention_calls += 1
     by_head = bool(kwargs.get("skip_reshape"))
     batch, tokens = q.shape[0], q.shape[-2]
     if call.unsupported:                    # how its tokens lie is not known
