@@ -113,7 +113,7 @@ def test(rest: list[str]) -> int:
             suites.append(Suite(f"inside ComfyUI {version}", ["-m", "not slow", "tests/nodes"], places))
     program = chromium()
     if program:
-        suites.insert(1, browser_suite(program, ["-m", "not slow"]))
+        suites.insert(1, browser_suite(program, []))
     return run_suites(python, suites + kernel_suites(python))
 
 

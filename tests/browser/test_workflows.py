@@ -4,10 +4,11 @@ import json
 import uuid
 
 import pytest
+from effort import thorough
 from workflow import ROOT, load, tiny_workflow
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-QUICK = ("sparkwan_few_step", "wan2.1_t2v")  # run by default; the others are slow
+QUICK = ("sparkwan_few_step", "wan2.1_t2v")  # tried in every way by default; the others as they are dropped
 
 
 def contents(workflow):
@@ -35,6 +36,9 @@ def named(workflow):
     return {key: (kind, mode, values) for key, (kind, mode, _, values) in nodes.items()}, links
 
 
+SOME = [name if name in QUICK else pytest.param(name, marks=thorough) for name in NAMES]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name):
     workflow = load(name)
@@ -52,7 +56,7 @@ def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name):
     assert named(shown.saved()) == named(workflow)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
     """Boxes with titles; the pack's node has its panel by then. Vue nodes take the height that they need."""
     nodes = shown.drop(name, load(name))
@@ -66,9 +70,7 @@ def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
             assert apart, (node["type"], other["type"])
 
 
-@pytest.mark.parametrize("name", [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
-])
+@pytest.mark.parametrize("name", SOME)
 def test_it_runs_to_a_video_that_is_shown(shown, server, name):
     side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
     small = tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2)

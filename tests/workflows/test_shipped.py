@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from effort import thorough
 from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,7 +16,7 @@ NAMES = [
     "adapter_on_stock_model", "dense_vs_sparse", "hunyuanvideo1.5_t2v", "hunyuanvideo_t2v", "sparkwan_few_step",
     "wan2.1_i2v", "wan2.1_t2v", "wan2.1_vace", "wan2.2_5b", "wan2.2_a14b_t2v",
 ]
-QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")        # run by default; the others are slow
+QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")        # run by default
 NODE = "RoPeSLRSparseAttention"
 SCHEMA = Draft202012Validator(json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8")))
 TITLE = 30                                  # a node's title stands above its position
@@ -183,7 +184,7 @@ def server():
 
 
 @pytest.mark.parametrize("name", [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+    name if name in QUICK else pytest.param(name, marks=thorough) for name in NAMES
 ])
 def test_every_workflow_runs_to_a_video(server, name):
     from workflow import load, make_tiny, to_prompt

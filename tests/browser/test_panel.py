@@ -1,0 +1,54 @@
+"""The panel on the main node, in a real browser: it follows the slider at once, asks nobody, and tells of the run."""
+
+import uuid
+
+from workflow import load, tiny_workflow
+
+PANEL = """() => {
+    const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
+    return node.widgets.find((each) => each.name === "ropeslr_panel").element.innerText
+}"""
+# Set a widget as a slider does, and wait in steps of one frame for the panel's text to change.
+MOVE = """async ([name, value]) => {
+    const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
+    const panel = node.widgets.find((each) => each.name === "ropeslr_panel").element
+    const widget = node.widgets.find((each) => each.name === name)
+    const before = panel.innerText, started = performance.now()
+    widget.value = value
+    widget.callback?.(value, app.canvas, node)
+    while (panel.innerText === before && performance.now() - started < 5000) {
+        await new Promise((done) => requestAnimationFrame(done))
+    }
+    return [panel.innerText, panel.innerText !== before]
+}"""
+
+
+def test_it_follows_the_slider_and_asks_nobody(shown):
+    shown.drop("wan2.1_t2v", load("wan2.1_t2v"))
+    first = shown.page.evaluate(PANEL)
+    assert "Keeps 51 of 512 blocks" in first and "attention FLOPs saved" in first
+    asked = []
+    shown.page.on("request", lambda request: asked.append(request.url))
+    text, changed = shown.page.evaluate(MOVE, ["sparsity", 0.5])
+    assert changed and "Keeps 256 of 512 blocks" in text
+    text, changed = shown.page.evaluate(MOVE, ["sparsity", 0.0])
+    assert changed and "FLOPs saved" not in text
+    assert shown.page.evaluate(MOVE, ["sparsity", 0.9])[0] == first
+    assert not [url for url in asked if "ropeslr" in url.lower() or "/prompt" in url]
+    saved = next(node for node in shown.saved()["nodes"] if node["type"] == "RoPeSLRSparseAttention")
+    wanted = next(node for node in load("wan2.1_t2v")["nodes"] if node["type"] == "RoPeSLRSparseAttention")
+    assert saved["widgets_values"] == wanted["widgets_values"]                # the panel is in none of them
+
+
+def test_after_a_run_it_tells_what_happened(shown, server):
+    small = tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3)
+    small["id"] = str(uuid.uuid4())
+    for node in small["nodes"]:             # a seed of its own, or ComfyUI answers from what it has kept
+        node["widgets_values"] = [uuid.uuid4().int % 2**40 if x == 42 else x for x in node["widgets_values"]]
+    shown.drop("wan2.1_t2v", small)
+    assert "Last run" not in shown.page.evaluate(PANEL)
+    shown.run()
+    text = shown.page.evaluate(PANEL)
+    assert "Last run" in text and "4 of 6 calls" in text and "dense first steps" in text
+    shown.fit()
+    shown.screenshot(f"panel_{shown.renderer}_done")
