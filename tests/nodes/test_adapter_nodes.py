@@ -10,6 +10,7 @@ import checkpoints
 import comfy_host
 import pytest
 import torch
+from effort import thorough
 from fields import relative_error
 from sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
 
@@ -423,8 +424,8 @@ def test_stretched_rope_reaches_the_adapter(options, matters):
 
 
 @pytest.mark.parametrize("method, node_first", [
-    ("rola", False), pytest.param("rola", True, marks=pytest.mark.slow),
-    pytest.param("ropeslr", True, marks=pytest.mark.slow), pytest.param("adaspa", False, marks=pytest.mark.slow),
+    pytest.param("rola", False, marks=pytest.mark.slow), pytest.param("rola", True, marks=thorough),
+    pytest.param("ropeslr", True, marks=pytest.mark.slow), pytest.param("adaspa", False, marks=thorough),
 ])
 def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, node_first):
     import torch._dynamo.utils as dynamo

@@ -243,6 +243,7 @@ def queries_and_keys(model, first, latent):
     return seen
 
 
+@pytest.mark.slow
 def test_masks_searched_without_a_dense_pass_are_nearly_those_of_a_fresh_search():
     """On consecutive steps; and nearer to them than with the old LSE itself, as the paper has it."""
     ops = comfy_host.module(".kernels.ops")

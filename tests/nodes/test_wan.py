@@ -33,6 +33,7 @@ def test_the_sparse_path_with_every_block_equals_dense(wan, order, monkeypatch):
     assert report(patched).sparse_calls == 6 and report(patched).density == 1.0   # 2 layers x 3 steps, none skipped
 
 
+@pytest.mark.slow
 def test_error_falls_as_density_rises_and_ropeslr_is_lowest(wan):
     model, arguments, dense = wan
     errors = {
