@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy_host
 import pytest
 import torch
-from effort import thorough
+from effort import THOROUGH, thorough
 from fields import relative_error
 from sampling import full_density, own_adapter, report, sparse
 from variants import VARIANTS
@@ -77,7 +77,7 @@ def test_every_block_kept_is_dense(variant, monkeypatch):
     full_density(monkeypatch)
     _, variant, model = variant
     dense = variant.sample(model, variant.even, 1.0)
-    for order in ("cube", "raster"):
+    for order in ("cube", "raster") if THOROUGH else ("cube",):
         patched = sparse(model, sparsity=0.0, block_order=order)
         assert relative_error(variant.sample(patched, variant.even, 1.0), dense) < 1e-5
         assert report(patched).density == 1.0 and not report(patched).dense_calls

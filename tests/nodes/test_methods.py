@@ -280,10 +280,9 @@ def test_masks_searched_without_a_dense_pass_are_nearly_those_of_a_fresh_search(
 
 
 def test_two_conditionings_have_their_own_masks(monkeypatch):
-    runs = []
-    module = comfy_host.module(".nodes.patching.sampling_run")
-    real = module.AttentionRun
-    monkeypatch.setattr(module, "AttentionRun", lambda *a: runs.append(real(*a)) or runs[-1])
+    run_class, runs = comfy_host.module(".attention").AttentionRun, []
+    begin = run_class.__init__
+    monkeypatch.setattr(run_class, "__init__", lambda self, *args: runs.append(self) or begin(self, *args))
     for text_tokens in (20, 77):            # of equal length they come in one batch
         patched = sparse(load_model("tiny_wan21_t2v"), method="adaspa", sparsity=0.6)
         comfy_host.run_node(
