@@ -41,6 +41,10 @@ class EnteringLayer:
     def leave(self, number: int) -> None:
         self.control.pop(number, None)
 
+    def drop(self) -> None:
+        """Let go of what a dense attention has no use for: it is as large as the activations of a layer."""
+        self._x = self._rope = None
+
     def take(self, batch: int, tokens: int, device: torch.device, layout: TokenLayout | None) -> LayerInputs:
         """What was seen, if it belongs to an attention of so many tokens; a second call sees nothing."""
         x, rope, self._x, self._rope = self._x, self._rope, None, None

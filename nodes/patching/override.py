@@ -51,6 +51,7 @@ def sparse_override(func, q, k, v, heads, mask=None, **kwargs):
         if reason is None:
             return out
     # Here a failed call's tensors are free again, so a dense call may fit where the sparse one did not.
+    call.entering.drop()
     if not chosen:
         run.warn_dense(reason)
     call.stay_dense(reason, number, batch, tokens, width, heads)
