@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -21,15 +21,24 @@ SAMPLED_ROWS = 2048                         # of the video, spread evenly
 STEPS = 8                                   # a run of so many steps is learned for once, in its first
 
 
+@dataclass(frozen=True)
+class Look:
+    """Whose kept blocks are to be drawn: a layer, the number it has for people, and a head."""
+
+    layer: Hashable
+    number: int
+    head: int
+
+
 class Probe:
     """Stands in for an `AttentionRun`: gives out dense attention, so that every layer sees what it always sees.
 
-    plans: the methods to try, by name; all are resolved with the adapter where it is theirs. look: layer and head whose
-    kept blocks are drawn, or None. After the calls: `errors[name][layer]` relative to dense attention on some rows,
+    plans: the methods to try, by name; all are resolved with the adapter where it is theirs. look: whose kept
+    blocks are drawn, or None; a head that the model lacks means its last. After the calls: `errors[name][layer]` relative to dense attention on some rows,
     `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of the video's blocks (the first plan's).
     """
 
-    def __init__(self, plans: Mapping[str, SparsePlan], adapter: Adapter | None, look: tuple[Hashable, int] | None):
+    def __init__(self, plans: Mapping[str, SparsePlan], adapter: Adapter | None, look: Look | None):
         def fitting(plan: SparsePlan) -> Adapter | None:
             return adapter if adapter is not None and adapter.info.method == plan.method else None
 
@@ -77,7 +86,8 @@ class Probe:
             off = (out.index_select(2, rows).float() - exact).norm() / exact.norm()
             self.errors[name][layer] = off.item()
             self._costs[name].append(cost)
-        if self.look is not None and layer == self.look[0] and self.kept is None:
+        if self.look is not None and layer == self.look.layer and self.kept is None:
+            self.look = replace(self.look, head=min(self.look.head, heads - 1))
             self.kept = self._kept_blocks(q, k, layout, layer, conditioning, scale)
         flops = batch * dense_flops(tokens, width, heads)
         return dense, AttentionCost(1.0, flops, flops)
@@ -91,8 +101,8 @@ class Probe:
             layer, 0, conditioning, layout, tables, q.shape[-1] ** -0.5 if scale is None else scale, run.plan.backend,
         )
         routing = route(q[:, :, call.video], k, call, run.plan)
-        head = min(self.look[1], q.shape[1] - 1)
-        indices, counts = routing.indices[0, head].cpu().long(), routing.counts[0, head].cpu()
+        indices = routing.indices[0, self.look.head].cpu().long()
+        counts = routing.counts[0, self.look.head].cpu()
         blocks = tables.video.shape[0]
         kept = torch.zeros(blocks, tables.keys.shape[0], dtype=torch.bool)
         real = torch.arange(indices.shape[1]) < counts[:, None]

@@ -15,8 +15,8 @@ COLOURS = ("#3b7dd8", "#8ab4e8", "#e0a13c", "#8f6bb8", "#9aa0a6")
 NOT_RUN = "#d9d9d9"
 
 
-def draw(report: RunReport, probe: Probe | None, look: str) -> torch.Tensor:
-    """-> IMAGE `(1, H, W, 3)` float32 in 0..1. look names the layer and head whose blocks a probe's map shows."""
+def draw(report: RunReport, probe: Probe | None) -> torch.Tensor:
+    """-> IMAGE `(1, H, W, 3)` float32 in 0..1."""
     figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
     (density, cost), (below, blocks) = figure.subplots(2, 2)
     done = "" if report.completed else ", cut short"
@@ -31,7 +31,7 @@ def draw(report: RunReport, probe: Probe | None, look: str) -> torch.Tensor:
         _note(blocks, "Connect positive and choose a comparison\nto see errors and kept blocks.")
     else:
         _errors(below, probe)
-        _blocks(blocks, probe, look)
+        _blocks(blocks, probe)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]
@@ -111,8 +111,8 @@ def _errors(axes, probe: Probe) -> None:
     axes.legend(fontsize=9)
 
 
-def _blocks(axes, probe: Probe, look: str) -> None:
-    axes.set_title(f"Kept blocks, {look}")
+def _blocks(axes, probe: Probe) -> None:
+    axes.set_title(f"Kept blocks, layer {probe.look.number}, head {probe.look.head}")
     if probe.kept is None:
         _note(axes, "This layer stayed dense.")
         return

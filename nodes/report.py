@@ -80,7 +80,7 @@ class RoPeSLRReport(io.ComfyNode):
         try:
             from .figure import draw
 
-            image = draw(report, found, f"layer {layer}, head {head}")
+            image = draw(report, found)
         except ImportError:
             text += "\nThe picture needs matplotlib: pip install matplotlib."
             image = _written(text)

@@ -138,6 +138,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
+            # Or ComfyUI answers for an equal node of another number from its cache, and reports go to that one.
+            not_idempotent=True,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 
 from ...attention import SparsePlan
 from ...attention.plan import TRAINED_METHODS
-from ...attention.probe import Probe
+from ...attention.probe import Look, Probe
 from .patch import KEY, SparsePatch, put_on
 from .recognise import recognise
 
@@ -47,7 +47,8 @@ def probe(
         names = [name for name in (*METHODS, *TRAINED_METHODS) if name in METHODS or name == own]
         plans |= {name: _as_method(plan, name) for name in names if name not in plans}
     identities = facts.layer_identities()
-    made = Probe(plans, adapter, (identities[min(layer, len(identities) - 1)], head))
+    number = min(layer, len(identities) - 1)
+    made = Probe(plans, adapter, Look(identities[number], number, head))
     probed = model.clone()
     put_on(probed, Quiet(plan, None, adapter, lambda *_: made))
     sampling = probed.get_model_object("model_sampling")

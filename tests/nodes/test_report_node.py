@@ -54,6 +54,8 @@ def test_the_errors_are_those_of_the_methods():
         assert set(low.errors[name]) == {0, 1}
         assert all(low.errors[name][layer] < high.errors[name][layer] for layer in (0, 1)), name
         assert low.saved[name] < high.saved[name]
+    far = module.probe(sparse(model, sparsity=0.3), latent, conditioning(1), False, 0.5, 999, 999)
+    assert (far.look.number, far.look.head) == (1, 1) and far.kept is not None      # the last of both, and said so
     assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
     trained = module.probe(
         sparse(model, adapter=own_adapter("rola"), sparsity=0.8), latent, conditioning(1), True, 0.5, 0, 0)

@@ -362,17 +362,24 @@ def dense_vs_sparse() -> Graph:
     stitch = Node(
         "stitch", "ImageStitch", links={"image1": "decode_dense", "image2": "decode_sparse"}, title="Side by side",
     )
-    beside, *rest = video("dense_vs_sparse", 16.0, "stitch")
+    report = Node(
+        "report", "RoPeSLRReport", {"compare": "all methods"},
+        {"latent": "sampler", "model": "sparse", "positive": "positive"}, title="Which method suits this model?",
+        width=620,
+    )
     return graph(
         "dense_vs_sparse", "Dense against sparse",
         "The same model, seed and texts, sampled twice: without the RoPeSLR node and with it. The video shows **dense "
         "on the left, sparse on the right**. ComfyUI keeps the dense result, so after moving a slider only the sparse "
-        "half is computed again. Give both samplers the same steps and cfg.",
+        "half is computed again. Give both samplers the same steps and cfg.\n\n**RoPeSLR Report** draws what the sparse "
+        "run did, and how far every method is from dense attention on this model. That takes a few steps more; set "
+        "*compare* to off to do without.",
         (Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())), size(832, 480, 81), seed),
         (prompts(FOX),),
         (Group("Sparse attention", (shift(), sparse())),),
         samplers,
-        (Group("Side by side", (stitch,)), beside, *rest),
+        (Group("Side by side", (stitch,)), *video("dense_vs_sparse", 16.0, "stitch")),
+        (Group("Report", (report,)),),
         after=(
             "## What to expect\n\nAt 0.90 look for small differences in fine texture and fast motion. The progress bar "
             "shows the time of each sampler; the first run also loads the model, so read the time of a second one. The "
