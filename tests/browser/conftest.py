@@ -27,9 +27,9 @@ def server():
         yield running
 
 
-@pytest.fixture(scope="module", params=["classic", "vue"])
+@pytest.fixture(scope="session", params=["classic", "vue"])
 def page(request, server):
-    """ComfyUI in a browser window; opened once for all tests of a file, since that takes longest."""
+    """ComfyUI in a browser window; opened once for all tests, since that takes longest."""
     import browser
 
     with browser.window(server.url) as window:

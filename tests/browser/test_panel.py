@@ -1,8 +1,6 @@
 """The panel on the main node, in a real browser: it follows the slider at once, asks nobody, and tells of the run."""
 
-import uuid
-
-from workflow import load, tiny_workflow
+from workflow import fresh, load, tiny_workflow
 
 PANEL = """() => {
     const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
@@ -41,10 +39,7 @@ def test_it_follows_the_slider_and_asks_nobody(shown):
 
 
 def test_after_a_run_it_tells_what_happened(shown, server):
-    small = tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3)
-    small["id"] = str(uuid.uuid4())
-    for node in small["nodes"]:             # a seed of its own, or ComfyUI answers from what it has kept
-        node["widgets_values"] = [uuid.uuid4().int % 2**40 if x == 42 else x for x in node["widgets_values"]]
+    small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3))
     shown.drop("wan2.1_t2v", small)
     assert "Last run" not in shown.page.evaluate(PANEL)
     shown.run()

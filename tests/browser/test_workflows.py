@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 from effort import thorough
-from workflow import ROOT, load, tiny_workflow
+from workflow import ROOT, fresh, load, tiny_workflow
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 QUICK = ("sparkwan_few_step", "wan2.1_t2v")  # tried in every way by default; the others as they are dropped
@@ -73,10 +73,7 @@ def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
 @pytest.mark.parametrize("name", SOME)
 def test_it_runs_to_a_video_that_is_shown(shown, server, name):
     side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
-    small = tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2)
-    small["id"] = str(uuid.uuid4())
-    for node in small["nodes"]:             # a seed of its own, or ComfyUI answers from what it has kept
-        node["widgets_values"] = [uuid.uuid4().int % 2**40 if x == 42 else x for x in node["widgets_values"]]
+    small = fresh(tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2))
     shown.drop(name, small)
     outputs = shown.run()
     (save,) = (node["id"] for node in small["nodes"] if node["type"] == "SaveVideo")

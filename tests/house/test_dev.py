@@ -1,4 +1,4 @@
-"""dev.py: what it says when something is missing, and which ComfyUI it takes."""
+"""dev.py and what it sets up: what it says when something is missing, and which ComfyUI it takes."""
 
 import ast
 import importlib.util
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def dev(tmp_path, monkeypatch):
-    """dev.py as a module, with an empty cache."""
-    spec = importlib.util.spec_from_file_location("dev_under_test", ROOT / "dev.py")
+    """What sets the machine up, as a module, with an empty cache."""
+    spec = importlib.util.spec_from_file_location("machine_under_test", ROOT / "tests" / "support" / "machine.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("ROPESLR_CACHE", str(tmp_path / "cache"))
@@ -32,12 +32,13 @@ def make_tree(folder):
 
 def test_only_the_standard_library_is_imported():
     tops = set()
-    for node in ast.walk(ast.parse((ROOT / "dev.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            tops |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            tops.add(node.module.split(".")[0])
-    assert tops <= set(sys.stdlib_module_names)
+    for name in ("dev.py", "tests/support/machine.py"):
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                tops |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                tops.add(node.module.split(".")[0])
+    assert tops <= {*sys.stdlib_module_names, "machine"}
 
 
 def test_comfyui_path_wins_and_is_checked(dev, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from PIL import Image
 
 SECONDS = 1000                              # playwright counts in milliseconds
 PATIENCE = 120 * SECONDS                    # a busy machine takes many times the usual two seconds to load the page
-PICTURE_WIDTH, PICTURE_BYTES = 1600, 118_000
+PICTURE_WIDTH, PICTURE_BYTES = 1600, 98_000
 # Nothing is to cover the canvas: no tour, no template browser, no floating tools.
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False,
@@ -34,6 +34,35 @@ DROP = """([name, text]) => {
     carried.items.add(new File([text], name, { type: "application/json" }))
     const at = { bubbles: true, cancelable: true, dataTransfer: carried, clientX: 900, clientY: 500 }
     for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, at))
+}"""
+# Until no node has changed its size for some frames, and everything that was asked of the canvas is drawn.
+SETTLE = """() => new Promise((done) => {
+    let before = "", same = 0
+    const look = () => {
+        const now = JSON.stringify([
+            app.graph.nodes.map((node) => [...node.boundingRect]), app.canvas.ds.scale, app.canvas.ds.offset,
+            document.querySelectorAll("canvas, video, textarea, [data-node-id]").length,
+        ])
+        same = now === before ? same + 1 : 0
+        before = now
+        same === 12 ? done(true) : requestAnimationFrame(look)
+    }
+    look()
+})"""
+# Where nodes of a type, or with null the whole graph, lie on the page.
+PLACE = """([type, margin]) => {
+    const shown = type ? app.graph.nodes.filter((each) => each.type === type).slice(0, 1)
+        : [...app.graph.nodes, ...app.graph.groups]
+    const boxes = shown.map((each) => each.boundingRect)
+    const ds = app.canvas.ds, view = document.querySelector("#graph-canvas").getBoundingClientRect()
+    const x = (value) => view.x + (value + ds.offset[0]) * ds.scale
+    const y = (value) => view.y + (value + ds.offset[1]) * ds.scale
+    const left = x(Math.min(...boxes.map((b) => b[0]))) - margin
+    const top = y(Math.min(...boxes.map((b) => b[1]))) - margin
+    return {
+        x: left, y: top, width: x(Math.max(...boxes.map((b) => b[0] + b[2]))) + margin - left,
+        height: y(Math.max(...boxes.map((b) => b[1] + b[3]))) + margin - top,
+    }
 }"""
 # What stands on the canvas: each node's box with its title, its size and the size that it needs at least.
 SEEN = """() => app.graph.nodes.map((node) => ({
@@ -68,7 +97,7 @@ class Window:
             "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && window.app?.graph?.nodes.length",
             timeout=PATIENCE,               # the default workflow stands on the canvas last
         )
-        self.page.wait_for_timeout(SECONDS)
+        self.settle()
         if self.page.evaluate("() => LiteGraph.vueNodesMode === true") != vue:
             raise RuntimeError(f"the page did not take Comfy.VueNodes.Enabled = {vue}")
 
@@ -79,8 +108,33 @@ class Window:
             "([id, count]) => app.graph.id === id && app.graph.nodes.length === count",
             arg=[workflow["id"], len(workflow["nodes"])], timeout=PATIENCE,
         )
-        self.page.wait_for_timeout(SECONDS)         # nodes grow and widgets appear a few frames later
+        self.settle()                       # nodes grow and widgets appear a few frames later
         return self.nodes()
+
+    def settle(self) -> None:
+        """Wait until the canvas has come to rest."""
+        self.page.evaluate(SETTLE)
+
+    def theme(self, name: str) -> None:
+        """Change the colours: dark, light, or another of ComfyUI's palettes."""
+        self.page.evaluate("(name) => app.extensionManager.setting.set('Comfy.ColorPalette', name)", name)
+        self.settle()
+
+    def show(self, type_: str, margin: int = 12) -> bytes:
+        """The first node of a type at its full size, as PNG."""
+        self.page.evaluate("""(type) => {
+            const [x, y] = app.graph.nodes.find((each) => each.type === type).boundingRect, ds = app.canvas.ds
+            ds.scale = 1
+            ds.offset[0] = 260 - x
+            ds.offset[1] = 140 - y
+            app.canvas.setDirty(true, true)
+        }""", type_)
+        self.settle()
+        return self.page.screenshot(clip=self.place(type_, margin))
+
+    def place(self, type_: str | None = None, margin: int = 0) -> dict:
+        """Where the first node of a type lies on the page, or the whole graph: x, y, width, height."""
+        return self.page.evaluate(PLACE, [type_, margin])
 
     def heed(self, message) -> None:
         """Keep what the console says of our scripts; an address that cannot be reached is the machine's affair."""
@@ -104,7 +158,7 @@ class Window:
     def close_dialogs(self) -> None:
         for _ in range(3):
             self.page.keyboard.press("Escape")
-            self.page.wait_for_timeout(200)
+            self.settle()
         for button in self.page.locator(".p-toast-close-button:visible").all():
             button.click()
 
@@ -123,7 +177,7 @@ class Window:
         done = self.page.evaluate("() => window.ropeslrDone")
         if done["kind"] != "execution_success":
             raise RuntimeError(f"{done['kind']}: {done['detail'].get('exception_message')}")
-        self.page.wait_for_timeout(SECONDS)
+        self.settle()
         return self.page.evaluate("() => app.nodeOutputs")
 
     def fit(self, room: float = 0.92) -> None:
@@ -139,28 +193,16 @@ class Window:
             ds.offset[1] = view.height / 2 / ds.scale - (top + bottom) / 2
             app.canvas.setDirty(true, true)
         }""", room)
-        self.page.wait_for_timeout(SECONDS)
+        self.settle()
 
     def clear_view(self) -> None:
         """Hide everything but the canvas."""
         self.page.evaluate("async () => await app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
-        self.page.wait_for_timeout(SECONDS)
+        self.settle()
 
     def picture(self, margin: int = 16) -> bytes:
         """The graph alone as PNG, cut out of the page; `fit` comes first."""
-        box = self.page.evaluate("""(margin) => {
-            const boxes = [...app.graph.nodes, ...app.graph.groups].map((each) => each.boundingRect)
-            const ds = app.canvas.ds, view = document.querySelector("#graph-canvas").getBoundingClientRect()
-            const x = (value) => view.x + (value + ds.offset[0]) * ds.scale
-            const y = (value) => view.y + (value + ds.offset[1]) * ds.scale
-            const left = x(Math.min(...boxes.map((b) => b[0]))) - margin
-            const top = y(Math.min(...boxes.map((b) => b[1]))) - margin
-            return {
-                x: left, y: top, width: x(Math.max(...boxes.map((b) => b[0] + b[2]))) + margin - left,
-                height: y(Math.max(...boxes.map((b) => b[1] + b[3]))) + margin - top,
-            }
-        }""", margin)
-        return self.page.screenshot(clip=box)
+        return self.page.screenshot(clip=self.place(None, margin))
 
     def screenshot(self, name: str) -> None:
         """A picture into the folder that ROPESLR_SCREENSHOTS names; nothing without one."""
@@ -217,12 +259,29 @@ def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: b
             shown.drop(name, load(name))
             shown.close_dialogs()
             shown.fit()
-            (folder / f"{name}.jpg").write_bytes(_small_jpeg(shown.picture()))
+            (folder / f"{name}.jpg").write_bytes(_small_jpeg(Image.open(io.BytesIO(shown.picture()))))
 
 
-def _small_jpeg(png: bytes) -> bytes:
+def readme_pictures(seen: Path, folder: Path) -> None:
+    """Put together what tests/browser/test_pictures.py has seen: folder/node.jpg, graph.jpg and report.jpg."""
+    parts = {
+        "node": ("node_classic_dark", "node_classic_dark_done", "node_vue_light", "node_vue_light_done"),
+        "graph": ("graph_vue",), "report": ("report",),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, of in parts.items():
+        images = [Image.open(seen / f"{each}.png").convert("RGB") for each in of]
+        whole = Image.new("RGB", (sum(each.width for each in images), max(each.height for each in images)), "white")
+        left = 0
+        for each in images:
+            whole.paste(each, (left, 0))
+            left += each.width
+        (folder / f"{name}.jpg").write_bytes(_small_jpeg(whole))
+
+
+def _small_jpeg(image: Image.Image) -> bytes:
     """The picture as a JPEG of at most PICTURE_BYTES."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = image.convert("RGB")
     image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS)
     for quality in range(88, 30, -4):
         out = io.BytesIO()
@@ -235,7 +294,10 @@ def _small_jpeg(png: bytes) -> bytes:
 if __name__ == "__main__":
     import graphs
 
-    take_pictures(
-        Path(os.environ["COMFYUI_PATH"]), Path(os.environ["ROPESLR_TEST_BASE"]) / "pictures", graphs.FOLDER,
-        sys.argv[1:] or list(graphs.GRAPHS),
-    )
+    wanted = sys.argv[1:] or ["readme", *graphs.GRAPHS]
+    if "readme" in wanted:
+        wanted.remove("readme")
+        readme_pictures(Path(os.environ["ROPESLR_SCREENSHOTS"]), graphs.ROOT / "web" / "docs" / "images")
+    if wanted:
+        base = Path(os.environ["ROPESLR_TEST_BASE"]) / "pictures"
+        take_pictures(Path(os.environ["COMFYUI_PATH"]), base, graphs.FOLDER, wanted)

@@ -365,7 +365,7 @@ def dense_vs_sparse() -> Graph:
     report = Node(
         "report", "RoPeSLRReport", {"compare": "all methods"},
         {"latent": "sampler", "model": "sparse", "positive": "positive"}, title="Which method suits this model?",
-        width=620,
+        width=620, height=560,
     )
     return graph(
         "dense_vs_sparse", "Dense against sparse",

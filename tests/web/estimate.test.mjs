@@ -60,10 +60,18 @@ test("auto follows the adapter, and released weights start sparse", () => {
 });
 
 test("sparse steps leave out first, last, and AdaSpa's warm-up with its search", () => {
-  assert.equal(sparseSteps(30, "ropeslr", 1, 2), 27);
-  assert.equal(sparseSteps(50, "adaspa", 0, 0), 39);
-  assert.equal(sparseSteps(4, "adaspa", 0, 0), 3);
-  assert.equal(sparseSteps(2, "ropeslr", 5, 0), 0);
+  const whole = (total) => ({ total, from: 0, to: total });
+  assert.equal(sparseSteps(whole(30), "ropeslr", 1, 2), 27);
+  assert.equal(sparseSteps(whole(50), "adaspa", 0, 0), 39);
+  assert.equal(sparseSteps(whole(4), "adaspa", 0, 0), 3);
+  assert.equal(sparseSteps(whole(2), "ropeslr", 5, 0), 0);
+});
+
+test("two experts share one schedule's first and last steps", () => {
+  const [high, low] = [{ total: 20, from: 0, to: 10 }, { total: 20, from: 10, to: 20 }];
+  assert.deepEqual([high, low].map((steps) => sparseSteps(steps, "ropeslr", 1, 2)), [9, 8]);
+  assert.deepEqual([high, low].map((steps) => sparseSteps(steps, "ropeslr", 12, 0)), [0, 8]);
+  assert.deepEqual([high, low].map((steps) => sparseSteps(steps, "adaspa", 0, 0)), [5, 9]);
 });
 
 test("dense layers count once, within the model, and unreadable ones not at all", () => {
@@ -82,7 +90,7 @@ test("the paper's own case: 90 % and rank 64 are ten times fewer FLOPs", () => {
 test("higher sparsity and lower rank never cost more; a step gains less than its attention", () => {
   let before = null;
   for (const sparsity of [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]) {
-    const numbers = estimate({ ...SETTINGS, sparsity }, "wan-14b", SIZE_720, "", 30);
+    const numbers = estimate({ ...SETTINGS, sparsity }, "wan-14b", SIZE_720, "", { total: 30, from: 0, to: 30 });
     assert.ok(numbers.step < numbers.attention && numbers.run.speedUp < numbers.step && numbers.run.speedUp > 1);
     if (before) assert.ok(numbers.attention > before.attention && numbers.step > before.step);
     before = numbers;

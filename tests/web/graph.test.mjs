@@ -8,6 +8,7 @@ import {
 
 const MODEL = "MODEL";
 const LATENT = "LATENT";
+const whole = (total) => ({ total, from: 0, to: total });
 
 /** A graph from nodes {id: [type, inputs {name: type}, outputs [type], widgets {name: value}]} and wires. */
 function graphOf(nodes, wires) {
@@ -43,7 +44,7 @@ test("a plain graph: size, model and steps", () => {
   ]);
   const found = surroundings(graph, node(2));
   assert.deepEqual([found.size.width, found.size.height, found.size.length], [832, 480, 81]);
-  assert.deepEqual([found.model, found.steps, found.adapter], ["wan-1.3b", 30, ""]);
+  assert.deepEqual([found.model, found.steps, found.adapter], ["wan-1.3b", whole(30), ""]);
 });
 
 test("links kept as a plain object work too, and an unconnected node finds nothing", () => {
@@ -65,7 +66,44 @@ test("through LoRA, reroutes and a guider to SamplerCustomAdvanced, steps from i
     [9, 0, 8, "sigmas"], [4, 0, 10, ""], [10, 0, 8, "latent_image"],
   ]);
   const found = surroundings(graph, node(2));
-  assert.deepEqual([found.size?.length, found.model, found.steps], [81, "wan-1.3b", 12]);
+  assert.deepEqual([found.size?.length, found.model, found.steps], [81, "wan-1.3b", whole(12)]);
+});
+
+test("Set and Get nodes stand for a link, of the model and of the latent", () => {
+  const set = (name, kind) => ["SetNode", { [kind]: kind }, [kind], { Constant: name }];
+  const get = (name, kind) => ["GetNode", {}, [kind], { Constant: name }];
+  const { graph, node } = graphOf({
+    1: LOADER, 2: OURS, 3: KSAMPLER, 4: EMPTY, 5: set("base", MODEL), 6: get("base", MODEL), 7: set("size", LATENT),
+    8: get("size", LATENT), 9: set("sparse", MODEL), 10: get("sparse", MODEL), 11: get("nobody", MODEL), 12: OURS,
+  }, [
+    [1, 0, 5, MODEL], [6, 0, 2, "model"], [2, 0, 9, MODEL], [10, 0, 3, "model"], [4, 0, 7, LATENT],
+    [8, 0, 3, "latent_image"], [11, 0, 12, "model"],
+  ]);
+  const found = surroundings(graph, node(2));
+  assert.deepEqual([found.size?.width, found.model, found.steps], [832, "wan-1.3b", whole(30)]);
+  assert.deepEqual(surroundings(graph, node(12)), { size: null, model: "", adapter: "", steps: null });
+});
+
+test("the steps of a sampler: of two experts, of split noise levels, of a preset", () => {
+  const expert = (from, to) => ["KSamplerAdvanced", { model: MODEL, latent_image: LATENT }, [LATENT],
+    { steps: 20, start_at_step: from, end_at_step: to }];
+  const custom = ["SamplerCustom", { model: MODEL, sigmas: "SIGMAS", latent_image: LATENT }, [LATENT]];
+  const { graph, node } = graphOf({
+    1: OURS, 2: OURS, 3: expert(0, 10), 4: expert(10, 10000), 5: EMPTY, 6: OURS, 7: OURS, 8: custom, 9: custom,
+    10: ["BasicScheduler", {}, ["SIGMAS"], { steps: 8 }],
+    11: ["SplitSigmas", { sigmas: "SIGMAS" }, ["SIGMAS", "SIGMAS"], { step: 3 }],
+    12: OURS, 13: custom, 14: ["RoPeSLRFewStepSigmas", {}, ["SIGMAS"], { preset: "SparkWan 2.1, 4 steps" }],
+    15: OURS, 16: custom, 17: ["RoPeSLRFewStepSigmas", {}, ["SIGMAS"], { preset: "TurboWan 2.2 low, of 3 steps" }],
+  }, [
+    [1, 0, 3, "model"], [2, 0, 4, "model"], [5, 0, 3, "latent_image"], [3, 0, 4, "latent_image"], [6, 0, 8, "model"],
+    [7, 0, 9, "model"], [10, 0, 11, "sigmas"], [11, 0, 8, "sigmas"], [11, 1, 9, "sigmas"], [5, 0, 8, "latent_image"],
+    [8, 0, 9, "latent_image"], [12, 0, 13, "model"], [14, 0, 13, "sigmas"], [5, 0, 13, "latent_image"],
+    [15, 0, 16, "model"], [17, 0, 16, "sigmas"], [5, 0, 16, "latent_image"],
+  ]);
+  assert.deepEqual([1, 2, 6, 7, 12, 15].map((id) => surroundings(graph, node(id)).steps), [
+    { total: 20, from: 0, to: 10 }, { total: 20, from: 10, to: 20 }, { total: 8, from: 0, to: 3 },
+    { total: 8, from: 3, to: 8 }, whole(4), null,
+  ]);
 });
 
 test("chained samplers pass on the size, and latent upscalers change it", () => {
@@ -132,7 +170,7 @@ for (const id of [Number, String]) {
   test(`subgraph borders are crossed both ways, ids of links being a ${id.name}`, () => {
     const { root, ours } = withSubgraph(id);
     const found = surroundings(root, ours);
-    assert.deepEqual([found.size?.width, found.model, found.steps], [832, "wan-1.3b", 30]);
+    assert.deepEqual([found.size?.width, found.model, found.steps], [832, "wan-1.3b", whole(30)]);
   });
 }
 

@@ -171,7 +171,7 @@ def test_auto_means_what_it_means_in_the_plan():
 @needs_node
 def test_sparse_steps_are_those_of_the_schedule():
     cases = list(itertools.product((1, 4, 8, 9, 30), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)))
-    found = evaluate([["sparseSteps", *case] for case in cases])
+    found = evaluate([["sparseSteps", {"total": steps, "from": 0, "to": steps}, *rest] for steps, *rest in cases])
     for (steps, method, first, last), answer in zip(cases, found, strict=True):
         sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
         plan = schedule.StepSchedule(sigmas, float("inf"), float("-inf"), first, last)

@@ -64,6 +64,12 @@ test("a report of an older server, without most fields, is still told", () => {
   assert.deepEqual(words.lines, ["0 of 0 calls sparse"]);
 });
 
+test("a run that cost more than dense says so, without a minus", () => {
+  const words = reportWords({ sparse_calls: 4, dense_calls: {}, flops_saved: -0.224 });
+  assert.deepEqual(words.figures[1], ["22.4 %", "more attention FLOPs"]);
+  assert.equal(words.brief, "4 of 4 calls sparse, 22.4 % more attention FLOPs");
+});
+
 test("the map in words: dense steps, range, places that did not run", () => {
   const map = { layers: 3, steps: [0, 1, 2], density: [[1, 1, 1], [0.1, 0.3, 1], [0.1, null, 1]] };
   assert.ok(isMap(map) && !isMap(null) && !isMap({ layers: 3, steps: [], density: [] }));

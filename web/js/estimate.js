@@ -123,11 +123,11 @@ export function resolve(settings, adapter) {
   return { method, trained, order, first };
 }
 
-/** How many steps of a schedule run sparse; AdaSpa is dense up to and including its first search. */
-export function sparseSteps(steps, method, first, last) {
-  if (method !== "adaspa") return Math.max(0, steps - first - last);
-  const search = Math.max(first, steps <= 8 ? 0 : Math.floor(0.2 * steps));
-  return Math.max(0, steps - (search + 1) - last);
+/** How many of the steps [from, to) of a schedule run sparse; AdaSpa is dense up to and including its first search. */
+export function sparseSteps({ total, from, to }, method, first, last) {
+  let start = Math.max(from, first);
+  if (method === "adaspa") start = Math.max(start, total <= 8 ? 0 : Math.floor(0.2 * total)) + 1;
+  return Math.max(0, Math.min(to, total - last) - start);
 }
 
 /** Layer numbers such as "0, 1, 38-39" that a model of so many layers has; what cannot be read counts as none. */
@@ -161,7 +161,7 @@ export function whyDense(settings, model, tokens, blocks, plan) {
 
 /**
  * The estimate for a panel: settings by widget name, a key of MODELS, a size in pixels, the adapter's method or "",
- * and the sampler's steps or null. -> {tokens, why} or, where something runs sparse, its numbers besides.
+ * and the sampler's steps {total, from, to} or null. -> {tokens, why} or, where something runs sparse, its numbers besides.
  */
 export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   const model = MODELS[modelKey];
@@ -188,11 +188,11 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     denseLayers: model.layers - sparseLayers,
     windowed: settings.start_percent > 0 || settings.end_percent < 1,
   };
-  if (steps > 0) {
+  const own = steps ? steps.to - steps.from : 0; // of this sampler
+  if (own > 0) {
     const sparse = sparseSteps(steps, plan.method, plan.first, settings.dense_last_steps);
-    const whole = steps * (dense + linear);
-    const now = sparse * (spent + linear) + (steps - sparse) * (dense + linear);
-    numbers.run = { steps, sparse, speedUp: whole / now };
+    const now = sparse * (spent + linear) + (own - sparse) * (dense + linear);
+    numbers.run = { steps: own, sparse, speedUp: (own * (dense + linear)) / now };
   }
   return numbers;
 }

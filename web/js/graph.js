@@ -2,6 +2,8 @@
 
 const SUBGRAPH_INPUT = "-10"; // the ids that ComfyUI gives to a subgraph's own two ends
 const SUBGRAPH_OUTPUT = "-20";
+const SET = "SetNode"; // a pair that many workflows have in place of a long link; they exist in the browser alone
+const GET = "GetNode";
 const MUTED = 2; // a node's mode
 const BYPASSED = 4;
 const LENGTHS = ["length", "num_frames", "video_length", "frames"];
@@ -56,6 +58,12 @@ export function isMeant(root, node, id) {
   return found ? found === node : String(id).split(":").pop() === String(node.id);
 }
 
+/** The nodes of a type whose first widget, the name of what they pass on, is that of `node`. */
+function namesakes(graph, type, node) {
+  const name = node.widgets?.[0]?.value;
+  return nodesOf(graph).filter((each) => each.type === type && each.widgets?.[0]?.value === name);
+}
+
 /** Where an input's value comes from: {node, slot} behind subgraph borders; null where nothing is connected. */
 export function sourceOf(root, node, input) {
   let graph = node.graph;
@@ -70,6 +78,12 @@ export function sourceOf(root, node, input) {
       continue;
     }
     const origin = nodeOf(graph, link.origin_id);
+    if (origin?.type === GET) {
+      const setter = namesakes(graph, SET, origin)[0];
+      link = linkOf(graph, setter?.inputs?.[0]?.link);
+      if (!link) return null;
+      continue;
+    }
     if (!origin?.subgraph) return origin ? { node: origin, slot: link.origin_slot } : null;
     graph = origin.subgraph;
     link = linkOf(graph, (graph.outputs?.[link.origin_slot]?.linkIds ?? [])[0]);
@@ -92,6 +106,8 @@ export function targetsOf(root, node, slot) {
       const target = nodeOf(graph, link.target_id);
       if (target?.subgraph) follow(target.subgraph, target.subgraph.inputs?.[link.target_slot]?.linkIds, depth + 1);
       else if (target) found.push({ node: target, slot: link.target_slot });
+      if (target?.type !== SET) continue;
+      for (const getter of namesakes(graph, GET, target)) follow(graph, getter.outputs?.[0]?.links, depth + 1);
     }
   };
   follow(node.graph, node.outputs?.[slot]?.links, 0);
@@ -230,11 +246,36 @@ export function adapterMethod(root, node) {
   return /ropeslr/i.test(file) ? "ropeslr" : "unknown";
 }
 
-/** Steps of a sampler, by its own widget or that of the node that makes its noise levels; null where neither says. */
+/** Steps that an output of noise levels makes: {total, from, to}; null where nobody says. */
+function stepsOfSigmas(root, { node, slot }, depth = 0) {
+  const input = node.inputs?.find((each) => each.type === "SIGMAS");
+  const total = numberOf(root, node, ["steps"]) ?? presetSteps(valueOf(root, node, "preset"));
+  if (total) return { total, from: 0, to: total };
+  const source = input && depth < 20 ? sourceOf(root, node, input) : null;
+  const whole = source && stepsOfSigmas(root, source, depth + 1);
+  const border = whole && valueOf(root, node, "step"); // SplitSigmas: high, low
+  if (!whole || typeof border !== "number") return whole;
+  const step = Math.min(whole.from + border, whole.to);
+  return slot === 0 ? { ...whole, to: step } : { ...whole, from: step };
+}
+
+/** "SparkWan 2.1, 4 steps" -> 4; of Few-Step Sigmas. */
+function presetSteps(preset) {
+  const found = typeof preset === "string" && / (\d+) steps?$/.exec(preset);
+  return found && !/ of \d+ steps?$/.test(preset) ? Number(found[1]) : null;
+}
+
+/** The steps that a sampler runs, of its schedule's: {total, from, to}; null where nothing says. */
 function stepsOf(root, sampler) {
-  const sigmas = sampler.inputs?.find((each) => each.type === "SIGMAS");
-  const source = sigmas && sourceOf(root, sampler, sigmas);
-  return numberOf(root, sampler, ["steps"]) ?? (source && numberOf(root, source.node, ["steps"])) ?? null;
+  const total = numberOf(root, sampler, ["steps"]);
+  if (total) {
+    const end = valueOf(root, sampler, "end_at_step");
+    const to = typeof end === "number" ? Math.min(end, total) : total;
+    return { total, from: Math.min(valueOf(root, sampler, "start_at_step") ?? 0, to), to };
+  }
+  const input = sampler.inputs?.find((each) => each.type === "SIGMAS");
+  const source = input && sourceOf(root, sampler, input);
+  return source ? stepsOfSigmas(root, source) : null;
 }
 
 /** Why a node does nothing at all; "" where it works. */

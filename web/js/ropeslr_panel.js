@@ -87,11 +87,14 @@ function stateOf(node, report) {
     fresh: report?.basis === basis };
 }
 
+const reports = new Map(); // the last report of every node, by its place
+
 class Panel {
   constructor(node) {
     this.node = node;
     this.shown = "";
     this.height = 0;
+    this.loose = false;
     this.pending = false;
     this.visible = true;
     this.report = null;
@@ -149,6 +152,7 @@ class Panel {
 
   refresh() {
     if (!this.node.graph) return;
+    this.report ??= reports.get(this.place()) ?? null;
     const state = stateOf(this.node, this.report);
     const shown = JSON.stringify([state.basis, state.found, state.fresh, this.report?.number]);
     if (shown === this.shown) return;
@@ -163,10 +167,27 @@ class Panel {
     if (height === PADDING || height === this.height) return; // not on the page, or nothing new
     this.height = height;
     const { node } = this;
-    // Vue nodes grow to what they hold by themselves; computeSize would count advanced widgets that they hide.
-    const least = globalThis.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1];
-    if (!node.flags?.collapsed) node.setSize([node.size[0], least]);
+    if (node.flags?.collapsed) return;
+    if (globalThis.LiteGraph?.vueNodesMode) this.loosen();
+    else node.setSize([node.size[0], node.computeSize()[1]]);
     node.graph?.setDirtyCanvas?.(true, true);
+  }
+
+  /**
+   * Vue nodes take the height that they need by themselves, but never less than they were last set to, by a saved file
+   * for one: set them to nothing, once. Where that changes nothing to be seen, the page does not measure them again.
+   */
+  loosen() {
+    if (this.loose) return;
+    this.loose = true;
+    const { node } = this;
+    node.setSize([node.size[0], 0]);
+    requestAnimationFrame(() => requestAnimationFrame(safely(() => {
+      const shown = this.view.element.closest("[data-node-id]");
+      if (!shown || node.size[1] > 0) return;
+      node.setSize([node.size[0], shown.offsetHeight - globalThis.LiteGraph.NODE_TITLE_HEIGHT]);
+      this.loose = false; // it holds the node's height up from now on
+    })));
   }
 
   choose(kind, value) {
@@ -176,12 +197,18 @@ class Panel {
     this.refresh();
   }
 
+  /** What names this node as long as the page is open: a node is made anew when its workflow's tab is opened again. */
+  place() {
+    return `${this.node.graph.id} ${this.node.id}`;
+  }
+
   receive(detail) {
     if (!detail || !isMeant(rootGraph(), this.node, detail.node)) return;
     const number = (this.report?.number ?? 0) + 1;
     // Sliders may have moved while the run went on.
     const same = Math.abs(settingsOf(this.node).sparsity - detail.sparsity) < 1e-6;
     this.report = { detail, number, basis: same ? stateOf(this.node, null).basis : "" };
+    reports.set(this.place(), this.report);
     this.refresh();
   }
 }

@@ -51,10 +51,15 @@ export function estimateWords(numbers) {
     figures: [
       [times(numbers.attention), "faster attention"],
       [times(numbers.step), "faster step"],
-      [percent(numbers.saved), "attention FLOPs saved"],
+      savedWords(numbers.saved),
     ],
     share: numbers.density, lines,
   };
+}
+
+/** [value, caption] of the share saved; a short video's background may cost more than was left out. */
+function savedWords(share) {
+  return share >= 0 ? [percent(share), "attention FLOPs saved"] : [percent(-share), "more attention FLOPs"];
 }
 
 function runWords({ steps, sparse, speedUp }) {
@@ -72,13 +77,13 @@ export function reportWords(report) {
   const denseCalls = dense.reduce((sum, [, number]) => sum + number, 0);
   const sparse = report.sparse_calls ?? 0;
   const calls = `${count(sparse)} of ${count(sparse + denseCalls)} calls sparse`;
-  const saved = `${percent(report.flops_saved ?? 0)} attention FLOPs saved`;
+  const saved = savedWords(report.flops_saved ?? 0).join(" ");
   const seconds = report.attention_seconds;
   const inAttention = seconds ? (seconds.sparse ?? 0) + (seconds.dense ?? 0) : null;
 
   const figures = [
     [percent(sparse / Math.max(1, sparse + denseCalls)), "calls sparse"],
-    [percent(report.flops_saved ?? 0), "attention FLOPs saved"],
+    savedWords(report.flops_saved ?? 0),
   ];
   if (inAttention !== null) figures.push([duration(inAttention), "in attention"]);
 
