@@ -33,9 +33,10 @@ class Look:
 class Probe:
     """Stands in for an `AttentionRun`: gives out dense attention, so that every layer sees what it always sees.
 
-    plans: the methods to try, by name; all are resolved with the adapter where it is theirs. look: whose kept
-    blocks are drawn, or None; a head that the model lacks means its last. After the calls: `errors[name][layer]` relative to dense attention on some rows,
-    `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of the video's blocks (the first plan's).
+    plans: the methods to try, by name; all are resolved with the adapter where it is theirs. look: whose kept blocks
+    are drawn, or None; a head that the model lacks means its last. After the calls: `errors[name][layer]` relative to
+    dense attention on some rows, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of the video's blocks
+    (the first plan's).
     """
 
     def __init__(self, plans: Mapping[str, SparsePlan], adapter: Adapter | None, look: Look | None):

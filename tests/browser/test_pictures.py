@@ -1,7 +1,7 @@
 """The main node, a finished graph and a report as a person sees them, in both themes: nothing clipped, all readable.
 
-ROPESLR_SCREENSHOTS names a folder for what is seen, ROPESLR_LARGE takes a video that is worth looking at; `python dev.py
-pictures` sets both for the README's pictures.
+ROPESLR_SCREENSHOTS names a folder for what is seen, ROPESLR_LARGE takes a video that is worth looking at; `python
+dev.py pictures` sets both for the README's pictures.
 """
 
 import os

@@ -20,8 +20,8 @@ COLUMN_GAP = 70
 # Room below for what a node shows once it is on the canvas: the panel, the video that was saved, and with Vue nodes the
 # name of the pack.
 GROWS = {
-    "RoPeSLRSparseAttention": 280, "RoPeSLRReport": 30, "SaveVideo": 320, "RoPeSLRFewStepSigmas": 30, "RoPeSLRLoadAdapter": 30,
-    "RoPeSLRLoadSparseCheckpoint": 30,
+    "RoPeSLRSparseAttention": 280, "RoPeSLRReport": 30, "SaveVideo": 320, "RoPeSLRFewStepSigmas": 30,
+    "RoPeSLRLoadAdapter": 30, "RoPeSLRLoadSparseCheckpoint": 30,
 }
 WIDTH = 340
 NAMESPACE = uuid.UUID("5d6c8b0e-1f5a-4c07-9d0b-7f3f8a2f6f11")

@@ -371,9 +371,9 @@ def dense_vs_sparse() -> Graph:
         "dense_vs_sparse", "Dense against sparse",
         "The same model, seed and texts, sampled twice: without the RoPeSLR node and with it. The video shows **dense "
         "on the left, sparse on the right**. ComfyUI keeps the dense result, so after moving a slider only the sparse "
-        "half is computed again. Give both samplers the same steps and cfg.\n\n**RoPeSLR Report** draws what the sparse "
-        "run did, and how far every method is from dense attention on this model. That takes a few steps more; set "
-        "*compare* to off to do without.",
+        "half is computed again. Give both samplers the same steps and cfg.\n\n**RoPeSLR Report** draws what the "
+        "sparse run did, and how far every method is from dense attention on this model. That takes a few steps more; "
+        "set *compare* to off to do without.",
         (Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())), size(832, 480, 81), seed),
         (prompts(FOX),),
         (Group("Sparse attention", (shift(), sparse())),),

@@ -2,9 +2,10 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { findByExecutionId, isMeant, valueOf } from "../../web/js/graph.js";
 import {
-  adapterMethod, findByExecutionId, guessModel, isMeant, latentSize, samplersBehind, surroundings, valueOf, whyIdle,
-} from "../../web/js/graph.js";
+  adapterMethod, guessModel, latentSize, samplersBehind, surroundings, whyIdle,
+} from "../../web/js/surroundings.js";
 
 const MODEL = "MODEL";
 const LATENT = "LATENT";

@@ -123,7 +123,7 @@ export function resolve(settings, adapter) {
   return { method, trained, order, first };
 }
 
-/** How many of the steps [from, to) of a schedule run sparse; AdaSpa is dense up to and including its first search. */
+/** How many of the steps [from, to) of a schedule run sparse; AdaSpa stays dense through its first search. */
 export function sparseSteps({ total, from, to }, method, first, last) {
   let start = Math.max(from, first);
   if (method === "adaspa") start = Math.max(start, total <= 8 ? 0 : Math.floor(0.2 * total)) + 1;
@@ -161,7 +161,7 @@ export function whyDense(settings, model, tokens, blocks, plan) {
 
 /**
  * The estimate for a panel: settings by widget name, a key of MODELS, a size in pixels, the adapter's method or "",
- * and the sampler's steps {total, from, to} or null. -> {tokens, why} or, where something runs sparse, its numbers besides.
+ * and the sampler's steps {total, from, to} or null. -> {tokens, why} or, where something runs sparse, its numbers too.
  */
 export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   const model = MODELS[modelKey];

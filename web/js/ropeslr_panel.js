@@ -3,7 +3,8 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { estimate, MODELS } from "./estimate.js";
-import { isMeant, surroundings, valueOf, whyIdle } from "./graph.js";
+import { isMeant, valueOf } from "./graph.js";
+import { surroundings, whyIdle } from "./surroundings.js";
 import { createView, STYLE } from "./view.js";
 
 const NODE = "RoPeSLRSparseAttention";
