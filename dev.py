@@ -6,7 +6,8 @@ Standard library only.
     test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them;
             --thorough: every variant of every test instead of a cross-section
     kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
-    browser the shipped workflows in a real browser, with a real ComfyUI: all tests of tests/browser
+    browser the shipped workflows and the panel in a real browser, with a real ComfyUI: the tests of tests/browser;
+            --thorough: every workflow in every way, and with the frontends of older ComfyUIs too
     workflows       write workflows/*.json anew from their description
     pictures [NAME ...]  take pictures anew: those beside the workflows, or of the ones named, and the README's (readme)
     coverage        write the README's matrix of models and methods anew, from what the tests find in each ComfyUI
@@ -45,6 +46,7 @@ from machine import (  # noqa: E402
     chromium,
     comfyui,
     environment,
+    frontend,
     registry_comfyui,
     say,
     triton,
@@ -96,7 +98,7 @@ def test(rest: list[str]) -> int:
             suites.append(Suite(f"inside ComfyUI {version}", ["-m", "not slow", "tests/nodes"], places))
     program = chromium()
     if program:
-        suites.insert(1, browser_suite(program, []))
+        suites[1:1] = browser_suites(python, program, [])
     return run_suites(python, suites + kernel_suites(python))
 
 
@@ -107,16 +109,26 @@ def kernels(rest: list[str]) -> int:
 
 
 def browser(rest: list[str]) -> int:
-    """Run the tests in a browser."""
+    """Run the tests in a browser; --thorough: every workflow in every way, and with older frontends too."""
     python, program = environment(), chromium()
     if program is None:
         raise SetupError(NO_BROWSER)
-    return run_suites(python, [browser_suite(program, rest)])
+    if "--thorough" in rest:
+        os.environ["ROPESLR_THOROUGH"] = "1"
+        rest.remove("--thorough")
+    return run_suites(python, browser_suites(python, program, rest))
 
 
-def browser_suite(program: str, rest: list[str]) -> Suite:
-    places = inside(comfyui(NEWEST), "browser") | {"ROPESLR_CHROMIUM": program}
-    return Suite("in a browser", [*rest, "tests/browser"], places)
+def browser_suites(python: Path, program: str, rest: list[str]) -> list[Suite]:
+    """The tests in a browser, with the newest ComfyUI's frontend; when thorough, with those of the older ones too."""
+    places = {"ROPESLR_CHROMIUM": program}
+    suites = [Suite("in a browser", [*rest, "tests/browser"], inside(comfyui(NEWEST), "browser") | places)]
+    for version in COMFYUI if "ROPESLR_THOROUGH" in os.environ else ():
+        if version != NEWEST:
+            tree = registry_comfyui(version)
+            own = inside(tree, f"browser-{version}") | {"ROPESLR_FRONTEND": str(frontend(python, tree))}
+            suites.append(Suite(f"in a browser, ComfyUI {version}", [*rest, "tests/browser"], own | places))
+    return suites
 
 
 def workflows(rest: list[str]) -> int:

@@ -86,6 +86,8 @@ class Window:
 
     def open(self, vue: bool = False) -> None:
         """Load ComfyUI with an empty canvas, in the classic renderer or with Vue nodes."""
+        from playwright.sync_api import TimeoutError
+
         for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": vue}.items():
             body = json.dumps(value).encode()
             request = urllib.request.Request(
@@ -94,9 +96,13 @@ class Window:
             urllib.request.urlopen(request, timeout=60).close()
         self.page.goto(self.url, timeout=PATIENCE)
         self.page.wait_for_function(
-            "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && window.app?.graph?.nodes.length",
-            timeout=PATIENCE,               # the default workflow stands on the canvas last
+            "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && window.app?.graph?.nodes",
+            timeout=PATIENCE,
         )
+        try:
+            self.page.wait_for_function("() => app.graph.nodes.length", timeout=PATIENCE // 8)
+        except TimeoutError:                # the default workflow stands on the canvas last; older frontends have none
+            pass
         self.settle()
         if self.page.evaluate("() => LiteGraph.vueNodesMode === true") != vue:
             raise RuntimeError(f"the page did not take Comfy.VueNodes.Enabled = {vue}")
@@ -138,7 +144,8 @@ class Window:
 
     def heed(self, message) -> None:
         """Keep what the console says of our scripts; an address that cannot be reached is the machine's affair."""
-        if message.type == "error" and "ropeslr" in f"{message.text} {message.location.get('url')}".lower():
+        about = f"{message.text} {message.location.get('url')}"
+        if message.type == "error" and "ropeslr" in about.lower() and "ERR_NAME_NOT_RESOLVED" not in about:
             self.errors.append(message.text)
 
     def nodes(self) -> list[dict]:
@@ -171,8 +178,10 @@ class Window:
                 app.api.addEventListener(kind, finish(kind), { once: true })
             }
         }""")
-        if not self.page.evaluate("async () => await app.queuePrompt(0)"):
-            raise RuntimeError(f"the server refused the prompt: {self.page.evaluate('() => app.lastNodeErrors')}")
+        self.page.evaluate("async () => { await app.queuePrompt(0) }")
+        refused = self.page.evaluate("() => app.lastNodeErrors")
+        if refused or self.dialogs():
+            raise RuntimeError(f"the server refused the prompt: {refused or self.dialogs()}")
         self.page.wait_for_function("() => window.ropeslrDone", timeout=PATIENCE)
         done = self.page.evaluate("() => window.ropeslrDone")
         if done["kind"] != "execution_success":

@@ -52,6 +52,8 @@ class ComfyServer:
             "--base-directory", str(self.base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
             "--use-pytorch-cross-attention",
         ]
+        if os.environ.get("ROPESLR_FRONTEND"):      # another than the one that is installed
+            command += ["--front-end-root", os.environ["ROPESLR_FRONTEND"]]
         with open(self.log_path, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.tree, stdout=log, stderr=subprocess.STDOUT,

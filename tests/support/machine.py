@@ -183,12 +183,23 @@ def chromium() -> str | None:
 
 def triton(python: Path, version: str) -> Path:
     """A folder with one version of Triton, to put on PYTHONPATH."""
-    folder = cache_folder() / f"triton-{version}"
-    if not (folder / "triton").is_dir():
+    return package(python, f"triton=={version}", 200)
+
+
+def frontend(python: Path, tree: Path) -> Path:
+    """The pages of the frontend that a ComfyUI tree asks for."""
+    lines = (tree / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = next(line.strip() for line in lines if line.startswith("comfyui-frontend-package=="))
+    return package(python, wanted, 20) / "comfyui_frontend_package" / "static"
+
+
+def package(python: Path, wanted: str, megabytes: int) -> Path:
+    """A folder with one version of a package (name==version), beside the environment."""
+    folder = cache_folder() / wanted.replace("==", "-")
+    if not folder.is_dir():
         need_space(folder.parent, 3)
-        say(f"Triton {version} (200 to 300 MB)")
+        say(f"{wanted} (about {megabytes} MB)")
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            pip(python, "install", "--no-deps", "--target", f"{scratch}/new", f"triton=={version}")
-            shutil.rmtree(folder, ignore_errors=True)
+            pip(python, "install", "--no-deps", "--target", f"{scratch}/new", wanted)
             os.replace(f"{scratch}/new", folder)
     return folder

@@ -11,15 +11,17 @@ import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from workflow import TINY
 
 SPARKWAN, CLIP_VISION = "diffusion_models/tiny_sparkwan.safetensors", "clip_vision/tiny_clip_vision_h.pt"
+WANTED = {*TINY.values(), "tiny_wan21_t2v_8_layers.safetensors"}          # the last for pictures
 # CLIP-ViT-H as Wan 2.1 needs it: its sizes are fixed.
 WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 
 
 def make(base: Path) -> None:
     """Write everything that a shipped workflow needs below a ComfyUI's base folder; files that exist are kept."""
-    tiny_models.make(base / "models")
+    tiny_models.make(base / "models", [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED])
     for name, write in ((SPARKWAN, _sparkwan), (CLIP_VISION, _clip_vision)):
         path = base / "models" / name
         if not path.exists():

@@ -75,7 +75,7 @@ def tiny_workflow(workflow: dict, object_info: dict, width: int, height: int, le
         names = widget_names(object_info[node["type"]])
         node["widgets_values"] = [
             _tiny(name, value, "length" in names, width, height, length, steps)
-            for name, value in zip(names, node["widgets_values"], strict=True)
+            for name, value in zip(names, node["widgets_values"])         # an older ComfyUI may lack the last of them
         ]
     return workflow
 

@@ -98,7 +98,6 @@ class Panel {
     this.loose = false;
     this.pending = false;
     this.visible = true;
-    this.report = null;
     this.update = safely(() => this.refresh());
     this.view = createView(document, safely((kind, value) => this.choose(kind, value)));
     this.widget = node.addDOMWidget("ropeslr_panel", "ROPESLR_PANEL", this.view.element, {
@@ -153,9 +152,9 @@ class Panel {
 
   refresh() {
     if (!this.node.graph) return;
-    this.report ??= reports.get(this.place()) ?? null;
-    const state = stateOf(this.node, this.report);
-    const shown = JSON.stringify([state.basis, state.found, state.fresh, this.report?.number]);
+    const report = reports.get(this.place());
+    const state = stateOf(this.node, report);
+    const shown = JSON.stringify([state.basis, state.found, state.fresh, report?.number]);
     if (shown === this.shown) return;
     this.shown = shown;
     this.view.render(state); // the observer of its size calls fit, before the browser paints
@@ -205,11 +204,10 @@ class Panel {
 
   receive(detail) {
     if (!detail || !isMeant(rootGraph(), this.node, detail.node)) return;
-    const number = (this.report?.number ?? 0) + 1;
+    const number = (reports.get(this.place())?.number ?? 0) + 1;
     // Sliders may have moved while the run went on.
     const same = Math.abs(settingsOf(this.node).sparsity - detail.sparsity) < 1e-6;
-    this.report = { detail, number, basis: same ? stateOf(this.node, null).basis : "" };
-    reports.set(this.place(), this.report);
+    reports.set(this.place(), { detail, number, basis: same ? stateOf(this.node, null).basis : "" });
     this.refresh();
   }
 }
