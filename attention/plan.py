@@ -24,8 +24,9 @@ class SparsePlan:
     """Settings of sparse attention for one model.
 
     sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0 = all that there
-    are. start_percent, end_percent: the part of the sampling schedule that runs sparse. dense_first_steps (-1 = auto),
-    dense_last_steps: steps of the whole schedule that stay dense. dense_layers: layers that stay dense.
+    are. start_percent, end_percent: the part of the sampling schedule that runs sparse, which may be empty.
+    dense_first_steps (-1 = auto), dense_last_steps: steps of the whole schedule that stay dense. dense_layers: layers
+    that stay dense.
     Every field is checked on construction; a ValueError names the field, what was found and what was expected.
     `resolve` replaces every "auto" by what it means.
     """
@@ -65,11 +66,6 @@ class SparsePlan:
             if not low <= value <= high:                                      # also catches NaN
                 bounds = f"from {low} to {high}" if high < math.inf else f"{low} or more"
                 raise ValueError(f"{name} is {value}; it must be {bounds}.")
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"start_percent is {self.start_percent} and end_percent {self.end_percent}: the window ends before it "
-                "starts, so no step would run sparse. Make start_percent the smaller one."
-            )
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers has {min(self.dense_layers)}; layers are counted from 0.")
 

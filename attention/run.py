@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels import ops
+from ..kernels import dispatch, ops
 from .accounting import AttentionCost, dense_flops, sparse_flops
 from .adapters import Adapter
 from .layout import BlockTables, TokenLayout
 from .methods import LayerCall, LayerInputs, create
 from .methods.base import routing_cost
-from .plan import SparsePlan
+from .plan import BLOCK, SparsePlan
 
 
 def resolved(plan: SparsePlan, adapter: Adapter | None) -> SparsePlan:
@@ -23,6 +23,13 @@ def resolved(plan: SparsePlan, adapter: Adapter | None) -> SparsePlan:
         return plan.resolve()
     plan = plan.resolve(adapter.info.method, adapter.info.block_order)
     return replace(plan, rank=plan.rank or adapter.use_rank)
+
+
+def check_triton(plan: SparsePlan, device: torch.device, width: int) -> None:
+    """Raise TritonNotUsable where the plan demands Triton and its kernels cannot run on a device, before any work."""
+    reason = dispatch.why_not_triton(device, torch.bfloat16, width, (BLOCK,)) if plan.backend == "triton" else None
+    if reason:
+        raise dispatch.TritonNotUsable(dispatch.explain(reason))
 
 
 class AttentionRun:

@@ -25,6 +25,7 @@ AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
 # sm_90 and sm_120, 107 kB on sm_80; the backward does not fit); the portable path runs on cuBLAS instead.
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
+NO_GPU = "the tensors are on"
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -40,7 +41,7 @@ def why_not_triton(
 ) -> str | None:
     """Why Triton's kernels cannot take such tensors, as the end of a sentence; None where they can."""
     if device.type != "cuda":
-        return f"the tensors are on {device.type}, and the kernels run on NVIDIA and AMD GPUs"
+        return f"{NO_GPU} {device.type}, and the kernels run on NVIDIA and AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
     reason = why_not_installed() or _why_not_device(index)
     if reason:
@@ -110,7 +111,9 @@ def _last_words(error: BaseException) -> str:
 def explain(reason: str) -> str:
     """One paragraph for a person whose graph asks for Triton: what is in the way, and what to do."""
     text = f"Triton's kernels cannot be used: {reason}. "
-    if sys.platform == "win32":
+    if reason.startswith(NO_GPU):
+        pass                                # no package helps there
+    elif sys.platform == "win32":
         text += (
             "On Windows, install the package triton-windows in the version that belongs to your PyTorch: "
             f"{_windows_package()} (run it with ComfyUI's own Python: python_embeded\\python.exe -m in the portable "

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from pathlib import Path
+
+import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
+from ..attention.doctor import backend_line
 from . import folders
 from .adapter_io import RoPeSLRLoadAdapter, RoPeSLRSaveAdapter
 from .checkpoint import RoPeSLRLoadSparseCheckpoint
@@ -12,13 +18,23 @@ from .report import RoPeSLRReport
 from .sigmas import RoPeSLRFewStepSigmas
 from .sparse_attention import RoPeSLRSparseAttention
 
+logger = logging.getLogger(__name__)
+
 
 class RoPeSLRExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register()                  # before a schema lists its files
+        logger.info("RoPeSLR %s: %s", _version(), backend_line(comfy.model_management.get_torch_device()))
         return [
             RoPeSLRSparseAttention, RoPeSLRLoadAdapter, RoPeSLRSaveAdapter, RoPeSLRLoadSparseCheckpoint,
             RoPeSLRFewStepSigmas, RoPeSLRReport, RoPeSLRDoctor,
         ]
+
+
+def _version() -> str:
+    """As the package's pyproject.toml has it."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
+    return found[1] if found else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import numpy
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,7 +12,7 @@ from ..attention.probe import Probe
 from .patching import RunReport
 
 PARTS = ("kept blocks", "routing", "background", "calibration", "dense calls")
-COLOURS = ("#3b7dd8", "#8ab4e8", "#e0a13c", "#8f6bb8", "#9aa0a6")
+COLOURS = ("#1f618d", "#5dade2", "#58a55c", "#8f6bb8", "#d68910")             # as in the panel: dense is orange
 NOT_RUN = "#d9d9d9"
 
 
@@ -22,7 +23,8 @@ def draw(report: RunReport, probe: Probe | None) -> torch.Tensor:
     done = "" if report.completed else ", cut short"
     figure.suptitle(
         f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} sparse and "
-        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} s{done}", fontsize=13,
+        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} s{_in_attention(report)}{done}",
+        fontsize=13,
     )
     _density(density, report)
     _cost(cost, report)
@@ -38,6 +40,10 @@ def draw(report: RunReport, probe: Probe | None) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(numpy.float32) / 255)[None]
 
 
+def _in_attention(report: RunReport) -> str:
+    return f", of it {sum(report.attention_seconds.values()):.1f} s in attention" if report.attention_seconds else ""
+
+
 def _density(axes, report: RunReport) -> None:
     axes.set_title("Density by layer and step")
     if report.map is None:
@@ -46,26 +52,28 @@ def _density(axes, report: RunReport) -> None:
     values = numpy.array(report.map["density"], dtype=float).T                # None becomes NaN
     steps, layers = report.map["steps"], report.map["layers"]
     axes.set_facecolor(NOT_RUN)
+    sparse = values[values < 1]
+    most = max(0.05, float(sparse.max())) if sparse.size else 0.05
     drawn = axes.imshow(
-        values, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-        extent=(-0.5, len(steps) - 0.5, -0.5, layers - 0.5),
+        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=COLOURS[4]), vmin=0, vmax=most,
+        interpolation="nearest", extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
     )
     every = max(1, -(-len(steps) // 12))
     axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="step of this sampler", ylabel="layer")
-    axes.figure.colorbar(drawn, ax=axes, label="density (1 = dense)")
+    axes.figure.colorbar(drawn, ax=axes, extend="max", label="share of blocks kept; orange: dense")
 
 
 def _cost(axes, report: RunReport) -> None:
     axes.set_title(f"Attention FLOPs: {100 * report.flops_saved:.1f} % saved")
     scale, unit = _unit(report.dense_tflop)
-    axes.barh(["dense"], [report.dense_tflop * scale], color="#c4c7cc")
-    left = 0.0
+    left, whole = 0.0, report.dense_tflop * scale
+    axes.barh(["all dense"], [whole], color=COLOURS[4])
     for part, colour in zip(PARTS, COLOURS):
         value = report.spent_parts.get(part, 0.0) * scale
         if value:
-            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {value:,.3g} {unit}")
+            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {value / whole:.1%}")
             left += value
     axes.invert_yaxis()
     axes.set_xlabel(unit)

@@ -109,7 +109,19 @@ def _time(report: RunReport) -> str:
     both = sum(spent.values())
     return (
         f"Time in self-attention: {both:.1f} s of {report.seconds:.1f} s ({100 * both / report.seconds:.0f} %), sparse "
-        f"{spent['sparse']:.1f} s, dense {spent['dense']:.1f} s."
+        f"{spent['sparse']:.1f} s, dense {spent['dense']:.1f} s.{_each(report)}"
+    )
+
+
+def _each(report: RunReport) -> str:
+    """One call against one, where there were both."""
+    spent, dense = report.attention_seconds, sum(report.dense_calls.values())
+    if not (report.sparse_calls and dense and spent["sparse"] and spent["dense"]):
+        return ""
+    sparse_one, dense_one = spent["sparse"] / report.sparse_calls, spent["dense"] / dense
+    return (
+        f" A sparse call took {1000 * sparse_one:,.1f} ms, a dense one {1000 * dense_one:,.1f} ms: "
+        f"{dense_one / sparse_one:.2f} times as fast."
     )
 
 

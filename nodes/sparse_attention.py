@@ -35,7 +35,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 "cheap background that calibrates itself stands in for the rest. Put it between the model (or its "
                 "LoRAs) and the sampler."
             ),
-            search_aliases=["sparse attention", "block sparse", "wan speed"],
+            search_aliases=[
+                "sparse attention", "block sparse", "fast video", "faster wan", "speed up", "wan", "hunyuan", "sla",
+                "rola", "adaspa", "sage", "radial", "teacache",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="Wan or HunyuanVideo. Other models pass through and run dense, with a note.",
@@ -143,11 +146,12 @@ class RoPeSLRSparseAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, start_percent=None, end_percent=None, dense_layers=None) -> bool | str:
-        """Refuse before the run what `SparsePlan` would refuse; linked inputs arrive as None and are checked later."""
-        given = {"start_percent": start_percent, "end_percent": end_percent}
+    def validate_inputs(cls, dense_layers=None) -> bool | str:
+        """Refuse before the run what cannot be read; a linked input arrives as None and is checked later.
+
+        ComfyUI shows an error on every input that is named here, so there is only this one.
+        """
         try:
-            SparsePlan(**{name: value for name, value in given.items() if value is not None})
             parse_layers(dense_layers or "")
         except ValueError as error:
             return str(error)

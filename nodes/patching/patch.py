@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention import AttentionRun, SparsePlan
 from ...attention.adapters import Adapter, check_model
-from ...attention.run import resolved
+from ...attention.run import check_triton, resolved
 from .layer_inputs import watching
 from .model_call import call_model
 from .recognise import recognise
@@ -81,8 +81,8 @@ class SparsePatch:
 def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None):
     """A clone of MODEL that samples as the plan says; a plan installed before by this node is replaced.
 
-    Raises SparseNotPossible when the plan is strict and the model cannot run sparse, ValueError when the adapter fits
-    neither the plan's method nor the model.
+    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as asked, ValueError when
+    the adapter fits neither the plan's method nor the model, TritonNotUsable when the plan demands Triton in vain.
     """
     facts = recognise(model.model.diffusion_model)
     plan = resolved(plan, adapter)
@@ -93,6 +93,8 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
         adapter = None
     if plan.strict and facts.unsupported:
         raise SparseNotPossible(facts.unsupported)
+    if not facts.unsupported:
+        check_triton(plan, model.load_device, facts.head_width)
     beyond = sorted(layer for layer in plan.dense_layers if layer >= facts.layers) if not facts.unsupported else []
     if beyond:
         logger.warning(
@@ -119,6 +121,11 @@ def put_on(model, patch: SparsePatch) -> None:
 def _say_what_is_missing(plan: SparsePlan, adapter: Adapter | None) -> None:
     """Where a method runs as less than its name: without weights, or with weights that it has no use for."""
     if adapter is None and plan.method in ("rola", "sla"):
+        if plan.strict:
+            raise SparseNotPossible(
+                f"{plan.method} has no adapter, and without its weights it is the kept blocks alone",
+                "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none.",
+            )
         logger.warning(
             "RoPeSLR: %s has no adapter, so its low-rank branch has no weights: the kept blocks run alone. Connect an "
             "adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none", plan.method,

@@ -62,6 +62,8 @@ class RunReport:
         dense = sum(self.dense_calls.values())
         total = self.sparse_calls + dense
         method = f"{self.method} ({self.adapter})" if self.adapter else self.method
+        if self.method in ("rola", "sla") and not self.adapter:
+            method += " without its weights"
         text = f"RoPeSLR {method} on {self.model}: {self.sparse_calls} of {total} self-attention calls sparse"
         if self.sparse_calls:
             text += f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, "
@@ -69,7 +71,7 @@ class RunReport:
             text += f", recall {self.recall:.3f})" if self.recall is not None else ")"
         text += f", attention FLOPs saved {100 * self.flops_saved:.1f} %"
         if dense:
-            text += "; dense: " + ", ".join(f"{n} {why}" for why, n in sorted(self.dense_calls.items()))
+            text += "; dense: " + ", ".join(f"{n} ({why})" for why, n in sorted(self.dense_calls.items()))
             text += f" (by {self.below})" if self.below else ""
         return text + f"; {self.seconds:.1f} s" + ("" if self.completed else "; the run was cut short")
 

@@ -26,11 +26,6 @@ def test_a_wrong_value_is_named(field, value, says):
         plan.SparsePlan(**{field: value})
 
 
-def test_a_window_that_ends_before_it_starts_is_refused():
-    with pytest.raises(ValueError, match="start_percent is 0.6 and end_percent 0.3"):
-        plan.SparsePlan(start_percent=0.6, end_percent=0.3)
-
-
 @pytest.mark.parametrize("text, layers", [
     ("", []), (" , ", []), ("0", [0]), ("0, 1, 38-39", [0, 1, 38, 39]), (" 3 - 5 ,4", [3, 4, 5]),
 ])

@@ -45,5 +45,6 @@ def test_after_a_run_it_tells_what_happened(shown, server):
     shown.run()
     text = shown.page.evaluate(PANEL)
     assert "Last run" in text and "4 of 6 calls" in text and "dense first steps" in text
+    assert " per call" in text and "Measured: a sparse call" in text
     shown.fit()
     shown.screenshot(f"panel_{shown.renderer}_done")

@@ -20,14 +20,24 @@ def warnings(caplog):
     return [record.message for record in caplog.records if "runs dense" in record.message]
 
 
-def test_triton_by_name_where_it_cannot_run_ends_the_run_with_the_reason():
+def test_triton_by_name_where_it_cannot_run_is_refused_before_sampling_with_the_reason():
     """To go on without what was asked for by name would be a silent no; auto is there for that."""
     model = load_model("tiny_wan21_t2v")
     with pytest.raises(RuntimeError, match="cannot be used: the tensors are on cpu.*set backend to auto"):
-        sample(sparse(model, backend="triton"))
+        sparse(model, backend="triton")
     patched = sparse(model, backend="auto")
     sample(patched)
     assert report(patched).backend == "pytorch" and "in pytorch" in report(patched).summary()
+
+
+@pytest.mark.parametrize("method", ["rola", "sla"])
+def test_a_method_without_its_weights_is_named_so_and_refused_by_strict(method):
+    module, model = comfy_host.module(".nodes.patching.sampling_run"), load_model("tiny_wan21_t2v")
+    with pytest.raises(module.SparseNotPossible, match=f"{method} has no adapter.*Connect an adapter"):
+        sparse(model, method=method, strict=True)
+    patched = sparse(model, method=method)
+    sample(patched)
+    assert report(patched).summary().startswith(f"RoPeSLR {method} without its weights on WanModel: 6 of 6")
 
 
 def test_another_model_runs_dense_and_untouched(caplog):

@@ -17,6 +17,12 @@ def test_percent_is_read_when_sampling_and_not_when_patching():
         assert report(shifted).sparse_calls == 8
 
 
+def test_a_window_that_ends_before_it_starts_leaves_every_step_dense():
+    patched = sparse(load_model("tiny_wan21_t2v"), start_percent=0.6, end_percent=0.3)
+    sample(patched, steps=4)
+    assert report(patched).dense_calls == {"outside start/end percent": 8} and report(patched).sparse_calls == 0
+
+
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "simple"), ("uni_pc", "beta"), ("dpm_2", "normal")])
 @pytest.mark.parametrize("split", [1, 3])
 def test_first_and_last_steps_are_those_of_the_whole_schedule(split, sampler, scheduler):

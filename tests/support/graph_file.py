@@ -139,7 +139,7 @@ def render(graph: Graph, info: dict, models: dict[str, Model], version: str) -> 
     return {
         "id": str(uuid.uuid5(NAMESPACE, graph.name)), "revision": 0, "last_node_id": len(nodes),
         "last_link_id": len(links), "nodes": list(result.values()), "links": links, "groups": frames, "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [60, 120]}}, "version": 0.4,
+        "extra": {"ds": {"scale": 0.6, "offset": [170, 160]}}, "version": 0.4,
     }
 
 

@@ -61,7 +61,10 @@ EXPECT = (
     "the end the log says how many attention calls were sparse, how many stayed dense and why, and how much work was "
     "saved. Large and long videos gain most; below 4096 tokens everything stays dense, since there is nothing to gain."
 )
-COMPARE = "To compare, bypass the node (Ctrl+B) and queue again with the same seed."
+COMPARE = (
+    "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed: its panel then shows "
+    "the time of dense attention. Bypassing the node (Ctrl+B) gives the same picture."
+)
 
 
 def sparse(key: str = "sparse", model: str = "shift", title: str | None = None, **links: str) -> Node:

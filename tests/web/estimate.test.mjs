@@ -81,6 +81,13 @@ test("dense layers count once, within the model, and unreadable ones not at all"
   assert.equal(countLayers("", 40), 0);
 });
 
+test("dense layers that cannot be read, or that the model lacks, are named", () => {
+  const amiss = (text) => estimate({ ...SETTINGS, dense_layers: text }, "wan-1.3b", SIZE_480).amiss;
+  assert.match(amiss("0, abc"), /“abc” cannot be read, so the run will be refused/);
+  assert.match(amiss("0, 28-99"), /28-99 is more than the model has \(0–29\)/);
+  assert.equal(amiss(" 0, 2 - 5,"), "");
+});
+
 test("the paper's own case: 90 % and rank 64 are ten times fewer FLOPs", () => {
   const numbers = estimate({ ...SETTINGS, rank: 64 }, "wan-1.3b", SIZE_480);
   assert.ok(Math.abs(numbers.attention - 10) < 0.5, String(numbers.attention));
@@ -120,10 +127,10 @@ test("text tokens of HunyuanVideo are kept whole", () => {
 for (const [name, change, size, words] of [
   ["backend dense", { backend: "dense" }, SIZE_480, /backend is set to dense/],
   ["sparsity 0", { sparsity: 0 }, SIZE_480, /sparsity 0/],
-  ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, and min_tokens is 4,096/],
+  ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, fewer than min tokens \(4,096\)\. Make it larger/],
   ["nothing to leave out", { sparsity: 0.01, min_tokens: 0 }, { width: 64, height: 64, length: 1 }, /no block out/],
   ["every layer dense", { dense_layers: "0-29" }, SIZE_480, /every layer/],
-  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /refused/],
+  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /start percent is behind end percent/],
 ]) {
   test(`said plainly instead of numbers: ${name}`, () => {
     const numbers = estimate({ ...SETTINGS, ...change }, "wan-1.3b", size);

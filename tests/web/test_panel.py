@@ -15,7 +15,8 @@ from pack_loader import load
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
 TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
-ENTRY = "ropeslr_panel.js"
+PANEL = "ropeslr_panel.js"
+ENTRIES = (PANEL, "ropeslr_results.js")
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
@@ -196,13 +197,13 @@ def read(name):
 def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     node = (ROOT / "nodes" / "sparse_attention.py").read_text(encoding="utf-8")
     widgets = set(re.findall(r'io\.(?:Combo|Float|Int|String|Boolean)\.Input\(\s*"(\w+)"', node))
-    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(ENTRY), re.S)[1]
+    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(PANEL), re.S)[1]
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
     assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
     report = (ROOT / "nodes" / "patching" / "report.py").read_text(encoding="utf-8")
-    assert re.search(r'^EVENT = "(.+)"', report, re.M)[1] == re.search(r'const EVENT = "(.+)"', read(ENTRY))[1]
-    assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(ENTRY)
+    assert re.search(r'^EVENT = "(.+)"', report, re.M)[1] == re.search(r'const EVENT = "(.+)"', read(PANEL))[1]
+    assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(PANEL)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -218,7 +219,7 @@ def test_a_script_is_safe_and_portable(path):
         assert banned not in text, f"{path.name} contains {banned}"
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != ENTRY], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name not in ENTRIES], ids=lambda path: path.name)
 def test_only_the_entry_touches_comfyui(path):
     """ComfyUI loads every script below web/ as an extension: a helper must do nothing by being loaded."""
     text = path.read_text(encoding="utf-8")
@@ -236,4 +237,4 @@ def test_only_the_entry_touches_comfyui(path):
 
 
 def test_there_are_scripts_and_tests():
-    assert ENTRY in {path.name for path in SCRIPTS} and len(SCRIPTS) >= 5 and len(TESTS) >= 3
+    assert set(ENTRIES) < {path.name for path in SCRIPTS} and len(SCRIPTS) >= 5 and len(TESTS) >= 3

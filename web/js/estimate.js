@@ -130,6 +130,15 @@ export function sparseSteps({ total, from, to }, method, first, last) {
   return Math.max(0, Math.min(to, total - last) - start);
 }
 
+/** What is wrong with dense layers, in a sentence; "" where nothing is. */
+export function layersAmiss(text, layers) {
+  const pieces = String(text ?? "").split(",").map((piece) => piece.trim()).filter(Boolean);
+  const unreadable = pieces.filter((piece) => !/^\d{1,4}(\s*-\s*\d{1,4})?$/.test(piece));
+  if (unreadable.length) return `dense layers: “${unreadable[0]}” cannot be read, so the run will be refused`;
+  const beyond = pieces.filter((piece) => Number(piece.split("-").pop()) >= layers);
+  return beyond.length ? `dense layers: ${beyond[0]} is more than the model has (0–${layers - 1})` : "";
+}
+
 /** Layer numbers such as "0, 1, 38-39" that a model of so many layers has; what cannot be read counts as none. */
 export function countLayers(text, layers) {
   const chosen = new Set();
@@ -148,13 +157,15 @@ export function whyDense(settings, model, tokens, blocks, plan) {
   if (settings.backend === "dense") return "Everything runs dense: backend is set to dense. Calls are still counted.";
   if (settings.sparsity <= 0) return "Everything runs dense: sparsity 0 leaves no block out.";
   if (tokens < settings.min_tokens) {
-    return `Everything runs dense: this video has ${count(tokens)} tokens, and min_tokens is ` +
-      `${count(settings.min_tokens)}.`;
+    return `Everything runs dense: this video has ${count(tokens)} tokens, fewer than min tokens ` +
+      `(${count(settings.min_tokens)}). Make it larger or longer, or lower min tokens to try anyway.`;
   }
   if (blocks.keep >= blocks.queries) return "Everything runs dense: this sparsity leaves no block out.";
-  if (settings.start_percent > settings.end_percent) return "start_percent is behind end_percent: the run is refused.";
+  if (settings.start_percent > settings.end_percent) {
+    return "Everything runs dense: start percent is behind end percent.";
+  }
   if (countLayers(settings.dense_layers, model.layers) === model.layers) {
-    return "Everything runs dense: dense_layers names every layer.";
+    return "Everything runs dense: dense layers names every layer.";
   }
   return "";
 }
@@ -185,7 +196,7 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     untrained: ["rola", "sla"].includes(plan.method) && !plan.trained,
     kept: Math.round(cost.kept), blocks: cost.keys, density: cost.density,
     saved: 1.0 - spent / dense, attention: dense / spent, step: (dense + linear) / (spent + linear),
-    denseLayers: model.layers - sparseLayers,
+    denseLayers: model.layers - sparseLayers, amiss: layersAmiss(settings.dense_layers, model.layers),
     windowed: settings.start_percent > 0 || settings.end_percent < 1,
   };
   const own = steps ? steps.to - steps.from : 0; // of this sampler

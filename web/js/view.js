@@ -1,7 +1,9 @@
 // The panel's page elements, made from a plain state object; it knows nothing of ComfyUI.
 
 import { draw, heatMap } from "./heat_map.js";
-import { estimateWords, isMap, reportWords, SIZES, sizeText } from "./words.js";
+import { estimateWords, isMap, reportWords, SIZES, sizeText, times } from "./words.js";
+
+const BOUND = "Upper bounds from counted operations: kernels reach a part of them, plain PyTorch less.";
 
 export const STYLE = `
 .ropeslr-panel { --ropeslr-line: color-mix(in srgb, var(--border-color, #4e4e4e) 60%, transparent);
@@ -121,7 +123,7 @@ export function createView(document, onChoose) {
     const words = estimateWords(state.numbers);
     if (words.figures.length) section.append(figures(words.figures), bar(words.share));
     section.append(list(words.lines));
-    if (words.figures.length) section.append(make("div", "ropeslr-quiet", "From counted operations, not measured."));
+    if (words.figures.length) section.append(make("div", "ropeslr-quiet", BOUND));
     return section;
   }
 
@@ -129,12 +131,17 @@ export function createView(document, onChoose) {
     const section = make("section");
     section.setAttribute("aria-live", "polite");
     const words = reportWords(state.report);
-    section.append(head(words.title, state.fresh ? state.report.model ?? "" : "with other settings"));
+    const model = state.models[state.model] ?? state.report.model ?? "";
+    section.append(head(words.title, state.fresh ? model : state.idle || "with other settings"));
     if (!state.fresh) {
       section.append(make("div", "", words.brief));
       return section;
     }
     section.append(figures(words.figures), list(words.lines));
+    if (state.numbers?.attention) {
+      const most = times(state.numbers.attention);
+      section.append(make("div", "ropeslr-quiet", `The estimate was at most ${most} per call.`));
+    }
     if (isMap(state.report.map)) {
       const { element: figure, canvas } = heatMap(document, state.report.map);
       shownMap = { canvas, map: state.report.map };

@@ -1,5 +1,7 @@
 // Figures and sentences of the panel: numbers in, plain English out.
 
+const UNTRAINED = "without its weights is the kept blocks alone";
+
 export const SIZES = [
   { width: 832, height: 480, length: 33 },
   { width: 832, height: 480, length: 81 },
@@ -35,6 +37,13 @@ export function duration(seconds) {
   return `${parts(Math.floor(whole / 3600), Math.floor((whole % 3600) / 60))} h`;
 }
 
+/** 0.0123 -> "12 ms", 0.49 -> "490 ms", 1.2 -> "1.2 s". */
+export function short(seconds) {
+  if (seconds >= 1) return duration(seconds);
+  const ms = 1000 * seconds;
+  return `${ms < 9.95 ? ms.toFixed(1) : count(ms)} ms`;
+}
+
 export function sizeText({ width, height, length }) {
   return `${Math.round(width)} × ${Math.round(height)}, ${count(length)} frames`;
 }
@@ -43,7 +52,8 @@ export function sizeText({ width, height, length }) {
 export function estimateWords(numbers) {
   if (numbers.why) return { figures: [], share: null, lines: [numbers.why] };
   const lines = [`Keeps ${count(numbers.kept)} of ${count(numbers.blocks)} blocks`];
-  if (numbers.untrained) lines.push(`${numbers.method} without its weights is the kept blocks alone`);
+  if (numbers.amiss) lines.push(numbers.amiss);
+  if (numbers.untrained) lines.push(`${numbers.method} ${UNTRAINED}`);
   if (numbers.denseLayers) lines.push(`${count(numbers.denseLayers)} ${plural(numbers.denseLayers, "layer")} dense`);
   if (numbers.run && !numbers.windowed) lines.push(runWords(numbers.run));
   if (numbers.windowed) lines.push("Steps outside start and end percent stay dense");
@@ -80,21 +90,23 @@ export function reportWords(report) {
   const saved = savedWords(report.flops_saved ?? 0).join(" ");
   const seconds = report.attention_seconds;
   const inAttention = seconds ? (seconds.sparse ?? 0) + (seconds.dense ?? 0) : null;
+  const gain = seconds?.sparse && seconds.dense && sparse && denseCalls
+    ? seconds.dense / denseCalls / (seconds.sparse / sparse) : null;
 
-  const figures = [
-    [percent(sparse / Math.max(1, sparse + denseCalls)), "calls sparse"],
-    savedWords(report.flops_saved ?? 0),
-  ];
+  const figures = [savedWords(report.flops_saved ?? 0)];
+  if (gain) figures.push([times(Math.max(gain, 1 / gain)), gain >= 1 ? "faster per call" : "slower per call"]);
   if (inAttention !== null) figures.push([duration(inAttention), "in attention"]);
 
   const recall = typeof report.recall === "number" ? `, recall ${report.recall.toFixed(3)}` : "";
   const backend = report.backend ? ` in ${report.backend}` : "";
-  const how = sparse ? `: ${report.method ?? "sparse"}${backend}, density ${(report.density ?? 1).toFixed(3)}` : "";
+  const how = sparse ? `: ${report.method ?? "sparse"}${backend}, ${percent(report.density ?? 1)} of blocks kept` : "";
   const lines = [`${calls}${how}${recall}`];
   for (const [reason, number] of dense) lines.push(`${count(number)} dense: ${reason}`);
+  if (["rola", "sla"].includes(report.method) && !report.adapter) lines.push(`${report.method} ${UNTRAINED}`);
   if (report.adapter) lines.push(`Adapter: ${report.adapter}`);
-  if (seconds && sparse && denseCalls) {
-    lines.push(`Sparse calls took ${duration(seconds.sparse ?? 0)}, dense calls ${duration(seconds.dense ?? 0)}`);
+  if (gain) {
+    const [one, other] = [seconds.sparse / sparse, seconds.dense / denseCalls].map(short);
+    lines.push(`Measured: a sparse call ${one}, a dense one ${other}`);
   }
   if (report.below) lines.push(`Dense calls went to ${report.below}`);
   if (report.completed === false) lines.push("The run was cut short.");

@@ -1,0 +1,47 @@
+// Room for what RoPeSLR Report and RoPeSLR Doctor tell, on the nodes themselves.
+
+import { app } from "../../../scripts/app.js";
+
+const REPORT_SIZE = [620, 560]; // its picture can be read then
+const DOCTOR_WIDTH = 520;
+const TEXT_HEIGHT = 260;
+const LOOK = "box-sizing: border-box; width: 100%; height: 100%; margin: 0; padding: 8px 10px; overflow: auto; " +
+  "white-space: pre-wrap; font: 12px/1.4 ui-monospace, monospace; user-select: text; border-radius: 6px; " +
+  "color: var(--fg-color, #ddd); background: var(--comfy-menu-bg, #222); " +
+  "border: 1px solid var(--border-color, #4e4e4e);";
+
+/** A node's text, read only; it stands in neither widgets_values nor the prompt. */
+function addText(node) {
+  const element = Object.assign(document.createElement("pre"), { textContent: "Queue to examine this machine." });
+  element.style.cssText = LOOK;
+  element.tabIndex = 0; // so that a keyboard can scroll it
+  element.setAttribute("role", "log");
+  element.setAttribute("aria-label", "RoPeSLR Doctor: what it found");
+  // The wheel turns the text's pages while there are any.
+  element.addEventListener("wheel", (event) => {
+    if (element.scrollHeight > element.clientHeight) event.stopPropagation();
+  }, { passive: true });
+  const widget = node.addDOMWidget("ropeslr_text", "ROPESLR_TEXT", element, {
+    serialize: false, hideOnZoom: false, getMinHeight: () => TEXT_HEIGHT,
+  });
+  widget.serialize = false;
+  const before = node.onExecuted;
+  node.onExecuted = function (output) {
+    before?.call(this, output);
+    const text = [output?.text].flat().filter(Boolean).join("\n");
+    if (text) element.textContent = text;
+  };
+  node.setSize([Math.max(node.size[0], DOCTOR_WIDTH), node.computeSize()[1]]);
+}
+
+app.registerExtension({
+  name: "ropeslr.results",
+  nodeCreated(node) {
+    try {
+      if (node.comfyClass === "RoPeSLRDoctor") addText(node);
+      if (node.comfyClass === "RoPeSLRReport") node.setSize(REPORT_SIZE); // a saved size comes later, and stays
+    } catch (error) {
+      console.debug("RoPeSLR results:", error);
+    }
+  },
+});
