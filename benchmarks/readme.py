@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from benchmarks/results/: `python -m benchmarks.readme`."""
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from . import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = {"README.md": ("coverage",), "benchmarks/README.md": ("gpu", "compile", "cpu")}              # and their tables
 SHOWN = {                                   # case of the compile table -> what a reader calls it
     "plain": "kept blocks alone", "tail": "with pooled tail", "mixed": "with first-order background (default)",
     "low_rank": "with low-rank background", "linear": "with linear branch (SLA)",
@@ -109,16 +110,17 @@ def _share(cell: list[int] | str) -> str:
     return "dense" if isinstance(cell, str) else f"{cell[0]} / {cell[1]}"
 
 
-def with_tables(text: str) -> str:
-    """README.md with its tables made anew."""
-    for name, table in {
-        "cpu": cpu_table(_read("cpu.json")), "compile": compile_table(_read("compile.json")),
-        "coverage": coverage_table(_read("coverage.json")),
-        "gpu": gpu_table([json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("kernels-*.json"))]),
-    }.items():
+def with_tables(text: str, names: tuple[str, ...]) -> str:
+    """A file's text with its tables made anew."""
+    tables = {
+        "cpu": lambda: cpu_table(_read("cpu.json")), "compile": lambda: compile_table(_read("compile.json")),
+        "coverage": lambda: coverage_table(_read("coverage.json")),
+        "gpu": lambda: gpu_table([json.loads(p.read_text("utf-8")) for p in sorted(RESULTS.glob("kernels-*.json"))]),
+    }
+    for name in names:
         begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"
         before, rest = text.split(begin)
-        text = before + begin + table + end + rest.split(end)[1]
+        text = before + begin + tables[name]() + end + rest.split(end)[1]
     return text
 
 
@@ -127,5 +129,6 @@ def _read(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, names in FILES.items():
+        path = ROOT / file
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), names), encoding="utf-8")

@@ -53,10 +53,10 @@ def _density(axes, report: RunReport) -> None:
     steps, layers = report.map["steps"], report.map["layers"]
     axes.set_facecolor(NOT_RUN)
     sparse = values[values < 1]
-    most = max(0.05, float(sparse.max())) if sparse.size else 0.05
+    most = min(1.0, max(0.05, 1.5 * float(sparse.max()))) if sparse.size else 0.05
     drawn = axes.imshow(
-        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=COLOURS[4]), vmin=0, vmax=most,
-        interpolation="nearest", extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
+        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=COLOURS[4]), vmin=0,
+        vmax=most - 1e-6, interpolation="nearest", extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
     )
     every = max(1, -(-len(steps) // 12))
     axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
@@ -73,7 +73,7 @@ def _cost(axes, report: RunReport) -> None:
     for part, colour in zip(PARTS, COLOURS):
         value = report.spent_parts.get(part, 0.0) * scale
         if value:
-            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {value / whole:.1%}")
+            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {100 * value / whole:.1f} %")
             left += value
     axes.invert_yaxis()
     axes.set_xlabel(unit)

@@ -38,6 +38,43 @@ def test_it_follows_the_slider_and_asks_nobody(shown):
     assert saved["widgets_values"] == wanted["widgets_values"]                # the panel is in none of them
 
 
+def test_the_last_run_is_kept_when_another_workflow_is_looked_at_meanwhile(shown, server):
+    small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=2))
+    shown.drop("mine", small)
+    shown.run()
+    assert "Last run" in shown.page.evaluate(PANEL)
+    shown.drop("another", fresh(load("wan2.1_t2v")))
+    assert "Last run" not in shown.page.evaluate(PANEL)                       # of the same node's number
+    shown.drop("mine", small)
+    assert "Last run" in shown.page.evaluate(PANEL)
+
+
+def test_the_help_page_is_shown_with_its_picture(shown):
+    shown.drop("wan2.1_t2v", load("wan2.1_t2v"))
+    shown.show("RoPeSLRSparseAttention")
+    node = shown.place("RoPeSLRSparseAttention")
+    shown.page.mouse.click(node["x"] + 150, node["y"] + 12)
+    shown.page.locator("[data-testid=info-button]").first.click()
+    page = shown.page.locator(".node-help-content")
+    page.get_by_text("Start here").wait_for()
+    shown.page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
+    assert "share of key blocks that is NOT computed" in page.inner_text()
+
+
+def test_the_doctor_writes_on_its_own_node(shown):
+    """Only the examination is left out, which takes its time."""
+    text = shown.page.evaluate("""() => {
+        const node = LiteGraph.createNode("RoPeSLRDoctor")
+        app.graph.add(node)
+        node.onExecuted({ text: ["Machine", "all is well"] })
+        const widget = node.widgets.find((each) => each.name === "ropeslr_text")
+        const told = [widget.element.textContent, node.serialize().widgets_values.length, widget.serialize]
+        app.graph.remove(node)
+        return told
+    }""")
+    assert text == ["Machine\nall is well", 6, False]
+
+
 def test_after_a_run_it_tells_what_happened(shown, server):
     small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3))
     shown.drop("wan2.1_t2v", small)

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-import pathspec
+import package
 import pytest
 import tomllib
 
@@ -31,16 +31,14 @@ def test_the_registry_finds_what_it_needs():
     assert project["urls"]["Repository"].startswith("https://")
     assert comfy["PublisherId"] and comfy["DisplayName"] == "ComfyUI-RoPeSLR"
     assert comfy["requires-comfyui"] == ">=0.18.2"                            # the oldest version that the tests run on
+    place = comfy["Icon"].removeprefix(project["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com"))
+    icon = (ROOT / place.removeprefix("/main/")).read_text(encoding="utf-8")
+    assert icon.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"')      # the most it may be
     assert "web" not in comfy               # WEB_DIRECTORY is set; both would load every script twice
 
 
 def test_the_package_holds_the_pack_and_nothing_else():
-    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
-    files = [
-        path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")
-        if path.is_file() and not {".git", "__pycache__", ".ruff_cache", ".hypothesis"} & set(path.parts)
-    ]
-    kept = [name for name in files if not ignored.match_file(name)]
+    kept = package.files()
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "nodes/sparse_attention.py"} <= set(kept)
     assert not [name for name in kept if name.startswith(("tests/", "benchmarks/", ".github/", ".ci/", "dev.py"))]
     assert sum((ROOT / name).stat().st_size for name in kept) < 2_000_000
@@ -72,6 +70,24 @@ def test_every_node_has_a_help_page_and_names_in_every_language(node):
         names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[node]
         assert set(names["inputs"]) == inputs, language
         assert all(each["name"] and each["tooltip"] for each in names["inputs"].values())
+
+
+def test_the_status_table_names_the_versions_that_are_tested():
+    import machine
+
+    dev = (ROOT / "dev.py").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+) \|", readme, re.MULTILINE))
+    assert rows["ComfyUI"].strip() == ", ".join(sorted(machine.COMFYUI))
+    tritons = re.findall(r'"(\d+\.\d+)\.\d+": \(', re.search(r"TRITON = \{.*", dev)[0])
+    assert tritons and f"with Triton {' and '.join(tritons)}" in rows["Triton kernels"]
+
+
+def test_every_picture_of_the_readme_is_there():
+    for file in (ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")):
+        for place in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text(encoding="utf-8")):
+            base = ROOT if file.name == "README.md" else ROOT / "web" / "docs"          # what the frontend prepends
+            assert (base / place).is_file(), f"{file.name}: {place}"
 
 
 @pytest.mark.parametrize("pattern", [

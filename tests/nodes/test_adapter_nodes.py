@@ -425,7 +425,7 @@ def test_stretched_rope_reaches_the_adapter(options, matters):
 
 @pytest.mark.parametrize("method, node_first", [
     pytest.param("rola", False, marks=pytest.mark.slow), pytest.param("rola", True, marks=thorough),
-    pytest.param("ropeslr", True, marks=pytest.mark.slow), pytest.param("adaspa", False, marks=thorough),
+    pytest.param("ropeslr", True, marks=thorough), pytest.param("adaspa", False, marks=thorough),
 ])
 def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, node_first):
     import torch._dynamo.utils as dynamo

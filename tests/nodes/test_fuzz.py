@@ -3,6 +3,7 @@
 import comfy_host
 import pytest
 import torch
+from effort import thorough
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import load_model, own_adapter, report, sample, sparse
@@ -97,7 +98,9 @@ def test_500_settings_of_the_node(caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Wan VACE", "HunyuanVideo 1.5 I2V with glyphs", "Wan SCAIL"])
+@pytest.mark.parametrize("name", [
+    "Wan VACE", pytest.param("HunyuanVideo 1.5 I2V with glyphs", marks=thorough), "Wan SCAIL",
+])
 def test_settings_on_models_with_more_than_a_video(name, caplog):
     variant = VARIANTS[name]
     model = variant.model()

@@ -10,6 +10,7 @@ import torch
 from sampling import load_model
 
 CLASSES = {
+    "tiny_wan21_t2v_8_layers": ("WAN21", "WanModel"),
     "tiny_wan21_t2v": ("WAN21", "WanModel"), "tiny_wan_smallest": ("WAN21", "WanModel"),
     "tiny_wan22_t2v_high_noise": ("WAN21", "WanModel"), "tiny_wan22_t2v_low_noise": ("WAN21", "WanModel"),
     "tiny_wan22_ti2v_5b": ("WAN22", "WanModel"),

@@ -272,10 +272,10 @@ def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: b
 
 
 def readme_pictures(seen: Path, folder: Path) -> None:
-    """Put together what tests/browser/test_pictures.py has seen: folder/node.jpg, graph.jpg and report.jpg."""
+    """Put together what tests/browser/test_pictures.py has seen: node, panel, graph and report."""
     parts = {
         "node": ("node_classic_dark", "node_classic_dark_done", "node_vue_light", "node_vue_light_done"),
-        "graph": ("graph_vue",), "report": ("report",),
+        "panel": ("node_vue_dark_done",), "graph": ("graph_vue",), "report": ("report",),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, of in parts.items():

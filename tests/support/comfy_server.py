@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import package
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ("__init__.py", "nodes", "attention", "kernels", "web", "workflows", "locales", "pyproject.toml")
 START_SECONDS = 300                         # generous: a busy machine takes five times the usual 10 s
 PROMPT_SECONDS = 900
 
@@ -45,7 +43,7 @@ class ComfyServer:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> ComfyServer:
-        self._install_pack()
+        package.copy(self.base / "custom_nodes" / "ComfyUI-RoPeSLR")
         shim = Path(__file__).parent / "cpu_shim"
         command = [
             sys.executable, str(self.tree / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
@@ -131,17 +129,6 @@ class ComfyServer:
             if kind == "execution_error":
                 raise RuntimeError(f"{data['node_type']}: {data['exception_message']}\n{''.join(data['traceback'])}")
         raise RuntimeError(f"the server closed the connection; its log ends:\n{self.log()[-2000:]}")
-
-    def _install_pack(self) -> None:
-        target = self.base / "custom_nodes" / "ComfyUI-RoPeSLR"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for name in PACKAGE:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy2(source, target / name)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -1,0 +1,85 @@
+"""What saved workflows rely on: node ids, inputs and outputs by their position. And the package, loaded by itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import comfy_host
+import package
+
+# The first release. A line may grow at its end; nothing in it may be moved, renamed, retyped or removed.
+FROZEN = {
+    "RoPeSLRDoctor": (
+        ["model_kind: COMBO", "width: INT", "height: INT", "length: INT", "sparsity: FLOAT", "seconds: INT"],
+        ["STRING"],
+    ),
+    "RoPeSLRFewStepSigmas": (
+        ["preset: COMBO"],
+        ["SIGMAS"],
+    ),
+    "RoPeSLRLoadAdapter": (
+        ["adapter_name: COMBO", "rank: INT"],
+        ["ROPESLR_ADAPTER"],
+    ),
+    "RoPeSLRLoadSparseCheckpoint": (
+        ["checkpoint: COMBO", "weight_dtype: COMBO", "save_converted: BOOLEAN"],
+        ["MODEL", "ROPESLR_ADAPTER"],
+    ),
+    "RoPeSLRReport": (
+        ["latent: LATENT", "model: MODEL", "positive: CONDITIONING", "compare: COMBO", "at: FLOAT", "layer: INT",
+         "head: INT"],
+        ["LATENT", "IMAGE", "STRING"],
+    ),
+    "RoPeSLRSaveAdapter": (
+        ["adapter: ROPESLR_ADAPTER", "name: STRING"],
+        [],
+    ),
+    "RoPeSLRSparseAttention": (
+        ["model: MODEL", "adapter: ROPESLR_ADAPTER", "method: COMBO", "sparsity: FLOAT", "rank: INT",
+         "start_percent: FLOAT", "end_percent: FLOAT", "dense_first_steps: INT", "dense_last_steps: INT",
+         "dense_layers: STRING", "calibrate: COMBO", "calibrate_rows: INT", "backend: COMBO", "block_order: COMBO",
+         "min_tokens: INT", "keep_diagonal: BOOLEAN", "keep_first_frame: BOOLEAN", "strict: BOOLEAN",
+         "verbose: BOOLEAN", "sla_variant: COMBO"],
+        ["MODEL"],
+    ),
+}
+LOAD = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+import comfy_host
+nodes = comfy_host.boot()
+assert asyncio.run(nodes.load_custom_node(sys.argv[2]))
+ours = sorted(name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("RoPeSLR"))
+assert list(nodes.EXTENSION_WEB_DIRS.values()) == [sys.argv[2] + "/web"], nodes.EXTENSION_WEB_DIRS
+print(*ours)
+"""
+
+
+def slots(node):
+    """Names and types of a node's inputs in the order of its schema, and the types of its outputs."""
+    schema = comfy_host.boot().NODE_CLASS_MAPPINGS[node].GET_SCHEMA()
+    inputs = [f"{each.id}: {each.get_io_type()}" for each in schema.inputs]
+    return inputs, [each.get_io_type() for each in schema.outputs]
+
+
+def test_saved_workflows_keep_their_meaning():
+    comfy_host.pack()
+    ours = {name for name in comfy_host.boot().NODE_CLASS_MAPPINGS if name.startswith("RoPeSLR")}
+    assert ours >= set(FROZEN)
+    for node, (inputs, outputs) in FROZEN.items():
+        now_in, now_out = slots(node)
+        assert now_in[: len(inputs)] == list(inputs), node
+        assert now_out[: len(outputs)] == list(outputs), node
+
+
+def test_the_package_loads_by_itself(tmp_path):
+    """What the registry hands out, in an empty folder: nothing of it reaches for a file that stays behind."""
+    folder = tmp_path / "ropeslr"
+    package.copy(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(Path(package.__file__).parent), str(folder)], capture_output=True, text=True,
+        env=os.environ, cwd=tmp_path, timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == sorted(FROZEN)
