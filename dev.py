@@ -135,6 +135,8 @@ def browser_suites(python: Path, program: str, rest: list[str]) -> list[Suite]:
 
 def workflows(rest: list[str]) -> int:
     """Write the shipped workflows anew."""
+    if rest:
+        raise SetupError(f"workflows takes no arguments, but got {' '.join(rest)}; pictures are taken by `pictures`.")
     return run_in(environment(), comfyui(NEWEST), [str(SUPPORT / "graphs.py")])
 
 

@@ -57,7 +57,7 @@ def facts(device: torch.device) -> list[str]:
     else:
         lines.append(f"device: {device.type}, {torch.get_num_threads()} threads")
     lines.append(f"backend: {backend_line(device)}")
-    _, why = _backend(device)
+    why = _backend(device)[1]
     if why and dispatch.why_not_installed() and device.type == "cuda":
         lines.append(dispatch.explain(why))
     return lines

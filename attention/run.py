@@ -25,9 +25,9 @@ def resolved(plan: SparsePlan, adapter: Adapter | None) -> SparsePlan:
     return replace(plan, rank=plan.rank or adapter.use_rank)
 
 
-def check_triton(plan: SparsePlan, device: torch.device, width: int) -> None:
-    """Raise TritonNotUsable where the plan demands Triton and its kernels cannot run on a device, before any work."""
-    reason = dispatch.why_not_triton(device, torch.bfloat16, width, (BLOCK,)) if plan.backend == "triton" else None
+def check_triton(plan: SparsePlan, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """Raise TritonNotUsable where the plan demands Triton and its kernels cannot take such tensors, before any work."""
+    reason = dispatch.why_not_triton(device, dtype, width, (BLOCK,)) if plan.backend == "triton" else None
     if reason:
         raise dispatch.TritonNotUsable(dispatch.explain(reason))
 

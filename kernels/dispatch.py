@@ -137,7 +137,11 @@ def _windows_package() -> str:
 @cache
 def why_not_installed() -> str | None:
     """Why Triton cannot be imported here, or is too old; None where it is there."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:                      # a stand-in that another pack has put in its place
+        found = None
+    if found is None:
         return "the package triton is not installed"
     name, version = installed_triton() or ("", "")
     if name and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:

@@ -26,11 +26,19 @@ class RoPeSLRExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register()                  # before a schema lists its files
-        logger.info("RoPeSLR %s: %s", _version(), backend_line(comfy.model_management.get_torch_device()))
+        _say_what_runs()
         return [
             RoPeSLRSparseAttention, RoPeSLRLoadAdapter, RoPeSLRSaveAdapter, RoPeSLRLoadSparseCheckpoint,
             RoPeSLRFewStepSigmas, RoPeSLRReport, RoPeSLRDoctor,
         ]
+
+
+def _say_what_runs() -> None:
+    """One line at the start; whatever is odd about a machine must not keep the nodes from loading."""
+    try:
+        logger.info("RoPeSLR %s: %s", _version(), backend_line(comfy.model_management.get_torch_device()))
+    except Exception:
+        logger.warning("RoPeSLR: it cannot be told which backend would run", exc_info=True)
 
 
 def _version() -> str:

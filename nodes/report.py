@@ -84,6 +84,10 @@ class RoPeSLRReport(io.ComfyNode):
         except ImportError:
             text += "\nThe picture needs matplotlib: pip install matplotlib."
             image = _written(text)
+        except Exception:                   # a very old matplotlib, for one; the video is finished
+            logger.warning("RoPeSLR: the report could not be drawn", exc_info=True)
+            text += "\nThe picture could not be drawn; the log says why. A newer matplotlib may help."
+            image = _written(text)
         return io.NodeOutput(latent, image, text, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -115,13 +119,12 @@ def _time(report: RunReport) -> str:
 
 def _each(report: RunReport) -> str:
     """One call against one, where there were both."""
-    spent, dense = report.attention_seconds, sum(report.dense_calls.values())
-    if not (report.sparse_calls and dense and spent["sparse"] and spent["dense"]):
+    one = report.call_seconds or {}
+    if not (one.get("sparse") and one.get("dense")):
         return ""
-    sparse_one, dense_one = spent["sparse"] / report.sparse_calls, spent["dense"] / dense
     return (
-        f" A sparse call took {1000 * sparse_one:,.1f} ms, a dense one {1000 * dense_one:,.1f} ms: "
-        f"{dense_one / sparse_one:.2f} times as fast."
+        f" A sparse call took {1000 * one['sparse']:,.1f} ms, a dense one {1000 * one['dense']:,.1f} ms (medians): "
+        f"{one['dense'] / one['sparse']:.2f} times as fast."
     )
 
 

@@ -11,10 +11,10 @@ import torch
 
 
 class AttentionClock:
-    """Sums spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, nothing elsewhere."""
+    """Keeps spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, nothing elsewhere."""
 
     def __init__(self) -> None:
-        self._walls: dict[str, float] = defaultdict(float)
+        self._walls: list[tuple[str, float]] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
@@ -30,14 +30,16 @@ class AttentionClock:
         elif device.type == "cpu":
             start = time.perf_counter()
             yield
-            self._walls[kind] += time.perf_counter() - start
+            self._walls.append((kind, time.perf_counter() - start))
         else:
             yield
 
-    def seconds(self) -> dict[str, float] | None:
-        """Seconds by kind; None where nothing was measured. Waits for the device: for the end of a run."""
-        sums = defaultdict(float, self._walls)
+    def spans(self) -> dict[str, list[float]]:
+        """Seconds of every call by kind. Waits for the device: for the end of a run."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for kind, seconds in self._walls:
+            found[kind].append(seconds)
         for kind, start, end in self._events:
             end.synchronize()
-            sums[kind] += start.elapsed_time(end) / 1000
-        return {kind: sums[kind] for kind in ("sparse", "dense")} if sums else None
+            found[kind].append(start.elapsed_time(end) / 1000)
+        return dict(found)

@@ -88,13 +88,13 @@ def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapte
     plan = resolved(plan, adapter)
     if adapter is not None and not facts.unsupported:
         check_model(adapter, facts.layer_identities(), facts.heads, facts.head_width, f"this {facts.name}")
+    if plan.strict and facts.unsupported:
+        raise SparseNotPossible(facts.unsupported)
     _say_what_is_missing(plan, adapter)
     if adapter is not None and adapter.info.method != plan.method:
         adapter = None
-    if plan.strict and facts.unsupported:
-        raise SparseNotPossible(facts.unsupported)
     if not facts.unsupported:
-        check_triton(plan, model.load_device, facts.head_width)
+        check_triton(plan, model.load_device, model.model.get_dtype_inference(), facts.head_width)
     beyond = sorted(layer for layer in plan.dense_layers if layer >= facts.layers) if not facts.unsupported else []
     if beyond:
         logger.warning(
@@ -121,7 +121,7 @@ def put_on(model, patch: SparsePatch) -> None:
 def _say_what_is_missing(plan: SparsePlan, adapter: Adapter | None) -> None:
     """Where a method runs as less than its name: without weights, or with weights that it has no use for."""
     if adapter is None and plan.method in ("rola", "sla"):
-        if plan.strict:
+        if plan.strict and plan.backend != "dense":
             raise SparseNotPossible(
                 f"{plan.method} has no adapter, and without its weights it is the kept blocks alone",
                 "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none.",

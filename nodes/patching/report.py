@@ -23,7 +23,8 @@ class RunReport:
     of key blocks kept by the sparse calls, recall the softmax mass they kept where that was measured. below names
     who else held the attention slot and got the dense calls, "" for ComfyUI's own attention. FLOPs are those of all
     self-attention calls of the run, in TFLOP; seconds is the wall time of the run, attention_seconds what its sparse
-    and dense self-attention took, None on devices without a clock. tokens: of the longest sparse sequence.
+    and dense self-attention took and call_seconds the median of one such call, None on devices without a clock (the
+    median, since the first calls may compile kernels). tokens: of the longest sparse sequence.
     spent_parts: spent_tflop by what it was spent on. map: density
     by step (of this sampler, from 0) and layer, as {"layers": n, "steps": [s, ...], "density": [[x, ...], ...]}; 1 =
     dense, None = did not run.
@@ -49,6 +50,7 @@ class RunReport:
     completed: bool
     tokens: int
     attention_seconds: dict[str, float] | None
+    call_seconds: dict[str, float] | None
     spent_parts: dict[str, float]
     map: dict[str, object] | None
 
@@ -82,10 +84,23 @@ class RunReport:
         if prompt_server is None or node_id is None:
             return
         detail = asdict(self) | {"node": node_id, "flops_saved": self.flops_saved, "summary": self.summary()}
+        detail["workflow"] = _running_workflow(prompt_server)
         try:
             prompt_server.send_sync(EVENT, detail, prompt_server.client_id)
         except Exception:                   # a closed browser must not end a run that has just finished
             logger.debug("RoPeSLR: the report could not be sent to the browser", exc_info=True)
+
+
+def _running_workflow(prompt_server) -> str | None:
+    """The id of the workflow that runs, since the browser may show another by now; None where that cannot be told.
+
+    Read from the queue: a node's own hidden inputs are those of its first run, as long as ComfyUI keeps its output.
+    """
+    try:
+        (item,) = prompt_server.prompt_queue.currently_running.values()
+        return item[3]["extra_pnginfo"]["workflow"]["id"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):     # queued by a script, another ComfyUI
+        return None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -219,7 +220,7 @@ class SamplingRun:
 
     def report(self, completed: bool) -> RunReport:
         """The run in numbers."""
-        tally = self.tally
+        tally, spans = self.tally, self.clock.spans() if completed else {}
         return RunReport(
             model=self.facts.name, method=self.plan.method, adapter=self.adapter.name if self.adapter else "",
             sparsity=self.plan.sparsity, block_order=self.plan.block_order, backend=tally.backend,
@@ -231,7 +232,9 @@ class SamplingRun:
             recall=tally.recall / tally.measured if tally.measured else None, calibrations=tally.calibrations,
             model_calls=tally.model_calls,
             below=self.below, seconds=time.perf_counter() - self.started, completed=completed, tokens=tally.tokens,
-            attention_seconds=self.clock.seconds() if completed else None, map=tally.map(self.facts.layers),
+            attention_seconds={kind: sum(spans.get(kind, ())) for kind in ("sparse", "dense")} if spans else None,
+            call_seconds={kind: statistics.median(each) for kind, each in spans.items()} or None,
+            map=tally.map(self.facts.layers),
         )
 
 

@@ -38,15 +38,24 @@ def test_it_follows_the_slider_and_asks_nobody(shown):
     assert saved["widgets_values"] == wanted["widgets_values"]                # the panel is in none of them
 
 
-def test_the_last_run_is_kept_when_another_workflow_is_looked_at_meanwhile(shown, server):
+def test_a_report_finds_its_workflow_though_another_is_open(shown, server):
+    """Nodes of two workflows often bear the same number."""
     small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=2))
+    another = fresh(load("wan2.1_t2v"))
     shown.drop("mine", small)
-    shown.run()
-    assert "Last run" in shown.page.evaluate(PANEL)
-    shown.drop("another", fresh(load("wan2.1_t2v")))
-    assert "Last run" not in shown.page.evaluate(PANEL)                       # of the same node's number
+    shown.page.evaluate("""() => {
+        window.ropeslrHeard = false
+        app.api.addEventListener("ropeslr.report", () => { window.ropeslrHeard = true }, { once: true })
+        app.queuePrompt(0)
+    }""")
+    shown.drop("another", another)
+    shown.page.wait_for_function("() => window.ropeslrHeard")
+    shown.settle()
+    assert "Last run" not in shown.page.evaluate(PANEL)
     shown.drop("mine", small)
-    assert "Last run" in shown.page.evaluate(PANEL)
+    assert "Last run" in shown.page.evaluate(PANEL) and "with other settings" not in shown.page.evaluate(PANEL)
+    shown.drop("another", another)
+    assert "Last run" not in shown.page.evaluate(PANEL)
 
 
 def test_the_help_page_is_shown_with_its_picture(shown):

@@ -145,7 +145,8 @@ class Window:
     def heed(self, message) -> None:
         """Keep what the console says of our scripts; an address that cannot be reached is the machine's affair."""
         about = f"{message.text} {message.location.get('url')}"
-        if message.type == "error" and "ropeslr" in about.lower() and "ERR_NAME_NOT_RESOLVED" not in about:
+        asked = "ERR_NAME_NOT_RESOLVED" in about or about.endswith("/en.md")     # a help page falls back to the other
+        if message.type == "error" and "ropeslr" in about.lower() and not asked:
             self.errors.append(message.text)
 
     def nodes(self) -> list[dict]:

@@ -94,7 +94,7 @@ test("the steps of a sampler: of two experts, of split noise levels, of a preset
     10: ["BasicScheduler", {}, ["SIGMAS"], { steps: 8 }],
     11: ["SplitSigmas", { sigmas: "SIGMAS" }, ["SIGMAS", "SIGMAS"], { step: 3 }],
     12: OURS, 13: custom, 14: ["RoPeSLRFewStepSigmas", {}, ["SIGMAS"], { preset: "SparkWan 2.1, 4 steps" }],
-    15: OURS, 16: custom, 17: ["RoPeSLRFewStepSigmas", {}, ["SIGMAS"], { preset: "TurboWan 2.2 low, of 3 steps" }],
+    15: OURS, 16: custom, 17: ["RoPeSLRFewStepSigmas", {}, ["SIGMAS"], { preset: "TurboWan 2.2 I2V low noise, of 3 steps" }],
   }, [
     [1, 0, 3, "model"], [2, 0, 4, "model"], [5, 0, 3, "latent_image"], [3, 0, 4, "latent_image"], [6, 0, 8, "model"],
     [7, 0, 9, "model"], [10, 0, 11, "sigmas"], [11, 0, 8, "sigmas"], [11, 1, 9, "sigmas"], [5, 0, 8, "latent_image"],

@@ -171,16 +171,17 @@ def test_auto_means_what_it_means_in_the_plan():
 
 @needs_node
 def test_sparse_steps_are_those_of_the_schedule():
-    cases = list(itertools.product((1, 4, 8, 9, 30), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)))
-    found = evaluate([["sparseSteps", {"total": steps, "from": 0, "to": steps}, *rest] for steps, *rest in cases])
-    for (steps, method, first, last), answer in zip(cases, found, strict=True):
-        sigmas = tuple(1.0 - i / steps for i in range(steps + 1))
-        plan = schedule.StepSchedule(sigmas, float("inf"), float("-inf"), first, last)
-        sparse = [step for step, sigma in enumerate(sigmas[:-1]) if plan.dense_reason(sigma) is None]
+    cases = list(itertools.product((1, 4, 8, 9, 30), (0, 0.5), (0.5, 1), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)))
+    cases = [(n, int(a * n), max(int(a * n) + 1, int(b * n)), *rest) for n, a, b, *rest in cases]
+    found = evaluate([["sparseSteps", {"total": n, "from": a, "to": b}, *rest] for n, a, b, *rest in cases])
+    for (total, begin, end, method, first, last), answer in zip(cases, found, strict=True):
+        sigmas = tuple(1.0 - i / total for i in range(begin, end + 1))
+        plan = schedule.StepSchedule(sigmas, float("inf"), float("-inf"), first, last, begin, total - end)
+        sparse = [begin + i for i, sigma in enumerate(sigmas[:-1]) if plan.dense_reason(sigma) is None]
         if method == "adaspa":              # the first step that is due and not dense anyway searches, dense
-            search = max(adaspa.search_steps(steps)[0], first)
+            search = max(adaspa.search_steps(total)[0], first, begin)
             sparse = [step for step in sparse if step > search]
-        assert answer == len(sparse), (steps, method, first, last)
+        assert answer == len(sparse), (total, begin, end, method, first, last)
 
 
 @needs_node

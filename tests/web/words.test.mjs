@@ -50,7 +50,7 @@ test("a report counts calls by reason, the most frequent first", () => {
 test("a report says time, recall, adapter, who lies below, and that it was cut short", () => {
   const words = reportWords({
     ...REPORT, adapter: "a.safetensors", recall: 0.9341, below: "sage of pack", completed: false,
-    attention_seconds: { sparse: 141.2, dense: 38.4 },
+    attention_seconds: { sparse: 141.2, dense: 38.4 }, call_seconds: { sparse: 0.081, dense: 0.533 },
   });
   assert.deepEqual(words.figures.slice(1), [["6.6×", "faster per call"], ["3:00 min", "in attention"]]);
   for (const wanted of [/recall 0\.934/, /a\.safetensors/, /sage of pack/, /cut short/, /a sparse call 81 ms, a dense one 533 ms/]) {

@@ -133,7 +133,8 @@ export function sparseSteps({ total, from, to }, method, first, last) {
 /** What is wrong with dense layers, in a sentence; "" where nothing is. */
 export function layersAmiss(text, layers) {
   const pieces = String(text ?? "").split(",").map((piece) => piece.trim()).filter(Boolean);
-  const unreadable = pieces.filter((piece) => !/^\d{1,4}(\s*-\s*\d{1,4})?$/.test(piece));
+  const rising = (piece) => Number(piece.split("-")[0]) <= Number(piece.split("-").pop());
+  const unreadable = pieces.filter((piece) => !/^\d{1,4}(\s*-\s*\d{1,4})?$/.test(piece) || !rising(piece));
   if (unreadable.length) return `dense layers: “${unreadable[0]}” cannot be read, so the run will be refused`;
   const beyond = pieces.filter((piece) => Number(piece.split("-").pop()) >= layers);
   return beyond.length ? `dense layers: ${beyond[0]} is more than the model has (0–${layers - 1})` : "";
@@ -153,7 +154,7 @@ export function countLayers(text, layers) {
 }
 
 /** Why nothing will run sparse with these settings, in a sentence; "" where something will. */
-export function whyDense(settings, model, tokens, blocks, plan) {
+export function whyDense(settings, model, tokens, blocks) {
   if (settings.backend === "dense") return "Everything runs dense: backend is set to dense. Calls are still counted.";
   if (settings.sparsity <= 0) return "Everything runs dense: sparsity 0 leaves no block out.";
   if (tokens < settings.min_tokens) {
@@ -184,8 +185,9 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     method: plan.method, trained: plan.trained, order: plan.order, rank: settings.rank, sparsity: settings.sparsity,
     slaVariant: settings.sla_variant, keepDiagonal: settings.keep_diagonal, keepFirstFrame: settings.keep_first_frame,
   });
-  const why = whyDense(settings, model, tokens, cost, plan);
-  if (why) return { tokens, method: plan.method, why };
+  const why = whyDense(settings, model, tokens, cost);
+  const amiss = layersAmiss(settings.dense_layers, model.layers);
+  if (why) return { tokens, method: plan.method, why, amiss };
 
   const sparseLayers = model.layers - countLayers(settings.dense_layers, model.layers);
   const linear = linearFlops(model, cost.tokens) * model.layers;
@@ -196,7 +198,7 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     untrained: ["rola", "sla"].includes(plan.method) && !plan.trained,
     kept: Math.round(cost.kept), blocks: cost.keys, density: cost.density,
     saved: 1.0 - spent / dense, attention: dense / spent, step: (dense + linear) / (spent + linear),
-    denseLayers: model.layers - sparseLayers, amiss: layersAmiss(settings.dense_layers, model.layers),
+    denseLayers: model.layers - sparseLayers, amiss, call: cost.dense / cost.total,
     windowed: settings.start_percent > 0 || settings.end_percent < 1,
   };
   const own = steps ? steps.to - steps.from : 0; // of this sampler

@@ -88,7 +88,30 @@ function stateOf(node, report) {
     fresh: report?.basis === basis };
 }
 
-const reports = new Map(); // the last report of every node, by its place
+const KEPT = 30; // workflows whose last reports are kept
+// workflow's id -> Map of execution id -> {detail, number, basis}: a node is made anew whenever its tab is opened.
+const reports = new Map();
+const panels = new Set(); // those on the page
+
+/** Keep a report for its workflow, which may not be the one that is open, and show it where it is. */
+const receive = safely(({ detail }) => {
+  if (!detail) return;
+  const workflow = detail.workflow ?? rootGraph()?.id;
+  const ofWorkflow = reports.get(workflow) ?? new Map();
+  reports.delete(workflow); // and to the end, as the latest
+  reports.set(workflow, ofWorkflow);
+  if (reports.size > KEPT) reports.delete(reports.keys().next().value);
+  const number = (ofWorkflow.get(detail.node)?.number ?? 0) + 1;
+  ofWorkflow.set(detail.node, { detail, number, basis: null });
+  for (const panel of panels) panel.update();
+});
+
+/** The last report of a node; undefined before the first. */
+function reportOf(node) {
+  const root = rootGraph();
+  for (const [id, report] of reports.get(root?.id) ?? []) if (isMeant(root, node, id)) return report;
+  return undefined;
+}
 
 class Panel {
   constructor(node) {
@@ -117,7 +140,6 @@ class Panel {
     for (const widget of node.widgets ?? []) if (widget !== this.widget) chain(widget, "callback", later);
     for (const name of ["onConnectionsChange", "onConfigure", "onAdded"]) chain(node, name, later);
     chain(node, "onRemoved", safely(() => this.stop()));
-    this.onReport = safely((event) => this.receive(event.detail));
     this.resized = new ResizeObserver(safely(() => this.fit()));
     this.seen = new IntersectionObserver(([entry]) => { this.visible = entry.isIntersecting; });
     this.start();
@@ -125,14 +147,14 @@ class Panel {
 
   start() {
     if (this.timer) return;
-    api.addEventListener(EVENT, this.onReport);
+    panels.add(this);
     this.resized.observe(this.view.body);
     this.seen.observe(this.view.element);
     this.timer = setInterval(() => { if (this.visible && !document.hidden) this.update(); }, LOOK_AROUND_MS);
   }
 
   stop() {
-    api.removeEventListener(EVENT, this.onReport);
+    panels.delete(this);
     this.resized.disconnect();
     this.seen.disconnect();
     clearInterval(this.timer);
@@ -152,8 +174,13 @@ class Panel {
 
   refresh() {
     if (!this.node.graph) return;
-    const report = reports.get(this.place());
-    const state = stateOf(this.node, report);
+    const report = reportOf(this.node);
+    let state = stateOf(this.node, report);
+    if (report?.basis === null) {
+      // Sliders may have moved while the run went on.
+      report.basis = Math.abs(settingsOf(this.node).sparsity - report.detail.sparsity) < 1e-6 ? state.basis : "";
+      state = stateOf(this.node, report);
+    }
     const shown = JSON.stringify([state.basis, state.found, state.fresh, report?.number]);
     if (shown === this.shown) return;
     this.shown = shown;
@@ -184,9 +211,10 @@ class Panel {
     node.setSize([node.size[0], 0]);
     requestAnimationFrame(() => requestAnimationFrame(safely(() => {
       const shown = this.view.element.closest("[data-node-id]");
-      if (!shown || node.size[1] > 0) return;
-      node.setSize([node.size[0], shown.offsetHeight - globalThis.LiteGraph.NODE_TITLE_HEIGHT]);
-      this.loose = false; // it holds the node's height up from now on
+      if (node.size[1] > 0) return;
+      this.loose = false; // a height that is set holds the node up from now on
+      const height = shown ? shown.offsetHeight - globalThis.LiteGraph.NODE_TITLE_HEIGHT : this.height + 2 * MARGIN;
+      node.setSize([node.size[0], height]);
     })));
   }
 
@@ -196,25 +224,12 @@ class Panel {
     else delete properties[CHOSEN[kind]];
     this.refresh();
   }
-
-  /** What names this node as long as the page is open: a node is made anew when its workflow's tab is opened again. */
-  place() {
-    return `${this.node.graph.id} ${this.node.id}`;
-  }
-
-  receive(detail) {
-    if (!detail || !isMeant(rootGraph(), this.node, detail.node)) return;
-    const number = (reports.get(this.place())?.number ?? 0) + 1;
-    // Sliders may have moved while the run went on.
-    const same = Math.abs(settingsOf(this.node).sparsity - detail.sparsity) < 1e-6;
-    reports.set(this.place(), { detail, number, basis: same ? stateOf(this.node, null).basis : "" });
-    this.refresh();
-  }
 }
 
 app.registerExtension({
   name: "ropeslr.panel",
   setup() {
+    api.addEventListener(EVENT, receive);
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
   },
   nodeCreated: safely((node) => {

@@ -127,21 +127,23 @@ export function adapterMethod(root, node) {
 
 /** Steps that an output of noise levels makes: {total, from, to}; null where nobody says. */
 function stepsOfSigmas(root, { node, slot }, depth = 0) {
-  const input = node.inputs?.find((each) => each.type === "SIGMAS");
-  const total = numberOf(root, node, ["steps"]) ?? presetSteps(valueOf(root, node, "preset"));
-  if (total) return { total, from: 0, to: total };
-  const source = input && depth < 20 ? sourceOf(root, node, input) : null;
+  const input = node.inputs?.find((each) => isKind(each, "SIGMAS"));
+  if (!input) {
+    const total = numberOf(root, node, ["steps"]) ?? presetSteps(valueOf(root, node, "preset"));
+    return total ? { total, from: 0, to: total } : null;
+  }
+  const source = depth < 20 ? sourceOf(root, node, input) : null;
   const whole = source && stepsOfSigmas(root, source, depth + 1);
   const border = whole && valueOf(root, node, "step"); // SplitSigmas: high, low
-  if (!whole || typeof border !== "number") return whole;
+  if (!whole || typeof border !== "number") return node.type === "Reroute" ? whole : null; // others may change them
   const step = Math.min(whole.from + border, whole.to);
   return slot === 0 ? { ...whole, to: step } : { ...whole, from: step };
 }
 
-/** "SparkWan 2.1, 4 steps" -> 4; of Few-Step Sigmas. */
+/** "SparkWan 2.1, 4 steps" -> 4; of Few-Step Sigmas. The experts' presets are parts of a schedule that is not named. */
 function presetSteps(preset) {
   const found = typeof preset === "string" && / (\d+) steps?$/.exec(preset);
-  return found && !/ of \d+ steps?$/.test(preset) ? Number(found[1]) : null;
+  return found && !/ noise/.test(preset) ? Number(found[1]) : null;
 }
 
 /** The steps that a sampler runs, of its schedule's: {total, from, to}; null where nothing says. */

@@ -45,7 +45,7 @@ export const STYLE = `
 
 /**
  * A view: {element, body, render(state), redraw()}. state: {models: {key: name}, model, size, found: {model, size},
- * numbers | null, steps, report | null, fresh}; onChoose(kind, value) hears the two menus.
+ * numbers | null, report | null, fresh, idle}; onChoose(kind, value) hears the two menus.
  */
 export function createView(document, onChoose) {
   const make = (tag, name = "", text = "") => {
@@ -138,8 +138,8 @@ export function createView(document, onChoose) {
       return section;
     }
     section.append(figures(words.figures), list(words.lines));
-    if (state.numbers?.attention) {
-      const most = times(state.numbers.attention);
+    if (state.numbers?.call) {
+      const most = times(state.numbers.call);
       section.append(make("div", "ropeslr-quiet", `The estimate was at most ${most} per call.`));
     }
     if (isMap(state.report.map)) {

@@ -50,7 +50,7 @@ export function sizeText({ width, height, length }) {
 
 /** What an estimate says: {figures: [[value, caption]], share, lines}. A `why` stands alone. */
 export function estimateWords(numbers) {
-  if (numbers.why) return { figures: [], share: null, lines: [numbers.why] };
+  if (numbers.why) return { figures: [], share: null, lines: [numbers.why, numbers.amiss].filter(Boolean) };
   const lines = [`Keeps ${count(numbers.kept)} of ${count(numbers.blocks)} blocks`];
   if (numbers.amiss) lines.push(numbers.amiss);
   if (numbers.untrained) lines.push(`${numbers.method} ${UNTRAINED}`);
@@ -90,8 +90,8 @@ export function reportWords(report) {
   const saved = savedWords(report.flops_saved ?? 0).join(" ");
   const seconds = report.attention_seconds;
   const inAttention = seconds ? (seconds.sparse ?? 0) + (seconds.dense ?? 0) : null;
-  const gain = seconds?.sparse && seconds.dense && sparse && denseCalls
-    ? seconds.dense / denseCalls / (seconds.sparse / sparse) : null;
+  const one = report.call_seconds;
+  const gain = one?.sparse && one.dense ? one.dense / one.sparse : null;
 
   const figures = [savedWords(report.flops_saved ?? 0)];
   if (gain) figures.push([times(Math.max(gain, 1 / gain)), gain >= 1 ? "faster per call" : "slower per call"]);
@@ -104,10 +104,7 @@ export function reportWords(report) {
   for (const [reason, number] of dense) lines.push(`${count(number)} dense: ${reason}`);
   if (["rola", "sla"].includes(report.method) && !report.adapter) lines.push(`${report.method} ${UNTRAINED}`);
   if (report.adapter) lines.push(`Adapter: ${report.adapter}`);
-  if (gain) {
-    const [one, other] = [seconds.sparse / sparse, seconds.dense / denseCalls].map(short);
-    lines.push(`Measured: a sparse call ${one}, a dense one ${other}`);
-  }
+  if (gain) lines.push(`Measured: a sparse call ${short(one.sparse)}, a dense one ${short(one.dense)}`);
   if (report.below) lines.push(`Dense calls went to ${report.below}`);
   if (report.completed === false) lines.push("The run was cut short.");
   const title = `Last run${typeof report.seconds === "number" ? ` · ${duration(report.seconds)}` : ""}`;
