@@ -93,6 +93,22 @@ def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
     assert len(made) == 1 and made[0]() is None
 
 
+def test_a_layer_that_stays_dense_does_not_keep_its_hidden_state():
+    """An adapter's hooks note it for sparse attention; it is as large as the layer's activations."""
+    patched = sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("rola"), dense_layers="0")
+    block, seen, alive = patched.model.diffusion_model.blocks[0], [], []
+    hooks = [
+        block.self_attn.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0]))),
+        block.register_forward_hook(lambda *_: alive.append(seen[-1]() is not None)),
+    ]
+    try:
+        sample(patched)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert report(patched).dense_calls == {"dense layers": 3} and alive == [False] * 3
+
+
 def test_an_exception_inside_the_override_leaves_the_model_as_it_was(monkeypatch):
     """Out of the sparse path where strict hands it on, and of whoever holds the slot below."""
     model = load_model("tiny_wan21_t2v")
