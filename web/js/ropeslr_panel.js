@@ -84,7 +84,7 @@ function stateOf(node, report) {
   if (!idle && model && size) numbers = estimate(settings, model, size, around.adapter, around.steps);
   const found = { model: Boolean(around.model), size: Boolean(around.size) };
   const basis = JSON.stringify([settings, model, size, around.adapter, around.steps, idle]);
-  return { models: NAMES, model, size, found, numbers, basis, idle: idle && "before", report: report?.detail ?? null,
+  return { models: NAMES, model, size, found, numbers, basis, idle: idle && "before it was switched off", report: report?.detail ?? null,
     fresh: report?.basis === basis };
 }
 
