@@ -104,4 +104,4 @@ def test_what_is_missing_is_noticed(shown, kind, was, becomes, says):
     nodes = shown.drop("spoiled", workflow)
     assert [node["type"] for node in nodes if node["missing"]] == [becomes] * (kind == was)
     if not (OLDER and says == "nvalid"):    # which says nothing of a wrong group
-        assert ("missing" if OLDER else says) in shown.dialogs()
+        shown.wait_for_dialog("missing" if OLDER else says)

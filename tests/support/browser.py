@@ -35,6 +35,7 @@ DROP = """([name, text]) => {
     const at = { bubbles: true, cancelable: true, dataTransfer: carried, clientX: 900, clientY: 500 }
     for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, at))
 }"""
+DIALOGS = ".p-dialog:visible, .p-toast-message:visible, [role=dialog]:visible, [data-testid=error-overlay]:visible"
 # Until no node has changed its size for some frames, and everything that was asked of the canvas is drawn.
 SETTLE = """() => new Promise((done) => {
     let before = "", same = 0
@@ -158,10 +159,11 @@ class Window:
 
     def dialogs(self) -> str:
         """The text of dialogs and messages over the canvas."""
-        shown = self.page.locator(
-            ".p-dialog:visible, .p-toast-message:visible, [role=dialog]:visible, [data-testid=error-overlay]:visible"
-        )
-        return "\n".join(shown.all_inner_texts())
+        return "\n".join(self.page.locator(DIALOGS).all_inner_texts())
+
+    def wait_for_dialog(self, text: str) -> None:
+        """Until a dialog or message has the text; raises when none does."""
+        self.page.locator(DIALOGS).filter(has_text=text).first.wait_for()
 
     def close_dialogs(self) -> None:
         for _ in range(3):

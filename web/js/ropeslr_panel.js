@@ -9,6 +9,7 @@ import { createView, STYLE } from "./view.js";
 
 const NODE = "RoPeSLRSparseAttention";
 const EVENT = "ropeslr.report";
+const STORE = "ropeslr.reports"; // in the session's storage
 const MARGIN = 6; // of the classic renderer around the element
 const WIDTH = 340; // of a new node: the figures stand side by side
 const PADDING = 4; // of the element above and below its body
@@ -84,8 +85,8 @@ function stateOf(node, report) {
   if (!idle && model && size) numbers = estimate(settings, model, size, around.adapter, around.steps);
   const found = { model: Boolean(around.model), size: Boolean(around.size) };
   const basis = JSON.stringify([settings, model, size, around.adapter, around.steps, idle]);
-  return { models: NAMES, model, size, found, numbers, basis, idle: idle && "before it was switched off", report: report?.detail ?? null,
-    fresh: report?.basis === basis };
+  return { models: NAMES, model, size, found, numbers, basis, idle: idle && "before it was switched off",
+    report: report?.detail ?? null, fresh: report?.basis === basis };
 }
 
 const KEPT = 30; // workflows whose last reports are kept
@@ -104,6 +105,16 @@ const receive = safely(({ detail }) => {
   const number = (ofWorkflow.get(detail.node)?.number ?? 0) + 1;
   ofWorkflow.set(detail.node, { detail, number, basis: null });
   for (const panel of panels) panel.update();
+});
+
+/** Reports outlive a reload of the page, as long as its tab of the browser is open. */
+const remember = safely(() => {
+  sessionStorage.setItem(STORE, JSON.stringify([...reports].map(([id, ofWorkflow]) => [id, [...ofWorkflow]])));
+});
+
+const recall = safely(() => {
+  const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "[]");
+  for (const [id, ofWorkflow] of kept) reports.set(id, new Map(ofWorkflow));
 });
 
 /** The last report of a node; undefined before the first. */
@@ -229,6 +240,8 @@ class Panel {
 app.registerExtension({
   name: "ropeslr.panel",
   setup() {
+    recall();
+    addEventListener("pagehide", remember);
     api.addEventListener(EVENT, receive);
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
   },
