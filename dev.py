@@ -53,7 +53,7 @@ from machine import (  # noqa: E402
 )
 
 # Kept beside the environment, not in it, so that everything else is tested as on a machine without Triton. The first
-# runs all kernel tests; a newer compiler the quick ones.
+# runs all kernel tests; a newer one compiles, and when thorough runs the quick ones in its interpreter too.
 TRITON = {"3.6.0": (), "3.9.0": ("-m", "not slow")}
 # Left out with older ComfyUIs: what is tested there does not depend on them.
 OURS_ALONE = ("--ignore=tests/nodes/test_methods.py", "--ignore=tests/nodes/test_doctor_node.py")
@@ -65,6 +65,9 @@ def main() -> int:
     commands |= {"convert": convert, "browser": browser, "workflows": workflows, "pictures": pictures}
     parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()
+    if "--thorough" in rest:                # every variant of every test, which takes most of an hour
+        os.environ["ROPESLR_THOROUGH"] = "1"
+        rest.remove("--thorough")
     try:
         return commands[arguments.command](rest)
     except SetupError as error:
@@ -84,9 +87,6 @@ def demo(rest: list[str]) -> int:
 def test(rest: list[str]) -> int:
     """Run every test, or with arguments just what they name; the exit code is that of the first suite to fail."""
     python = environment()
-    if "--thorough" in rest:                # every variant of every test, which takes most of an hour
-        os.environ["ROPESLR_THOROUGH"] = "1"
-        rest.remove("--thorough")
     if rest:
         return run_in(python, comfyui(NEWEST), ["-m", "pytest", *rest])
     others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
@@ -115,9 +115,6 @@ def browser(rest: list[str]) -> int:
     python, program = environment(), chromium()
     if program is None:
         raise SetupError(NO_BROWSER)
-    if "--thorough" in rest:
-        os.environ["ROPESLR_THOROUGH"] = "1"
-        rest.remove("--thorough")
     return run_suites(python, browser_suites(python, program, rest))
 
 
@@ -176,11 +173,15 @@ def kernel_suites(python: Path, rest: list[str] = ()) -> list[Suite]:
     for version, choice in TRITON.items():
         places = {"PYTHONPATH": str(triton(python, version))}
         places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
-        suites += [
-            Suite(f"kernels interpreted, Triton {version}", [*choice, *rest, "tests/kernels"],
-                  places | {"TRITON_INTERPRET": "1"}),
-            Suite(f"kernels compiled, Triton {version}", [*choice, *rest, "tests/kernels/test_compiled.py"], places),
-        ]
+        compiled = Suite(
+            f"kernels compiled, Triton {version}", [*choice, *rest, "tests/kernels/test_compiled.py"], places
+        )
+        interpreted = Suite(
+            f"kernels interpreted, Triton {version}", [*choice, *rest, "tests/kernels"],
+            places | {"TRITON_INTERPRET": "1"},
+        )
+        everything = not choice or "ROPESLR_THOROUGH" in os.environ           # a newer one's news are in its compiler
+        suites += [interpreted, compiled] if everything else [compiled]
     return suites
 
 
