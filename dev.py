@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
-SUPPORT = ROOT / "tests" / "support"
-sys.path.append(str(SUPPORT))
+TOOLS = ROOT / "tools"
+sys.path.append(str(TOOLS))
 
 from machine import (  # noqa: E402
     COMFYUI,
@@ -51,10 +51,11 @@ from machine import (  # noqa: E402
     say,
     triton,
 )
+from pack_loader import load  # noqa: E402
 
 # Kept beside the environment, not in it, so that everything else is tested as on a machine without Triton. The first
 # runs all kernel tests; a newer one compiles, and when thorough runs the quick ones in its interpreter too.
-TRITON = {"3.6.0": (), "3.9.0": ("-m", "not slow")}
+TRITON = {"3.6.0": "normal", "3.9.0": "quick"}
 # Left out with older ComfyUIs: what is tested there does not depend on them.
 OURS_ALONE = ("--ignore=tests/nodes/test_methods.py", "--ignore=tests/nodes/test_doctor_node.py")
 
@@ -65,9 +66,6 @@ def main() -> int:
     commands |= {"convert": convert, "browser": browser, "workflows": workflows, "pictures": pictures}
     parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()
-    if "--thorough" in rest:                # every variant of every test, which takes most of an hour
-        os.environ["ROPESLR_THOROUGH"] = "1"
-        rest.remove("--thorough")
     try:
         return commands[arguments.command](rest)
     except SetupError as error:
@@ -81,52 +79,53 @@ def main() -> int:
 def demo(rest: list[str]) -> int:
     """Run the shipped workflow on a real server."""
     python, tree = environment(), comfyui(NEWEST)
-    return run_in(python, tree, [str(SUPPORT / "demo.py"), *rest])
+    return run_in(python, tree, [str(TOOLS / "demo.py"), *rest])
 
 
 def test(rest: list[str]) -> int:
     """Run every test, or with arguments just what they name; the exit code is that of the first suite to fail."""
-    python = environment()
+    python, (thorough, rest) = environment(), take_thorough(rest)
     if rest:
-        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *rest])
+        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *effort(thorough), *rest])
     others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
     suites = [
-        Suite("inside ComfyUI", ["tests/nodes"], inside(comfyui(NEWEST), "nodes")),
-        Suite("everything else", others, inside(comfyui(NEWEST), "others")),
+        Suite("inside ComfyUI", [*effort(thorough), "tests/nodes"], inside(comfyui(NEWEST), "nodes")),
+        Suite("everything else", [*effort(thorough), *others], inside(comfyui(NEWEST), "others")),
     ]
     for version in COMFYUI:
         if version != NEWEST:
             places = inside(registry_comfyui(version), version)
-            suites.append(Suite(f"inside ComfyUI {version}", ["-m", "not slow", "tests/nodes", *OURS_ALONE], places))
+            arguments = [*effort(thorough, "quick"), "tests/nodes", *OURS_ALONE]
+            suites.append(Suite(f"inside ComfyUI {version}", arguments, places))
     program = chromium()
     if program:
-        suites[1:1] = browser_suites(python, program, [])
-    return run_suites(python, suites + kernel_suites(python))
+        suites[1:1] = browser_suites(python, program, [], thorough)
+    return run_suites(python, suites + kernel_suites(python, [], thorough))
 
 
 def kernels(rest: list[str]) -> int:
     """Run the kernel tests alone, with each Triton."""
-    python = environment()
-    return run_suites(python, kernel_suites(python, rest))
+    python, (thorough, rest) = environment(), take_thorough(rest)
+    return run_suites(python, kernel_suites(python, rest, thorough))
 
 
 def browser(rest: list[str]) -> int:
     """Run the tests in a browser; --thorough: every workflow in every way, and with older frontends too."""
-    python, program = environment(), chromium()
+    python, program, (thorough, rest) = environment(), chromium(), take_thorough(rest)
     if program is None:
         raise SetupError(NO_BROWSER)
-    return run_suites(python, browser_suites(python, program, rest))
+    return run_suites(python, browser_suites(python, program, rest, thorough))
 
 
-def browser_suites(python: Path, program: str, rest: list[str]) -> list[Suite]:
+def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) -> list[Suite]:
     """The tests in a browser, with the newest ComfyUI's frontend; when thorough, with those of the older ones too."""
-    places = {"ROPESLR_CHROMIUM": program}
-    suites = [Suite("in a browser", [*rest, "tests/browser"], inside(comfyui(NEWEST), "browser") | places)]
-    for version in COMFYUI if "ROPESLR_THOROUGH" in os.environ else ():
+    places, arguments = {"ROPESLR_CHROMIUM": program}, [*effort(thorough), *rest, "tests/browser"]
+    suites = [Suite("in a browser", arguments, inside(comfyui(NEWEST), "browser") | places)]
+    for version in COMFYUI if thorough else ():
         if version != NEWEST:
             tree = registry_comfyui(version)
             own = inside(tree, f"browser-{version}") | {"ROPESLR_FRONTEND": str(frontend(python, tree))}
-            suites.append(Suite(f"in a browser, ComfyUI {version}", [*rest, "tests/browser"], own | places))
+            suites.append(Suite(f"in a browser, ComfyUI {version}", arguments, own | places))
     return suites
 
 
@@ -134,7 +133,7 @@ def workflows(rest: list[str]) -> int:
     """Write the shipped workflows anew."""
     if rest:
         raise SetupError(f"workflows takes no arguments, but got {' '.join(rest)}; pictures are taken by `pictures`.")
-    return run_in(environment(), comfyui(NEWEST), [str(SUPPORT / "graphs.py")])
+    return run_in(environment(), comfyui(NEWEST), [str(TOOLS / "graphs.py")])
 
 
 def pictures(rest: list[str]) -> int:
@@ -149,7 +148,7 @@ def pictures(rest: list[str]) -> int:
             code = run_suites(python, [Suite("pictures", ["tests/browser/test_pictures.py"], places)])
             if code:
                 return code
-        command = [str(python), str(SUPPORT / "browser.py"), *rest]
+        command = [str(python), str(TOOLS / "browser.py"), *rest]
         return subprocess.call(command, cwd=ROOT, env={**os.environ, **places})
 
 
@@ -158,31 +157,40 @@ def coverage(rest: list[str]) -> int:
     python = environment()
     for version in COMFYUI:
         places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
-        places |= {"ROPESLR_COVERAGE": "1", "ROPESLR_THOROUGH": "1"}
-        if run_suites(python, [Suite(f"coverage, ComfyUI {version}", ["tests/nodes/test_coverage.py", *rest], places)]):
+        places |= {"ROPESLR_COVERAGE": "1"}
+        arguments = [*effort(True), "tests/nodes/test_coverage.py", *rest]
+        if run_suites(python, [Suite(f"coverage, ComfyUI {version}", arguments, places)]):
             return 1
     return subprocess.call([str(python), "-m", "benchmarks.readme"], cwd=ROOT)
 
 
-def kernel_suites(python: Path, rest: list[str] = ()) -> list[Suite]:
+def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
     """The kernel tests with each Triton, in the interpreter and compiled."""
     if sys.platform != "linux":
         say("Triton's wheels exist for Linux only: the kernel tests are left out")
         return []
     suites = []
-    for version, choice in TRITON.items():
+    for version, least in TRITON.items():
         places = {"PYTHONPATH": str(triton(python, version))}
         places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
-        compiled = Suite(
-            f"kernels compiled, Triton {version}", [*choice, *rest, "tests/kernels/test_compiled.py"], places
-        )
+        arguments = [*effort(thorough, least), *rest]
+        compiled = Suite(f"kernels compiled, Triton {version}", [*arguments, "tests/kernels/test_compiled.py"], places)
         interpreted = Suite(
-            f"kernels interpreted, Triton {version}", [*choice, *rest, "tests/kernels"],
-            places | {"TRITON_INTERPRET": "1"},
+            f"kernels interpreted, Triton {version}", [*arguments, "tests/kernels"], places | {"TRITON_INTERPRET": "1"}
         )
-        everything = not choice or "ROPESLR_THOROUGH" in os.environ           # a newer one's news are in its compiler
+        everything = thorough or least != "quick"               # a newer one's news are in its compiler
         suites += [interpreted, compiled] if everything else [compiled]
     return suites
+
+
+def take_thorough(rest: list[str]) -> tuple[bool, list[str]]:
+    """Whether --thorough is among the arguments, and the others."""
+    return "--thorough" in rest, [each for each in rest if each != "--thorough"]
+
+
+def effort(thorough: bool, least: str = "normal") -> list[str]:
+    """Pytest's option for how much is tried; tests/conftest.py says what it means."""
+    return ["--effort", "thorough" if thorough else least]
 
 
 class Suite(NamedTuple):
@@ -200,7 +208,8 @@ def run_suites(python: Path, suites: list[Suite]) -> int:
         say(f"started: {suite.name}")
         started = time.monotonic()
         done = subprocess.run(
-            [str(python), "-m", "pytest", *suite.arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [str(python), "-m", "pytest", "--durations=15", *suite.arguments], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **suite.places},
         )
         text = done.stdout.decode(errors="replace")
@@ -254,11 +263,7 @@ def with_adapters(rest: list[str], parser: argparse.ArgumentParser, run) -> int:
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
         say("this Python has no torch; using the test environment's")
         return subprocess.call([str(environment()), str(ROOT / "dev.py"), parser.prog.split()[-1], *rest])
-    spec = importlib.util.spec_from_file_location(
-        "ropeslr", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["ropeslr"] = importlib.util.module_from_spec(spec)
-    adapters = importlib.import_module("ropeslr.attention.adapters")
+    adapters = load(".attention.adapters")
     try:
         run(adapters, options)
     except adapters.AdapterError as error:

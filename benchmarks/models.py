@@ -75,7 +75,7 @@ def boot(device: str) -> None:
     sys.path.insert(0, tree)
     sys.argv[1:] = []
     if device == "cpu":
-        runpy.run_path(str(ROOT / "tests" / "support" / "cpu_shim" / "sitecustomize.py"))
+        runpy.run_path(str(ROOT / "tools" / "cpu_shim" / "sitecustomize.py"))
     import comfy.options  # noqa: F401  argument parsing stays off
     from comfy.cli_args import args
 

@@ -1,6 +1,7 @@
 """The accounting against the paper's own case: Wan 2.1 1.3B at 480p."""
 
 import pytest
+
 from pack_loader import load
 
 accounting = load(".attention.accounting")

@@ -5,13 +5,13 @@ import os
 import stat
 import threading
 
-import checkpoints
-import malformed
 import pytest
 import torch
-from adapters import adapters, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
-from fields import relative_error, rope_angles, rotate, smooth_qkv
+
 from pack_loader import load
+from support.data import checkpoints, malformed
+from support.data.adapters import adapters, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
+from support.data.fields import relative_error, rope_angles, rotate, smooth_qkv
 
 attention = load(".attention")
 positions = load(".attention.positions")

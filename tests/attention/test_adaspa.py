@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from blocks import tensors
-from fields import relative_error, smooth_qkv
+
 from pack_loader import load
+from support.data.blocks import tensors
+from support.data.fields import relative_error, smooth_qkv
 
 attention = load(".attention")
 accounting = load(".attention.accounting")

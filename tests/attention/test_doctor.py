@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from pack_loader import load
 
 doctor = load(".attention.doctor")

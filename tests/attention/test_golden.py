@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-import transcription as golden
-from adapters import SHAPES, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
-from fields import relative_error
+
 from pack_loader import load
+from support.data.adapters import SHAPES, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
+from support.data.fields import relative_error
+from support.oracle import transcription as golden
 
 attention = load(".attention")
 positions = load(".attention.positions")

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fields import smooth_qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from pack_loader import load
+from support.data.fields import smooth_qkv
 
 layout = load(".attention.layout")
 reference = load(".kernels.reference")

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fields import relative_error, rope_angles, smooth_qkv
-from pack_loader import load
 from torch.utils.flop_counter import FlopCounterMode
+
+from pack_loader import load
+from support.data.fields import relative_error, rope_angles, smooth_qkv
 
 attention = load(".attention")
 reference = load(".kernels.reference")
@@ -84,7 +85,7 @@ def test_lower_rank_costs_less(monkeypatch):
 ])
 def test_the_accounting_is_what_is_computed(method, rank, variant, monkeypatch):
     """Counted by PyTorch over the whole call, but for sums and means, which it does not count."""
-    import adapters as made
+    from support.data import adapters as made
 
     registered = load(".kernels.registered")
     bodies = {name: getattr(op, "_init_fn", op) for name, op in vars(registered).items()}

@@ -1,10 +1,11 @@
 """Large activations in half precision: no method may overflow, whatever it sums."""
 
-import adapters
 import pytest
 import torch
-from fields import relative_error, rope_angles, smooth_qkv
+
 from pack_loader import load
+from support.data import adapters
+from support.data.fields import relative_error, rope_angles, smooth_qkv
 
 attention = load(".attention")
 GRID = (4, 8, 9)

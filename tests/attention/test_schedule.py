@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from pack_loader import load
 
 schedule = load(".attention.schedule")

@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 
-if "COMFYUI_PATH" not in os.environ:
-    pytest.exit("tests/browser needs a ComfyUI: run `python dev.py browser`", returncode=2)
-
 
 @pytest.fixture(scope="session")
 def server():
     import browser
     import comfy_host
-    import tiny_files
     from comfy_server import ComfyServer
+    from support.data import tiny_files
 
-    pytest.importorskip("playwright", reason="playwright is not installed; `python dev.py browser` installs it")
     if browser.find_chromium() is None:
         pytest.skip("no Chromium or Chrome was found; `python dev.py browser` says how to get one")
     base = Path(os.environ["ROPESLR_TEST_BASE"]) / "browser"

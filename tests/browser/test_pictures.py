@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from PIL import Image
+
 from workflow import fresh, load, tiny_workflow
 
 NODE = "RoPeSLRSparseAttention"

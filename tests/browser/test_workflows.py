@@ -5,7 +5,7 @@ import os
 import uuid
 
 import pytest
-from effort import THOROUGH, thorough
+
 from workflow import ROOT, fresh, load, tiny_workflow
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -40,12 +40,12 @@ def named(workflow, like=None):
     return {key: (kind, mode, values[: most.get(key)]) for key, (kind, mode, _, values) in nodes.items()}, links
 
 
-SOME = [name if name in QUICK else pytest.param(name, marks=thorough) for name in NAMES]
+SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough")) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name):
-    if shown.renderer == "vue" and name not in QUICK and not THOROUGH:
+def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough):
+    if shown.renderer == "vue" and name not in QUICK and not thorough:
         pytest.skip("Vue nodes see every workflow when thorough")
     workflow = load(name)
     nodes = shown.drop(name, workflow)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +42,7 @@ def test_the_kernel_benchmark_runs_on_a_cpu_and_records(tmp_path):
 
 
 def test_the_model_benchmark_runs_on_tiny_models(tmp_path):
+    needs.need(needs.COMFYUI)
     out = tmp_path / "models.json"
     done = run("benchmarks.models", "--tiny", "--device", "cpu", "--steps", "4", "--out", str(out))
     assert done.returncode == 0, done.stderr

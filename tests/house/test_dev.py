@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from support import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def dev(tmp_path, monkeypatch):
     """What sets the machine up, as a module, with an empty cache."""
-    spec = importlib.util.spec_from_file_location("machine_under_test", ROOT / "tests" / "support" / "machine.py")
+    spec = importlib.util.spec_from_file_location("machine_under_test", ROOT / "tools" / "machine.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("ROPESLR_CACHE", str(tmp_path / "cache"))
@@ -32,13 +34,13 @@ def make_tree(folder):
 
 def test_only_the_standard_library_is_imported():
     tops = set()
-    for name in ("dev.py", "tests/support/machine.py"):
+    for name in ("dev.py", "tools/machine.py", "tools/pack_loader.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 tops |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 tops.add(node.module.split(".")[0])
-    assert tops <= {*sys.stdlib_module_names, "machine"}
+    assert tops <= {*sys.stdlib_module_names, "machine", "pack_loader"}
 
 
 def test_comfyui_path_wins_and_is_checked(dev, tmp_path, monkeypatch):
@@ -88,7 +90,8 @@ def test_it_says_what_it_can_do():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    import checkpoints
+    needs.need("torch", "safetensors")
+    from support.data import checkpoints
 
     return checkpoints.save(checkpoints.sparkwan(), tmp_path / "SparkWan-0.90Sparsity.pth", "net.")
 
@@ -116,6 +119,7 @@ def test_convert_writes_what_it_says_and_nothing_twice(checkpoint, tmp_path):
 
 
 def test_a_file_that_is_none_is_refused_in_one_line(tmp_path):
+    needs.need("torch", "safetensors")
     for name, says in (("nothing.pth", "there is no such file"), ("text.pth", "not")):
         if name == "text.pth":
             (tmp_path / name).write_text("hello")

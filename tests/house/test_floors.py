@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
     path for folder in ("nodes", "attention", "kernels") for path in (ROOT / folder).rglob("*.py")
@@ -96,6 +98,7 @@ def test_the_pack_loads_without_comfyui_and_without_triton():
 
 
 def test_ruff_has_nothing_to_say():
+    needs.need("ruff")
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--no-cache", str(ROOT)], capture_output=True, text=True
     )

@@ -1,28 +1,20 @@
-"""Which kernel tests a process runs: the interpreter's, the compiler's, or those that need no Triton.
+"""The kernel tests, in a process of one of two kinds; support/needs.py says which files run in which.
 
 TRITON_INTERPRET=1 (set before Triton is imported): the operations on Triton's kernels, in the watched interpreter.
 Otherwise: the operations in plain PyTorch, and where Triton is importable, the compile checks.
 """
 
-import importlib.util
 import os
 
 import pytest
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-PORTABLE = ["test_custom_ops.py", "test_checks.py", "test_dispatch.py", "test_portable.py"]
+from support import needs
 
-collect_ignore = []
-if INTERPRET:
-    collect_ignore += [*PORTABLE, "test_compiled.py"]
-else:
-    collect_ignore += ["test_interpreter.py"]
-    if importlib.util.find_spec("triton") is None:
-        collect_ignore += ["test_compiled.py"]
+INTERPRET = needs.INTERPRET and needs.is_here("triton")
 
 if INTERPRET:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")        # its threads fight over small products
-    import interpreter
+    from support.oracle import interpreter
 
     interpreter.repair()
     interpreter.watch()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from blocks import feature_map, mixing_case, selected, sparse_case, table, tensors
+
 from pack_loader import load
+from support.data.blocks import feature_map, mixing_case, selected, sparse_case, table, tensors
 
 ops, background = load(".kernels.ops"), load(".kernels.background")
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import triton
+
 from pack_loader import ROOT, load
 
 table = load(".benchmarks.compile")

@@ -3,12 +3,13 @@
 import importlib.util
 import sys
 
-import pack_loader
 import pytest
 import torch
-from blocks import feature_map, mixing_case, reference, selected, table, tensors
-from pack_loader import load
 from torch.library import opcheck
+
+import pack_loader
+from pack_loader import load
+from support.data.blocks import feature_map, mixing_case, reference, selected, table, tensors
 
 ops, registered, background = (load(f".kernels.{name}") for name in ("ops", "registered", "background"))
 TOKENS, WIDTH = 150, 32

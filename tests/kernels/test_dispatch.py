@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blocks import reference, table, tensors
+
 from pack_loader import load
+from support.data.blocks import reference, table, tensors
 
 ops, dispatch = load(".kernels.ops"), load(".kernels.dispatch")
 GPU = torch.device("cuda", 0)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from blocks import mixing_case, reference, selected, table, tensors, wide
-from fields import relative_error
-from interpreter import traffic
+
 from pack_loader import load
+from support.data.blocks import mixing_case, reference, selected, table, tensors, wide
+from support.data.fields import relative_error
+from support.oracle.interpreter import traffic
 
 backend = load(".kernels.triton.backend")
 

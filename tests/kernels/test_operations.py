@@ -7,9 +7,21 @@ import os
 
 import pytest
 import torch
-from blocks import LIMITS, feature_map, mixing_case, ragged, reference, selected, sparse_case, table, tensors, wide
-from fields import relative_error
+
 from pack_loader import load
+from support.data.blocks import (
+    LIMITS,
+    feature_map,
+    mixing_case,
+    ragged,
+    reference,
+    selected,
+    sparse_case,
+    table,
+    tensors,
+    wide,
+)
+from support.data.fields import relative_error
 
 ops, background = load(".kernels.ops"), load(".kernels.background")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,13 +6,13 @@ import os
 import weakref
 from pathlib import Path
 
-import checkpoints
-import comfy_host
 import pytest
 import torch
-from effort import thorough
-from fields import relative_error
-from sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
+
+import comfy_host
+from support.data import checkpoints
+from support.data.fields import relative_error
+from support.host.sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
 
 MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
 SPARKWAN = "made_nodes_sparkwan.pth"
@@ -424,12 +424,15 @@ def test_stretched_rope_reaches_the_adapter(options, matters):
 
 
 @pytest.mark.parametrize("method, node_first", [
-    pytest.param("rola", False, marks=pytest.mark.slow), pytest.param("rola", True, marks=thorough),
-    pytest.param("ropeslr", True, marks=thorough), pytest.param("adaspa", False, marks=thorough),
+    pytest.param("rola", False, marks=pytest.mark.slow),
+    pytest.param("rola", True, marks=pytest.mark.slow("thorough")),
+    pytest.param("ropeslr", True, marks=pytest.mark.slow("thorough")),
+    pytest.param("adaspa", False, marks=pytest.mark.slow("thorough")),
 ])
 def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, node_first):
     import torch._dynamo.utils as dynamo
-    from compiling import compiled
+
+    from support.host.compiling import compiled
 
     torch.compiler.reset()
     model = load_model("tiny_wan21_t2v")

@@ -2,14 +2,14 @@
 
 import shutil
 
-import comfy_host
 import pytest
 import torch
-from compiling import compiled
-from effort import THOROUGH, thorough
-from fields import relative_error
-from sampling import load_model, own_adapter, report, sample, sparse
-from variants import VARIANTS
+
+import comfy_host
+from support.data.fields import relative_error
+from support.data.variants import VARIANTS
+from support.host.compiling import compiled
+from support.host.sampling import load_model, own_adapter, report, sample, sparse
 
 CHANGES = (
     dict(), dict(method="top-k"), dict(method="adaspa"), dict(sparsity=0.5), dict(rank=32), dict(calibrate="off"),
@@ -18,6 +18,7 @@ CHANGES = (
     dict(dense_first_steps=1), dict(dense_last_steps=1), dict(min_tokens=100_000), dict(sparsity=0.0),
 )
 FEW = (CHANGES[0], CHANGES[1], dict(dense_layers="0", dense_first_steps=1))
+SOME_OR_ALL = None                          # FEW, and CHANGES when thorough
 
 
 @pytest.fixture(autouse=True)
@@ -37,27 +38,27 @@ def use(monkeypatch, attention):
 
 
 @pytest.mark.parametrize("attention, blocks, node_first, changes", [
-    ("attention_pytorch", 0, False, CHANGES if THOROUGH else FEW),
+    ("attention_pytorch", 0, False, SOME_OR_ALL),
     pytest.param("attention_pytorch", 2, True, FEW, marks=pytest.mark.slow),
-    pytest.param("attention_sub_quad", 0, True, FEW, marks=thorough),
-    pytest.param("attention_pytorch", 0, True, CHANGES, marks=thorough),
-    pytest.param("attention_pytorch", 2, False, FEW, marks=thorough),
-    pytest.param("attention_sub_quad", 0, False, FEW, marks=thorough),
+    pytest.param("attention_sub_quad", 0, True, FEW, marks=pytest.mark.slow("thorough")),
+    pytest.param("attention_pytorch", 0, True, CHANGES, marks=pytest.mark.slow("thorough")),
+    pytest.param("attention_pytorch", 2, False, FEW, marks=pytest.mark.slow("thorough")),
+    pytest.param("attention_sub_quad", 0, False, FEW, marks=pytest.mark.slow("thorough")),
 ])
-def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatch):
+def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatch, thorough):
     """A graph compiled without the node must not be used with it, nor the other way round."""
     use(monkeypatch, attention)
-    check("eager", blocks, node_first, changes)
+    check("eager", blocks, node_first, changes or (CHANGES if thorough else FEW))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("blocks, node_first, changes", [
-    (0, False, CHANGES if THOROUGH else FEW), pytest.param(2, True, FEW, marks=thorough),
+    (0, False, SOME_OR_ALL), pytest.param(2, True, FEW, marks=pytest.mark.slow("thorough")),
 ])
-def test_settings_take_effect_with_inductor(blocks, node_first, changes, monkeypatch):
+def test_settings_take_effect_with_inductor(blocks, node_first, changes, monkeypatch, thorough):
     use(monkeypatch, "attention_pytorch")
-    check("inductor", blocks, node_first, changes)
+    check("inductor", blocks, node_first, changes or (CHANGES if thorough else FEW))
 
 
 def check(backend, blocks, node_first, changes):
@@ -124,7 +125,9 @@ def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("neighbour", [
-    "EasyCache", pytest.param("SkipLayerGuidanceDiT", marks=thorough), pytest.param("a block replaced", marks=thorough),
+    "EasyCache",
+    pytest.param("SkipLayerGuidanceDiT", marks=pytest.mark.slow("thorough")),
+    pytest.param("a block replaced", marks=pytest.mark.slow("thorough")),
 ])
 def test_a_node_that_skips_blocks_is_not_taken_for_an_old_graph(neighbour, monkeypatch):
     """Every run would be compiled anew, minutes on a real model, and the skipping node would be run twice."""

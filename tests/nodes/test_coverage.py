@@ -5,17 +5,16 @@ What is found is the README's matrix: `python dev.py coverage` writes it anew.
 
 import json
 import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-import comfy_host
 import pytest
 import torch
-from effort import THOROUGH, thorough
-from fields import relative_error
-from sampling import full_density, own_adapter, report, sparse
-from variants import VARIANTS
+
+import comfy_host
+from support.data.fields import relative_error
+from support.data.variants import VARIANTS
+from support.host.sampling import full_density, own_adapter, report, sparse
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coverage.json"
 TRAINING_FREE = ("ropeslr", "top-k", "adaspa")
@@ -42,7 +41,8 @@ def check(name, variant, patched, method, sampled, dense, calls):
 
 @pytest.mark.parametrize("cfg, size", [
     (1.0, "even"), pytest.param(5.0, "odd", marks=pytest.mark.slow),
-    pytest.param(5.0, "even", marks=thorough), pytest.param(1.0, "odd", marks=thorough),
+    pytest.param(5.0, "even", marks=pytest.mark.slow("thorough")),
+    pytest.param(1.0, "odd", marks=pytest.mark.slow("thorough")),
 ])
 def test_methods_without_weights(variant, cfg, size):
     name, variant, model = variant
@@ -56,7 +56,8 @@ def test_methods_without_weights(variant, cfg, size):
 
 @pytest.mark.parametrize("method, cfg, size", [
     ("rola", 1.0, "even"), pytest.param("sla", 5.0, "odd", marks=pytest.mark.slow),
-    pytest.param("rola", 5.0, "odd", marks=thorough), pytest.param("sla", 1.0, "even", marks=thorough),
+    pytest.param("rola", 5.0, "odd", marks=pytest.mark.slow("thorough")),
+    pytest.param("sla", 1.0, "even", marks=pytest.mark.slow("thorough")),
 ])
 def test_methods_with_weights(variant, method, cfg, size):
     """An adapter of the model's own layers; VACE's control blocks have none, and say so."""
@@ -73,17 +74,17 @@ def test_methods_with_weights(variant, method, cfg, size):
     assert all("has no weights for control blocks" in reason for reason in told.dense_calls)
 
 
-def test_every_block_kept_is_dense(variant, monkeypatch):
+def test_every_block_kept_is_dense(variant, monkeypatch, thorough):
     full_density(monkeypatch)
     _, variant, model = variant
     dense = variant.sample(model, variant.even, 1.0)
-    for order in ("cube", "raster") if THOROUGH else ("cube",):
+    for order in ("cube", "raster") if thorough else ("cube",):
         patched = sparse(model, sparsity=0.0, block_order=order)
         assert relative_error(variant.sample(patched, variant.even, 1.0), dense) < 1e-5
         assert report(patched).density == 1.0 and not report(patched).dense_calls
 
 
-@pytest.mark.parametrize("size", [pytest.param("even", marks=thorough), "odd"])
+@pytest.mark.parametrize("size", [pytest.param("even", marks=pytest.mark.slow("thorough")), "odd"])
 def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
     """By the model's own RoPE: its first angle of each axis must change along that axis of the grid, and no other."""
     name, variant, model = variant
@@ -117,7 +118,7 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
         assert len(own[0, 0].unique()) == found.grid[axis]
 
 
-@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=thorough)])
+@pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow("thorough"))])
 def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
     """Other noise changes the first layer's queries of every video token, and of no reference and no text."""
     name, variant, model = variant
@@ -164,7 +165,6 @@ def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size)
 
 def test_the_matrix_in_the_record_is_what_was_found(request):
     """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE; only ever as a whole."""
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfyui_version
 
     version, record = comfyui_version.__version__, json.loads(RECORD.read_text("utf-8"))

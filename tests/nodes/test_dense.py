@@ -1,10 +1,11 @@
 """What cannot be sparse runs dense, with a reason that is counted, said once, and an error where strict is on."""
 
-import comfy_host
 import pytest
 import torch
-from fields import relative_error
-from sampling import conditioning, full_density, load_model, own_adapter, report, sample, sparse
+
+import comfy_host
+from support.data.fields import relative_error
+from support.host.sampling import conditioning, full_density, load_model, own_adapter, report, sample, sparse
 
 
 def flux_sample(model):

@@ -1,13 +1,13 @@
 """Whatever a person picks on the node: an answer before sampling, or a finished run. Nothing raises half way."""
 
-import comfy_host
 import pytest
 import torch
-from effort import thorough
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sampling import load_model, own_adapter, report, sample, sparse
-from variants import VARIANTS
+
+import comfy_host
+from support.data.variants import VARIANTS
+from support.host.sampling import load_model, own_adapter, report, sample, sparse
 
 LAYERS = st.one_of(
     st.just(""), st.sampled_from(["0", "1", "0-1", "0, 1, 38-39", "7", " 0 ,", "0-", "-1", "a", "3-1", "0,0,0-0"]),
@@ -101,7 +101,7 @@ def test_500_settings_of_the_node(caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "Wan VACE", pytest.param("HunyuanVideo 1.5 I2V with glyphs", marks=thorough), "Wan SCAIL",
+    "Wan VACE", pytest.param("HunyuanVideo 1.5 I2V with glyphs", marks=pytest.mark.slow("thorough")), "Wan SCAIL",
 ])
 def test_settings_on_models_with_more_than_a_video(name, caplog):
     variant = VARIANTS[name]

@@ -1,10 +1,11 @@
 """HunyuanVideo: text and video in one sequence; the video's attention is sparse, the text's is not."""
 
-import comfy_host
 import pytest
 import torch
-from fields import relative_error
-from sampling import full_density, load_model, report, sample, sparse
+
+import comfy_host
+from support.data.fields import relative_error
+from support.host.sampling import full_density, load_model, report, sample, sparse
 
 # file -> (latent channels, latent, sparse calls of one step)
 HUNYUAN = {
@@ -164,7 +165,7 @@ def test_removing_the_node_gives_bit_identical_frames():
 
 @pytest.mark.parametrize("method", ["rola", "sla"])
 def test_weights_of_a_wan_model_are_refused(method):
-    from sampling import own_adapter
+    from support.host.sampling import own_adapter
 
     with pytest.raises(ValueError, match="HunyuanVideo has 4 layers, 2 heads of 128"):
         sparse(load_model("tiny_hunyuan_t2v"), adapter=own_adapter(method, layers=4))

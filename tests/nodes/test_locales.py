@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import comfy_host
 import pytest
+
+import comfy_host
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh", "ja")

@@ -4,12 +4,12 @@ import contextlib
 import gc
 import weakref
 
-import comfy_host
 import psutil
 import pytest
 import torch
-from effort import THOROUGH
-from sampling import SLOT, load_model, own_adapter, report, sample, sparse, with_override
+
+import comfy_host
+from support.host.sampling import SLOT, load_model, own_adapter, report, sample, sparse, with_override
 
 
 def live_tensors():
@@ -40,7 +40,7 @@ def interrupted(model):
 
 
 @pytest.mark.slow
-def test_a_thousand_runs_leave_nothing_behind():
+def test_a_thousand_runs_leave_nothing_behind(thorough):
     """Dense, sparse, another shape, another adapter, interrupted, in turn; all dense results are the same bits."""
     model = load_model("tiny_wan_smallest")
     rola, ropeslr = (own_adapter(method, 1, 1) for method in ("rola", "ropeslr"))
@@ -66,7 +66,7 @@ def test_a_thousand_runs_leave_nothing_behind():
             assert report(patched).sparse_calls == 1
             ends.append(weakref.ref(report(patched)))
 
-    for turn in range(1000 if THOROUGH else 400):
+    for turn in range(1000 if thorough else 400):
         run(turn)
         if turn == 199:
             settled, memory = live_tensors(), psutil.Process().memory_info().rss

@@ -4,14 +4,15 @@ import math
 import os
 from pathlib import Path
 
-import checkpoints
-import comfy_host
 import pytest
 import torch
-import transcription as golden
-from fields import relative_error
 from safetensors.torch import save_file
-from sampling import SLOT, WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
+
+import comfy_host
+from support.data import checkpoints
+from support.data.fields import relative_error
+from support.host.sampling import SLOT, WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
+from support.oracle import transcription as golden
 
 TRAINED = ("ropeslr", "rola", "sla")
 METHODS = (*TRAINED, "adaspa", "top-k", "top-k plain")

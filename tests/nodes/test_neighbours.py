@@ -2,12 +2,23 @@
 
 import inspect
 
-import comfy_host
 import pytest
 import torch
-from fields import relative_error
-from sampling import SLOT, conditioning, full_density, load_model, own_adapter, report, sample, sparse, with_override
-from variants import VARIANTS
+
+import comfy_host
+from support.data.fields import relative_error
+from support.data.variants import VARIANTS
+from support.host.sampling import (
+    SLOT,
+    conditioning,
+    full_density,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
+    with_override,
+)
 
 
 def spy(into, name, chain=None):

@@ -4,9 +4,10 @@ import asyncio
 import inspect
 import logging
 
-import comfy_host
 import pytest
-from sampling import SETTINGS, load_model, report, sample, sparse
+
+import comfy_host
+from support.host.sampling import SETTINGS, load_model, report, sample, sparse
 
 NODE = "RoPeSLRSparseAttention"
 INPUTS = [
@@ -61,6 +62,7 @@ def validate(**inputs):
     from pathlib import Path
 
     import execution
+
     import tiny_models
 
     comfy_host.pack()

@@ -1,9 +1,10 @@
 """The numbers guard: a sparse output that is not finite never reaches the picture, and is said."""
 
-import comfy_host
 import pytest
 import torch
-from sampling import conditioning, load_model, report, sample, sparse
+
+import comfy_host
+from support.host.sampling import conditioning, load_model, report, sample, sparse
 
 AGAIN = "computed again, since the sparse output was not finite"
 

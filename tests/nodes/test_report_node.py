@@ -2,11 +2,12 @@
 
 import builtins
 
-import comfy_host
 import pytest
 import torch
-from sampling import conditioning, load_model, own_adapter, report, sample, sparse
-from variants import VARIANTS
+
+import comfy_host
+from support.data.variants import VARIANTS
+from support.host.sampling import conditioning, load_model, own_adapter, report, sample, sparse
 
 
 def told(model, latent, **widgets):

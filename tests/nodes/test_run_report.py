@@ -3,11 +3,12 @@
 import json
 from dataclasses import asdict
 
-import comfy_host
 import pytest
 import torch
-from sampling import load_model, report, sample, sparse, two_experts
-from variants import VARIANTS
+
+import comfy_host
+from support.data.variants import VARIANTS
+from support.host.sampling import load_model, report, sample, sparse, two_experts
 
 
 def test_the_map_tells_layers_and_steps_apart():

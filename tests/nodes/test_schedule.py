@@ -1,9 +1,10 @@
 """Windows and step counts on real samplers: sigma at sampling time, one schedule for two experts."""
 
-import comfy_host
 import pytest
 import torch
-from sampling import conditioning, load_model, report, sample, sparse, two_experts
+
+import comfy_host
+from support.host.sampling import conditioning, load_model, report, sample, sparse, two_experts
 
 
 def test_percent_is_read_when_sampling_and_not_when_patching():

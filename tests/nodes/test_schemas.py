@@ -46,12 +46,11 @@ FROZEN = {
 }
 LOAD = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
 import comfy_host
 nodes = comfy_host.boot()
-assert asyncio.run(nodes.load_custom_node(sys.argv[2]))
+assert asyncio.run(nodes.load_custom_node(sys.argv[1]))
 ours = sorted(name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("RoPeSLR"))
-assert list(nodes.EXTENSION_WEB_DIRS.values()) == [sys.argv[2] + "/web"], nodes.EXTENSION_WEB_DIRS
+assert list(nodes.EXTENSION_WEB_DIRS.values()) == [sys.argv[1] + "/web"], nodes.EXTENSION_WEB_DIRS
 print(*ours)
 """
 
@@ -78,8 +77,8 @@ def test_the_package_loads_by_itself(tmp_path):
     folder = tmp_path / "ropeslr"
     package.copy(folder)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(Path(package.__file__).parent), str(folder)], capture_output=True, text=True,
-        env=os.environ, cwd=tmp_path, timeout=600,
+        [sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(Path(package.__file__).parent)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == sorted(FROZEN)

@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
-import comfy_host
 import pytest
-import tiny_models
 import torch
-from sampling import load_model
+
+import comfy_host
+import tiny_models
+from support.host.sampling import load_model
 
 CLASSES = {
     "tiny_wan21_t2v_8_layers": ("WAN21", "WanModel"),

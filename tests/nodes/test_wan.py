@@ -1,10 +1,11 @@
 """The node on real Wan models: what sparse attention changes, and that every size and batch runs."""
 
-import comfy_host
 import pytest
 import torch
-from fields import relative_error
-from sampling import WAN, conditioning, full_density, load_model, report, sample, sparse
+
+import comfy_host
+from support.data.fields import relative_error
+from support.host.sampling import WAN, conditioning, full_density, load_model, report, sample, sparse
 
 
 @pytest.fixture(params=list(WAN))

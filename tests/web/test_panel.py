@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pack_loader import load
+from support import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
@@ -18,7 +20,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
 PANEL = "ropeslr_panel.js"
 ENTRIES = (PANEL, "ropeslr_results.js")
 NODE = shutil.which("node")
-needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+needs_node = pytest.mark.skipif(NODE is None, reason=str(needs.why_not(needs.NODE)))
 
 accounting, planning = load(".attention.accounting"), load(".attention.plan")
 adaspa, calibration = load(".attention.methods.adaspa"), load(".attention.methods.calibration")

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from effort import thorough
 from jsonschema import Draft202012Validator
+
+from support import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -30,6 +31,7 @@ def workflow(request):
 @pytest.fixture(scope="module")
 def info():
     """What this ComfyUI knows of every node, with files of every name that a workflow asks for."""
+    needs.need(needs.COMFYUI, "torch")
     import graph_file
 
     return graph_file.object_info()
@@ -42,6 +44,7 @@ def test_the_workflows_are_those_that_the_pack_promises():
 def test_the_files_are_what_their_description_says(info):
     """`python dev.py workflows` writes them; whoever edits one by hand or adds an input to a node is told here."""
     import comfyui_version
+
     import graph_file
     import graphs
 
@@ -51,7 +54,7 @@ def test_the_files_are_what_their_description_says(info):
     assert sorted(described) == NAMES
     for path in WORKFLOWS:
         assert path.read_text(encoding="utf-8") == graphs.text_of(described[path.stem]), (
-            f"{path.name} differs from tests/support/graphs.py; `python dev.py workflows` writes it anew"
+            f"{path.name} differs from tools/graphs.py; `python dev.py workflows` writes it anew"
         )
 
 
@@ -155,8 +158,10 @@ def test_nothing_overlaps_and_every_node_stands_in_its_frame(workflow):
 
 def test_comfyui_accepts_every_workflow_as_it_stands(workflow, info, monkeypatch):
     """Converted by comfy-cli, checked by ComfyUI itself, on a machine that has the files."""
+    needs.need("comfy_cli")
     import execution
     import folder_paths
+
     from workflow import to_prompt
 
     files = {value for node in workflow["nodes"] for value in node["widgets_values"] if isinstance(value, str)}
@@ -172,9 +177,10 @@ def test_comfyui_accepts_every_workflow_as_it_stands(workflow, info, monkeypatch
 
 @pytest.fixture(scope="module")
 def server():
+    needs.need(needs.COMFYUI, "torch", "safetensors", "aiohttp", "comfy_cli", "pathspec")
     import comfy_host
-    import tiny_files
     from comfy_server import ComfyServer
+    from support.data import tiny_files
 
     base = Path(os.environ["ROPESLR_TEST_BASE"])
     comfy_host.boot()
@@ -184,7 +190,7 @@ def server():
 
 
 @pytest.mark.parametrize("name", [
-    name if name in QUICK else pytest.param(name, marks=thorough) for name in NAMES
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough")) for name in NAMES
 ])
 def test_every_workflow_runs_to_a_video(server, name):
     from workflow import load, make_tiny, to_prompt

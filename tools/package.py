@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pathspec
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NEVER = {".git", "__pycache__", ".ruff_cache", ".hypothesis"}                 # what git does not keep either
 
 

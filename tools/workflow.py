@@ -8,9 +8,10 @@ import uuid
 from pathlib import Path
 
 from comfy_cli.workflow_to_api import convert_ui_to_api
+
 from graph_file import widget_names
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = {
     "wan2.1_t2v_1.3B_fp16.safetensors": "tiny_wan21_t2v.safetensors",

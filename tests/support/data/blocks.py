@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pack_loader import load
 from torch import Tensor
+
+from pack_loader import load
 
 reference, background = load(".kernels.reference"), load(".kernels.background")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pack_loader import load
 from torch import Tensor
+
+from pack_loader import load
 
 adapters = load(".attention.adapters")
 PE_GRID = (3, 5, 7)

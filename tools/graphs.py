@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import tomllib
+
 from graph_file import NOTE, Graph, Group, Model, Node, object_info, render
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
 WAN21 = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/"

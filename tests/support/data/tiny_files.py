@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import checkpoints
-import numpy as np
-import tiny_models
 import torch
-from PIL import Image
 from safetensors.torch import save_file
+
+import browser
+import tiny_models
+from support.data import checkpoints
 from workflow import TINY
 
 SPARKWAN, CLIP_VISION = "diffusion_models/tiny_sparkwan.safetensors", "clip_vision/tiny_clip_vision_h.pt"
@@ -29,16 +29,7 @@ def make(base: Path) -> None:
             partial = path.with_name("partial-" + path.name)
             write(partial)
             partial.replace(path)
-    start_image(base / "input" / "example.png")
-
-
-def start_image(path: Path) -> None:
-    """A picture with slow waves of colour, under the name of the one that ComfyUI brings."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        y, x = np.mgrid[0:480, 0:832] / 120
-        waves = [np.sin(x + y), np.sin(1.7 * x - y), np.cos(x - 2.3 * y)]
-        Image.fromarray((140 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)).save(path)
+    browser.start_image(base / "input" / "example.png")
 
 
 def _sparkwan(path: Path) -> None:

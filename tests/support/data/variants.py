@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-import comfy_host
 import torch
-from sampling import conditioning, load_model
+
+import comfy_host
+from support.host.sampling import conditioning, load_model
 
 EVEN, ODD = (5, 16, 16), (3, 15, 17)        # 5 x 8 x 8 and 3 x 8 x 9 tokens
 ODD_GRID = (3, 14, 18)                      # 3 x 7 x 9 tokens, for models that fail at odd latents by themselves

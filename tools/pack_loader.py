@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[2]
-NAME = "ropeslr_under_test"
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "ropeslr"
 
 
 def load(name: str = "") -> ModuleType:
@@ -18,6 +18,7 @@ def load(name: str = "") -> ModuleType:
         spec = importlib.util.spec_from_file_location(
             NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
+        assert spec and spec.loader         # both are there for a path that ends in .py
         sys.modules[NAME] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[NAME])
     return importlib.import_module(NAME + name)

@@ -8,11 +8,12 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoints
 import torch
-from adapters import adapters, rola_adapter, ropeslr_adapter, sla_adapter
 from safetensors.torch import save_file
 from torch import Tensor
+
+from support.data import checkpoints
+from support.data.adapters import adapters, rola_adapter, ropeslr_adapter, sla_adapter
 
 Write = Callable[[Path], None]
 INTEGERS = ("num_layers", "num_heads", "head_dim", "rank")

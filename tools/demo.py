@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from comfy_server import ComfyServer, PromptResult
 from PIL import Image
+
+from comfy_server import ComfyServer, PromptResult
 from workflow import load, make_tiny, node_id, to_prompt
 
 NODE = "RoPeSLRSparseAttention"

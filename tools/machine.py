@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"
-# Built for CUDA: installed without dependencies, and made importable beside a CPU torch by tests/support/cpu_shim.
+# Built for CUDA: installed without dependencies, and made importable beside a CPU torch by tools/cpu_shim.
 TORCH_EXTRAS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 # Only its workflow converter is used, which needs none of the tool's dependencies but pathspec.
 COMFY_CLI = "comfy-cli==1.23.0"

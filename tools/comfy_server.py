@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+
 import package
 
 START_SECONDS = 300                         # generous: a busy machine takes five times the usual 10 s

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 import comfy_host
 import tiny_models
-import torch
 
 SLOT = "optimized_attention_override"
 SETTINGS = dict(
@@ -47,7 +48,7 @@ def with_override(model, override):
 
 def own_adapter(method: str, layers: int = 2, heads: int = 2, width: int = 128, **more):
     """An adapter with random weights, as the pack that ComfyUI loaded makes it."""
-    import adapters
+    from support.data import adapters
 
     made = getattr(adapters, f"{method}_adapter")(layers, heads, width, **more)
     module = comfy_host.module(".attention.adapters")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 SECONDS = 1000                              # playwright counts in milliseconds
@@ -249,13 +250,21 @@ def window(url: str, width: int = 1920, height: int = 1080) -> Iterator[Window]:
 def placeholders(base: Path) -> None:
     """Empty files under the names that the shipped workflows ask for: the lists show them, nothing loads them."""
     import graphs
-    import tiny_files
 
     for model in graphs.MODELS.values():
         path = base / "models" / model.directory / model.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    tiny_files.start_image(base / "input" / "example.png")
+    start_image(base / "input" / "example.png")
+
+
+def start_image(path: Path) -> None:
+    """A picture with slow waves of colour, under the name of the one that ComfyUI brings."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        y, x = np.mgrid[0:480, 0:832] / 120
+        waves = [np.sin(x + y), np.sin(1.7 * x - y), np.cos(x - 2.3 * y)]
+        Image.fromarray((140 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)).save(path)
 
 
 def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: bool = False) -> None:

@@ -1,0 +1,1 @@
+"""Helpers for what runs inside a real ComfyUI: models, samplers, compiled models."""
