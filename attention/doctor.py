@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import dispatch, ops, reference
-from .layout import TokenLayout
+from ..kernels import ops, reference, triton_support
+from ..kernels.dispatch import Choice, choose
+from ..kernels.triton_support import Cause, Operands, explain
+from .block_layout import TokenLayout
+from .call import AttentionCall
 from .plan import BLOCK, SparsePlan
 from .run import AttentionRun
 
 METHODS = ("ropeslr", "top-k", "top-k plain")
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}   # of the outputs of the self-test
-HEADS, WIDTH = 8, 128
+HEADS, HEAD_DIM = 8, 128
 LARGEST_ON_CPU = 4096                       # tokens; a longer video would take minutes and say the same
 WORTH_IT = 1.1
 
@@ -48,7 +51,7 @@ def facts(device: torch.device) -> list[str]:
     lines = [
         f"system: {platform.system()} {platform.release()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}",
-        f"triton: {' '.join(dispatch.installed_triton() or ('not installed',))}",
+        f"triton: {' '.join(triton_support.installed_triton() or ('not installed',))}",
     ]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -57,43 +60,54 @@ def facts(device: torch.device) -> list[str]:
     else:
         lines.append(f"device: {device.type}, {torch.get_num_threads()} threads")
     lines.append(f"backend: {backend_line(device)}")
-    why = _backend(device)[1]
-    if why and dispatch.why_not_installed() and device.type == "cuda":
-        lines.append(dispatch.explain(why))
+    found = _backend(device).obstacle
+    if found is not None and triton_support.not_installed() and device.type == "cuda":
+        lines.append(explain(found))
     return lines
 
 
-def _backend(device: torch.device) -> tuple[str, str | None]:
-    return dispatch.choice("auto", device, working_dtype(device), WIDTH, (BLOCK,))
+def _backend(device: torch.device) -> Choice:
+    return choose("auto", Operands(device, working_dtype(device), HEAD_DIM, (BLOCK,)))
 
 
 def backend_line(device: torch.device) -> str:
     """What sparse attention would run in there, and why where it is not Triton."""
-    backend, why = _backend(device)
-    return "Triton kernels" if backend == "triton" else f"plain PyTorch, since {why}"
+    backend, found = _backend(device)
+    return "Triton kernels" if backend == "triton" else f"plain PyTorch, since {found}"
 
 
 def self_test(device: torch.device) -> list[str]:
     """Errors of the path that would run, against the definition in float64 on the CPU and PyTorch's own attention."""
     dtype, grid = working_dtype(device), (5, 12, 15)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, math.prod(grid), WIDTH, generator=generator).to(dtype) for _ in range(3))
+    shape = (1, 2, math.prod(grid), HEAD_DIM)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     layout = TokenLayout(grid)
-    tables = layout.tables(False, False)
-    pooled = [reference.block_pool(x.double(), tables.keys).float() for x in (q, k)]
-    indices, counts, _ = reference.block_select(*pooled, tables.key_sizes, 4)
-    lists = (tables.video, tables.keys, indices, counts)
-    exact = reference.block_sparse_attention(*(x.double() for x in (q, k, v)), *lists)[0]
     here = [x.to(device) for x in (q, k, v)]
-    found = ops.block_sparse_attention(*here, *(x.to(device) for x in lists))[0]
-    lines = [_verdict("kept blocks", found, exact, dtype)]
-    whole, _ = AttentionRun(SparsePlan(method="top-k plain", sparsity=0.0)).attend(*here, layout)
-    lines.append(_verdict("every block kept, against dense", whole, reference.dense_attention(q, k, v)[0], dtype))
+    lines = [_verdict("kept blocks", *_kept_blocks(here, layout), dtype)]
+    everything = AttentionRun(SparsePlan(method="top-k plain", sparsity=0.0).resolve())
+    whole, _ = everything.attend(*here, AttentionCall(layout))
+    exact = reference.dense_attention(q, k, v)[0]
+    lines.append(_verdict("every block kept, against dense", whole, exact, dtype))
     for method in METHODS[:2]:
-        plan = SparsePlan(method=method, sparsity=0.6)
-        expected, _ = AttentionRun(plan).attend(q.float(), k.float(), v.float(), layout)
-        lines.append(_verdict(method, AttentionRun(plan).attend(*here, layout)[0], expected, dtype))
+        plan = SparsePlan(method=method, sparsity=0.6).resolve()
+        wide = (x.float() for x in (q, k, v))
+        expected, _ = AttentionRun(plan).attend(*wide, AttentionCall(layout))
+        found, _ = AttentionRun(plan).attend(*here, AttentionCall(layout))
+        lines.append(_verdict(method, found, expected, dtype))
     return lines
+
+
+def _kept_blocks(here: list[Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Attention over the same kept blocks, on the device and by the definition."""
+    blocks, exact = layout.blocks(), [x.cpu().double() for x in here]
+    pooled = [reference.block_pool(x, blocks.kv_blocks).float() for x in exact[:2]]
+    mask, _ = reference.block_select(*pooled, blocks, topk=4)
+    expected, _ = reference.block_sparse_attention(*exact, mask)
+    q_blocks, kv_blocks = (x.to(here[0].device) for x in (mask.q_blocks, mask.kv_blocks))
+    lists = (x.to(here[0].device) for x in (mask.kv_indices, mask.kv_num_blocks))
+    found, _ = ops.block_sparse_attention(*here, ops.BlockMask(q_blocks, kv_blocks, *lists))
+    return found, expected
 
 
 def _verdict(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> str:
@@ -113,13 +127,14 @@ def measure(
     tokens = math.prod(grid)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, HEADS, WIDTH, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+        torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
     )
     layout, steps = TokenLayout(grid), iter(range(1, 1 << 30))
     calls: dict[str, Callable[[], object]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
     for method in METHODS:
-        run = AttentionRun(SparsePlan(method=method, sparsity=sparsity, calibrate="first step"))
-        calls[method] = lambda run=run: run.attend(q, k, v, layout, step=next(steps))
+        plan = SparsePlan(method=method, sparsity=sparsity, calibrate="first step").resolve()
+        run = AttentionRun(plan)
+        calls[method] = lambda run=run: run.attend(q, k, v, AttentionCall(layout, step=next(steps)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for name, call in _turns(calls, seconds, progress):
@@ -181,7 +196,7 @@ def advice(device: torch.device, measured: Measurement, asked_tokens: int, spars
         )
     elif measured.gain(best) >= WORTH_IT:
         lines.append(f"ropeslr gains little here; {best} is faster, at a larger error. Longer videos gain more.")
-    elif device.type != "cpu" and _backend(device)[0] == "pytorch":
+    elif device.type != "cpu" and _backend(device).backend == "pytorch":
         lines.append("Plain PyTorch gains nothing on this device: install Triton, or leave the node bypassed.")
     else:
         lines.append("Sparse attention gains nothing at this size: raise the sparsity, or make the video longer.")
@@ -200,6 +215,7 @@ def examine(
         lines += ["Speed", *(f"  {line}" for line in advice(device, measured, math.prod(grid), sparsity))]
     except Exception as error:              # whatever is broken here is what the person wants to know
         lines.append(f"  failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if sys.platform == "win32" or dispatch.why_not_installed():
-            lines.append(f"  {dispatch.explain('see above')}")
+        if sys.platform == "win32" or triton_support.not_installed():
+            seen = Cause.KERNEL_FAILED.because(operation="of the self-test", error="see above")
+            lines.append(f"  {explain(seen)}")
     return "\n".join(lines)

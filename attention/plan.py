@@ -1,13 +1,17 @@
-"""What a person asked for: one frozen object, validated once, that everything below only reads."""
+"""What a person asked for: a frozen plan, validated once and resolved once; all below only reads it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapters import Adapter
 
 METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
-TRAINED_METHODS = ("ropeslr", "rola", "sla")                                  # adapters exist for these
-CALIBRATE = ("auto", "first step", "every step", "off", "on top")
+TRAINED_METHODS = ("ropeslr", "rola", "sla")  # adapters exist for these
+CALIBRATE = ("auto", "first step", "every step", "off", "refine")
 SLA_VARIANTS = ("released", "paper")
 AUTO = -1
 BACKENDS = ("auto", "triton", "pytorch", "dense")
@@ -17,19 +21,12 @@ MAX_RANK = 128
 MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
 BLOCK = 64
+MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
 
 @dataclass(frozen=True)
-class SparsePlan:
-    """Settings of sparse attention for one model.
-
-    sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0 = all that there
-    are. start_percent, end_percent: the part of the sampling schedule that runs sparse, which may be empty.
-    dense_first_steps (-1 = auto), dense_last_steps: steps of the whole schedule that stay dense. dense_layers: layers
-    that stay dense.
-    Every field is checked on construction; a ValueError names the field, what was found and what was expected.
-    `resolve` replaces every "auto" by what it means.
-    """
+class _Settings:
+    """The settings themselves; what each means stands in the node's tooltips."""
 
     method: str = "auto"
     sparsity: float = 0.90
@@ -50,72 +47,141 @@ class SparsePlan:
     verbose: bool = False
     sla_variant: str = "released"
 
+
+CHOICES = {
+    "method": METHODS,
+    "calibrate": CALIBRATE,
+    "backend": BACKENDS,
+    "block_order": BLOCK_ORDERS,
+    "sla_variant": SLA_VARIANTS,
+}
+RANGES = {
+    "sparsity": (0.0, MAX_SPARSITY),
+    "rank": (0, MAX_RANK),
+    "start_percent": (0.0, 1.0),
+    "end_percent": (0.0, 1.0),
+    "dense_first_steps": (AUTO, math.inf),
+    "dense_last_steps": (0, math.inf),
+    "calibrate_rows": (1, MAX_CALIBRATE_ROWS),
+    "min_tokens": (0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class SparsePlan(_Settings):
+    """Settings of sparse attention for one model, as a person set them.
+
+    sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0 =
+    all that there are. start_percent, end_percent: the part of the sampling schedule that runs
+    sparse, which may be empty. dense_first_steps (-1 = auto), dense_last_steps: steps of the whole
+    schedule that stay dense. dense_layers: layers that stay dense.
+
+    Every field is checked on construction; a ValueError names the field, what was found and what was
+    expected. `resolve` replaces every "auto" by what it means.
+    """
+
     def __post_init__(self) -> None:
-        for name, options in (
-            ("method", METHODS), ("calibrate", CALIBRATE), ("backend", BACKENDS), ("block_order", BLOCK_ORDERS),
-            ("sla_variant", SLA_VARIANTS),
-        ):
+        for name, options in CHOICES.items():
             if getattr(self, name) not in options:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(options)}.")
-        for name, low, high in (
-            ("sparsity", 0.0, MAX_SPARSITY), ("rank", 0, MAX_RANK), ("start_percent", 0.0, 1.0),
-            ("end_percent", 0.0, 1.0), ("dense_first_steps", AUTO, math.inf), ("dense_last_steps", 0, math.inf),
-            ("calibrate_rows", 1, MAX_CALIBRATE_ROWS), ("min_tokens", 0, math.inf),
-        ):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(options)}."
+                )
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:                                      # also catches NaN
+            if not low <= value <= high:  # also catches NaN
                 bounds = f"from {low} to {high}" if high < math.inf else f"{low} or more"
                 raise ValueError(f"{name} is {value}; it must be {bounds}.")
         if any(layer < 0 for layer in self.dense_layers):
-            raise ValueError(f"dense_layers has {min(self.dense_layers)}; layers are counted from 0.")
+            raise ValueError(
+                f"dense_layers has {min(self.dense_layers)}; layers are counted from 0."
+            )
 
-    def resolve(self, trained: str | None = None, trained_order: str = "cube") -> SparsePlan:
-        """The same plan without an "auto", for an adapter of the method `trained` (None = no adapter).
+    def resolve(self, adapter: Adapter | None = None) -> ResolvedPlan:
+        """The plan as it runs, with the adapter where it is the method's own.
 
         Raises ValueError when the plan asks for a method that the adapter was not trained for.
         """
+        trained = None if adapter is None else adapter.info.method
         method = self.method if self.method != "auto" else trained or "ropeslr"
         if trained and method != trained and method in TRAINED_METHODS:
             raise ValueError(
-                f"method is {method}, but the adapter was trained for {trained}. Set method to auto or {trained}, or "
-                "disconnect the adapter."
+                f"method is {method}, but the adapter was trained for {trained}. Set method to auto "
+                f"or {trained}, or disconnect the adapter."
             )
-        fitted = trained if method == trained else None
-        order = self.block_order
-        if order == "auto":                 # training-free methods gain from compact blocks, weights know their own
-            order = trained_order if fitted else "raster" if method in ("rola", "sla") else "cube"
-        first = self.dense_first_steps
-        if first == AUTO:                   # the first step decides the layout; weights trained sparse need no help
-            first = 0 if fitted in ("rola", "sla") or method == "adaspa" else 1       # AdaSpa warms up by itself
-        calibrate = self.calibrate
-        if calibrate == "auto" and fitted:  # an adapter's values stand
-            calibrate = "off"
-        return replace(self, method=method, block_order=order, dense_first_steps=first, calibrate=calibrate)
+        if method != trained:
+            adapter = None
+        values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
+        values |= {"method": method, "block_order": self._order(method, adapter)}
+        if self.dense_first_steps == AUTO:
+            # The first step decides the composition. Weights trained sparse need no help, and AdaSpa
+            # is dense until its first search.
+            first = 0 if method == "adaspa" or (adapter and method in ("rola", "sla")) else 1
+            values["dense_first_steps"] = first
+        if self.calibrate == "auto":
+            values["calibrate"] = "periodic" if adapter is None else "off"
+        if adapter is not None:
+            values["rank"] = self.rank or adapter.use_rank
+        return ResolvedPlan(**values, adapter=adapter)
 
-    def kept_blocks(self, blocks: int) -> int:
+    def _order(self, method: str, adapter: Adapter | None) -> str:
+        """Training-free methods gain from compact blocks; weights know their own order."""
+        if self.block_order != "auto":
+            return self.block_order
+        if adapter is not None:
+            return adapter.info.block_order
+        return "raster" if method in ("rola", "sla") else "cube"
+
+
+@dataclass(frozen=True)
+class ResolvedPlan(_Settings):
+    """A plan as it runs: no "auto" but the backend's, and the adapter that its method uses.
+
+    calibrate: "off", "first step", "every step", "periodic" or "refine".
+    """
+
+    adapter: Adapter | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        return self.calibrate != "off"
+
+    @property
+    def calibration_interval(self) -> int | None:
+        """Steps after which a calibration is made anew; None: never."""
+        every = {"every step": 1, "periodic": CALIBRATE_EVERY, "refine": CALIBRATE_EVERY}
+        return every.get(self.calibrate)
+
+    def topk(self, blocks: int) -> int:
         """Key blocks that each row keeps by score, out of `blocks`."""
-        return kept_blocks(self.sparsity, blocks)
+        return topk_of(self.sparsity, blocks)
+
+    def drops_nothing(self, blocks: int) -> bool:
+        """Whether every one of `blocks` is kept."""
+        return self.topk(blocks) >= blocks
 
 
-def kept_blocks(sparsity: float, blocks: int) -> int:
+def topk_of(sparsity: float, blocks: int) -> int:
     """Key blocks that a row keeps out of `blocks`: at least one."""
-    return max(1, math.floor((1.0 - sparsity) * blocks + 1e-6))               # 1 - 0.9 is a little less than 0.1
+    return max(1, math.floor((1.0 - sparsity) * blocks + 1e-6))  # 1 - 0.9 is a little below 0.1
 
 
 def parse_layers(text: str) -> frozenset[int]:
     """Layer numbers from a list such as "0, 1, 38-39"; an empty text is no layer.
 
-    Raises ValueError naming every piece that cannot be read.
+    Raises ValueError naming the pieces that cannot be read.
     """
+    if len(text) > MAX_LAYERS_TEXT:
+        raise ValueError(
+            f"dense_layers is {len(text)} characters long; at most {MAX_LAYERS_TEXT} are read."
+        )
     layers: set[int] = set()
     unreadable: list[str] = []
     for piece in (part.strip() for part in text.split(",")):
-        ends = [end.strip() for end in piece.split("-")]
         if not piece:
             continue
-        if len(ends) > 2 or not all(end.isascii() and end.isdigit() and len(end) <= 4 for end in ends):
-            unreadable.append(piece)
-        elif int(ends[0]) > int(ends[-1]):
+        ends = [end.strip() for end in piece.split("-")]
+        numbers = all(end.isascii() and end.isdigit() and len(end) <= 4 for end in ends)
+        if len(ends) > 2 or not numbers or int(ends[0]) > int(ends[-1]):
             unreadable.append(piece)
         else:
             layers.update(range(int(ends[0]), int(ends[-1]) + 1))

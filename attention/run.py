@@ -1,103 +1,169 @@
-"""One sampling run of sparse attention: the only object that lives from call to call, made anew for every run."""
+"""One sampling run of sparse attention: the only object that lives from call to call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
+import contextlib
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, ops
+from ..kernels import ops
 from .accounting import AttentionCost, dense_flops, sparse_flops
-from .adapters import Adapter
-from .layout import BlockTables, TokenLayout
-from .methods import LayerCall, LayerInputs, create
+from .call import AttentionCall, LayerInputs
+from .methods import Method, MethodOutput, create
 from .methods.base import routing_cost
-from .plan import BLOCK, SparsePlan
+from .plan import ResolvedPlan
 
 
-def resolved(plan: SparsePlan, adapter: Adapter | None) -> SparsePlan:
-    """The plan without an "auto", as it runs with an adapter. Raises ValueError where the two do not fit."""
-    if adapter is None:
-        return plan.resolve()
-    plan = plan.resolve(adapter.info.method, adapter.info.block_order)
-    return replace(plan, rank=plan.rank or adapter.use_rank)
+class Attention(Protocol):
+    """What a host calls: an `AttentionRun`, or what stands in for one."""
 
+    plan: ResolvedPlan
+    needs_x: bool
+    needs_rope: bool
 
-def check_triton(plan: SparsePlan, device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """Raise TritonNotUsable where the plan demands Triton and its kernels cannot take such tensors, before any work."""
-    reason = dispatch.why_not_triton(device, dtype, width, (BLOCK,)) if plan.backend == "triton" else None
-    if reason:
-        raise dispatch.TritonNotUsable(dispatch.explain(reason))
-
-
-class AttentionRun:
-    """Attends as a plan says; owns what the method remembers and the block tables. Drop it to free both.
-
-    Raises ValueError when the plan asks for another method than the adapter was trained for.
-    """
-
-    def __init__(self, plan: SparsePlan, adapter: Adapter | None = None) -> None:
-        self.plan = resolved(plan, adapter)
-        self.method = create(self.plan, adapter)
-        self._tables: dict[tuple[TokenLayout, torch.device], BlockTables] = {}
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, layer: Hashable = 0, step: int = 0,
-        conditioning: tuple[tuple[Hashable, int], ...] | None = None, scale: float | None = None, steps: int = 1,
-        noise: float | None = None, inputs: LayerInputs = LayerInputs(), part: Hashable = (),  # noqa: B008  a tuple
-    ) -> tuple[Tensor, AttentionCost]:
-        """Sparse self-attention of one layer.
-
-        q, k, v `(B, H, L, D)` after RoPE, any strides, L = layout.tokens; layer and conditioning name what may be
-        remembered for whom (conditioning: (key, batch rows) in batch order, by default one for the whole batch). step
-        of steps and noise (1 = pure noise) place the call in the schedule; inputs are what some adapters need besides;
-        part names the piece of a longer video that these tokens are.
-        -> out `(B, H, L, D)` in q's dtype and token order, and what it cost. Text and reference tokens attend densely.
-        Raises ValueError when the tensors do not fit the layout, or the method lacks an input.
-        """
-        batch, heads, tokens, width = q.shape
-        if tokens != layout.tokens:
-            raise ValueError(f"q has {tokens} tokens; the layout {layout} has {layout.tokens}")
-        conditioning = conditioning or (("all", batch),)
-        if sum(rows for _, rows in conditioning) != batch:
-            raise ValueError(f"conditioning {conditioning} does not add up to a batch of {batch}")
-        call = LayerCall(
-            layer, step, conditioning, layout, self._block_tables(layout, q.device),
-            width**-0.5 if scale is None else scale, self.plan.backend, steps, noise, inputs, part,
-        )
-        missing = self.missing(inputs)
-        if missing:
-            raise ValueError(missing)
-        start, end = call.video.start, call.video.stop
-        video = self.method.attend(q[:, :, start:end], k, v, call)
-        parts = [video.out]
-        if start:
-            parts.insert(0, ops.dense_attention(q[:, :, :start], k, v, call.scale, call.backend)[0])
-        if end < tokens:
-            parts.append(ops.dense_attention(q[:, :, end:], k, v, call.scale, call.backend)[0])
-        out = torch.cat(parts, dim=2) if len(parts) > 1 else video.out
-
-        video_share = layout.video_tokens / tokens
-        density = 1.0 - (1.0 - video.density) * video_share
-        dense = batch * dense_flops(tokens, width, heads)
-        cost = AttentionCost(
-            density, dense, batch * sparse_flops(tokens, width, heads, density),
-            routing_cost(q, call) if self.method.routes else 0.0, video.background, video.calibration, video.recall,
-        )
-        return out, cost
+    def dense_reason(self, step: int, num_steps: int) -> str | None:
+        """Why the method itself leaves a step of the schedule dense; None where it does not."""
+        ...
 
     def missing(self, inputs: LayerInputs) -> str | None:
         """What the method needs and inputs do not have, in words; None where all is there."""
-        if self.method.needs_x and inputs.x is None:
-            return f"{self.plan.method}'s gate needs the hidden state that enters the attention, which is not at hand"
-        if self.method.needs_positions and inputs.positions is None:
-            return f"{self.plan.method}'s low rank needs the model's RoPE angles, which are not at hand"
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, AttentionCost]:
+        """Self-attention `(B, H, L, D)`, and what it cost."""
+        ...
+
+
+class AttentionRun:
+    """Attends as a plan says; owns what its method remembers. Drop it to free that."""
+
+    def __init__(self, plan: ResolvedPlan) -> None:
+        self.plan = plan
+        self.method: Method = create(plan)
+
+    @property
+    def needs_x(self) -> bool:
+        return self.method.needs_x
+
+    @property
+    def needs_rope(self) -> bool:
+        return self.method.needs_rope
+
+    def dense_reason(self, step: int, num_steps: int) -> str | None:
+        """See `Attention.dense_reason`."""
+        return self.method.dense_reason(step, num_steps)
+
+    def missing(self, inputs: LayerInputs) -> str | None:
+        """See `Attention.missing`."""
+        if self.needs_x and inputs.x is None:
+            return (
+                f"{self.plan.method}'s gate needs the hidden state that enters the attention, "
+                "which is not available"
+            )
+        if self.needs_rope and inputs.rope is None:
+            return (
+                f"{self.plan.method}'s low-rank branch needs the model's RoPE angles, "
+                "which are not available"
+            )
         return None
 
-    def _block_tables(self, layout: TokenLayout, device: torch.device) -> BlockTables:
-        key = (layout, device)
-        if key not in self._tables:
-            self._tables[key] = layout.tables(self.plan.keep_diagonal, self.plan.keep_first_frame, device)
-        return self._tables[key]
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, AttentionCost]:
+        """Sparse self-attention of one layer.
+
+        q, k, v `(B, H, L, D)` after RoPE, any strides, L = call.layout.tokens -> out `(B, H, L, D)` in
+        q's dtype and token order, and what it cost. Text and reference tokens attend densely; hidden
+        tokens get 0. Raises ValueError when the tensors do not fit the layout, or the method lacks
+        an input.
+        """
+        layout = call.layout
+        if q.shape[2] != layout.tokens:
+            raise ValueError(
+                f"q has {q.shape[2]} tokens; the layout {layout} has {layout.tokens}"
+            )
+        call.conditionings(q.shape[0])
+        missing = self.missing(call.inputs)
+        if missing:
+            raise ValueError(missing)
+        video, alone = layout.video, layout.tokens == layout.video_tokens
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        # One tensor that every part is written into; gradients have to put the parts together.
+        out = None if alone or gradients else ops.empty_nhd(q, q.shape[2])
+        with _full_precision(q.device):
+            own = None if out is None else out[:, :, video]
+            found = self.method.attend(q[:, :, video], k, v, call, own)
+            if out is not None:
+                self._attend_beside(q, k, v, call, out)
+            elif not alone:
+                out = self._with_beside(q, k, v, call, found.out)
+        return found.out if out is None else out, self._cost(q, call, found)
+
+    def _attend_beside(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor
+    ) -> None:
+        """Write the attention of the tokens around the video into `out`."""
+        kv_blocks = self.method.seen_keys(call.layout, q.device)
+        for part in _beside(call):
+            ops.dense_attention(
+                q[:, :, part],
+                k,
+                v,
+                kv_blocks,
+                scale=call.scale,
+                backend=self.plan.backend,
+                out=out[:, :, part],
+            )
+        for start, stop in call.layout.hidden:
+            out[:, :, start:stop] = 0.0
+
+    def _with_beside(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, video: Tensor
+    ) -> Tensor:
+        """The same as a new tensor, which autograd can follow."""
+        kv_blocks, parts = self.method.seen_keys(call.layout, q.device), [video]
+        for part in _beside(call):
+            found, _ = ops.dense_attention(
+                q[:, :, part], k, v, kv_blocks, scale=call.scale, backend=self.plan.backend
+            )
+            parts.insert(0 if part.start == 0 else len(parts), found)
+        seen = q.new_ones(call.layout.tokens, 1)
+        for start, stop in call.layout.hidden:
+            seen[start:stop] = 0.0
+        return torch.cat(parts, dim=2) * seen
+
+    def _cost(self, q: Tensor, call: AttentionCall, found: MethodOutput) -> AttentionCost:
+        batch, heads, _, head_dim = q.shape
+        tokens = call.layout.attended_tokens
+        video_share = call.layout.video_tokens / tokens
+        density = 1.0 - (1.0 - found.density) * video_share
+        routing = 0.0
+        if self.method.routes:
+            routing = routing_cost(q, self.method.blocks(call.layout, q.device))
+        return AttentionCost(
+            density,
+            batch * dense_flops(tokens, head_dim, heads),
+            batch * sparse_flops(tokens, head_dim, heads, density),
+            routing,
+            found.background,
+            found.calibration,
+            found.recall,
+        )
+
+
+def _beside(call: AttentionCall) -> list[slice]:
+    """The tokens before and after the video."""
+    video, tokens = call.layout.video, call.layout.tokens
+    parts = [slice(0, video.start), slice(video.stop, tokens)]
+    return [part for part in parts if part.stop > part.start]
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast off: sums and solves choose their own precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -21,7 +21,7 @@ from .static import TARGETS, capture, report
 from .traffic import bytes_per_token
 
 backend = load_pack(".kernels.triton.backend")
-parts = load_pack(".kernels.background")
+types = load_pack(".kernels.types")
 
 HEADS, TOKENS, RANK, BLOCK = 12, 32_760, 64, 64
 # FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x 64 x 64 x D each.
@@ -35,51 +35,71 @@ FEW = ("plain", "mixed", "pool", "state", "select", "backward")
 CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
 
 
+def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor on the meta device."""
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+def layout(tokens: int):
+    """Blocks of BLOCK tokens, on the meta device."""
+    table = empty(-(-tokens // BLOCK), BLOCK, of=torch.int32)
+    blocks = types.TokenBlocks(table, tokens, tokens)
+    return types.BlockLayout(blocks, blocks)
+
+
 def cases(
-    tokens: int = TOKENS, heads: int = HEADS, width: int = 128, dtype: torch.dtype = torch.bfloat16, kept: int = 51,
+    tokens: int = TOKENS,
+    heads: int = HEADS,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    kept: int = 51,
     rank: int = RANK,
 ) -> dict[str, Callable]:
     """Every launcher with the tensors of a Wan layer, on the meta device: name -> call."""
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    count, width_scale = -(-tokens // BLOCK), width**-0.5
-    q = empty(1, tokens, heads, width, of=dtype).transpose(1, 2)
-    blocks = empty(count, BLOCK, of=torch.int32)
-    indices, counts = empty(1, heads, count, kept, of=torch.int32), empty(1, heads, count, of=torch.int32)
-    sparse = (q, q, q, blocks, blocks, indices, counts)
-    pooled, lse, tail = empty(1, heads, count, width), empty(1, heads, tokens), empty(1, heads, count)
-    per_head = empty(1, heads)
-    first = parts.FirstOrder(empty(1, heads, width), empty(1, heads, width, width), empty(1, heads, width))
-    angles = empty(tokens, width // 2)
-    places = empty(tokens, 3, of=torch.int32)
-    fmap = parts.FeatureMap("softmax", empty(heads, rank, width), angles, angles, empty(heads, 150, rank), places)
-    low_rank = parts.LowRank(fmap, parts.LinearState(empty(1, heads, rank, width), empty(1, heads, rank)), empty(heads))
-    gate, plain_map = parts.Gate(per_head, per_head), parts.FeatureMap("softmax")
-    folded = parts.LinearState(empty(1, heads, width, width), empty(1, heads, width))
-    mixed = (*sparse, tail, gate, first)
-    sizes, bits = empty(count, of=torch.int64), empty(1, heads, count, -(-count // 32), of=torch.int32)
+    blocks = layout(tokens)
+    count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
+    q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
+    lists, counts = (
+        empty(1, heads, count, *width, of=torch.int32) for width in ((kept,), ())
+    )
+    mask = types.BlockMask(blocks.q_blocks, blocks.kv_blocks, lists, counts)
+    pooled, lse = empty(1, heads, count, head_dim), empty(1, heads, tokens)
+    per_head, per_channel = empty(1, heads), empty(1, heads, head_dim)
+    first = types.FirstOrder(per_channel, empty(1, heads, head_dim, head_dim), per_channel)
+    gate = types.Gate(empty(1, heads, count), per_head, per_head)
+    angles, axis_ids = empty(tokens, head_dim // 2), empty(tokens, 3, of=torch.int32)
+    learned = empty(heads, 150, rank)
+    fmap = types.FeatureMap(
+        "softmax", empty(heads, rank, head_dim), angles, angles, learned, axis_ids
+    )
+    state = types.LinearState(empty(1, heads, rank, head_dim), empty(1, heads, rank))
+    mixed = types.Background(gate, first)
+    low_rank = types.Background(gate, first, types.LowRank(fmap, state, empty(heads)))
+    plain = types.FeatureMap("softmax")
+    folded = types.LinearState(empty(1, heads, head_dim, head_dim), per_channel)
+    linear = types.LinearBranch(plain, folded, empty(head_dim))
+    bits = empty(1, heads, count, -(-count // 32), of=torch.int32)
+    sparse, far = (q, q, q, mask), types.PooledKV(pooled, pooled)
+    forward = types.Forward(q, q, q, q, lse, mask, None, scale)
     return {
-        "plain": lambda: backend.block_sparse_attention(*sparse, None, None, width_scale),
-        "tail": lambda: backend.block_sparse_attention(*sparse, pooled, pooled, width_scale),
-        "mixed": lambda: backend.block_sparse_mixed(*mixed, None, width_scale),
-        "low_rank": lambda: backend.block_sparse_mixed(*mixed, low_rank, width_scale),
-        "linear": lambda: backend.block_sparse_linear(*sparse, plain_map, folded, empty(width), width_scale),
-        "dense": lambda: backend.dense_attention(q[:, :, :128], q, q, width_scale),
-        "pool": lambda: backend.block_pool(q, blocks),
-        "state": lambda: backend.block_pool_state(q, q, blocks, count),
+        "plain": lambda: backend.block_sparse_attention(*sparse, None, scale),
+        "tail": lambda: backend.block_sparse_attention(*sparse, far, scale),
+        "mixed": lambda: backend.block_sparse_mixed(*sparse, mixed, scale),
+        "low_rank": lambda: backend.block_sparse_mixed(*sparse, low_rank, scale),
+        "linear": lambda: backend.block_sparse_linear(*sparse, linear, scale),
+        "dense": lambda: backend.dense_attention(q[:, :, :128], q, q, None, scale),
+        "pool": lambda: backend.block_pool(q, blocks.q_blocks),
+        "state": lambda: backend.block_pool_state(q, q, blocks, None),
         "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
-        "linear_state": lambda: backend.low_rank_state(q, q, plain_map),
-        "select": lambda: backend.block_select(pooled, pooled, sizes, kept, None, width_scale, 0),
-        "mass": lambda: backend.block_mass(q, q, lse, blocks, blocks, [kept, 20, 70], None, width_scale),
+        "linear_state": lambda: backend.low_rank_state(q, q, plain),
+        "select": lambda: backend.block_select(pooled, pooled, blocks, kept, scale),
+        "mass": lambda: backend.block_mass(q, q, lse, blocks, [kept, 20, 70], scale),
         "unpack": lambda: backend.lists_from_bits(bits, count, kept),
-        "backward": lambda: backend.block_sparse_attention_backward(
-            q, None, q, q, q, q, lse, *sparse[3:], None, None, width_scale
-        ),
+        "backward": lambda: backend.block_sparse_attention_backward(q, None, forward),
     }
 
 
-def compile_case(target: str, name: str, call: Callable, width: int = 128) -> list[dict]:
+def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) -> list[dict]:
     """One row per kernel that the case launches."""
     with capture(target) as compiled:
         call()
@@ -90,7 +110,7 @@ def compile_case(target: str, name: str, call: Callable, width: int = 128) -> li
             seen.add(kernel_name)
             found = report(kernel)
             issued = found.pop("mma_flops_of_loop")
-            needed = 2 * BLOCK * BLOCK * width * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
+            needed = 2 * BLOCK * BLOCK * head_dim * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
             found["useful_mma"] = round(needed / issued, 3) if issued and needed else None
             rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
     return rows
@@ -116,7 +136,7 @@ def main() -> None:
         record = {
             "benchmark": "compile", "date": datetime.date.today().isoformat(), "triton": triton.__version__,
             "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
-            "dtype": "bfloat16", "head_width": 128, "block": BLOCK, "rank": RANK,
+            "dtype": "bfloat16", "head_dim": 128, "block": BLOCK, "rank": RANK,
             "bytes_per_token_and_head": bytes_per_token(), "rows": rows,
         }
         with open(options.out, "w", encoding="utf-8") as file:

@@ -1,29 +1,32 @@
-"""The methods by name: `create(plan, adapter)` makes the one that a plan asks for, ready for one sampling run."""
+"""The methods by name: `create(plan)` makes the one that a plan asks for, ready for one run."""
 
 from __future__ import annotations
 
-from ..adapters import Adapter
-from ..plan import SparsePlan
+from ..plan import ResolvedPlan
 from .adaspa import AdaSpa
-from .base import LayerCall, LayerInputs, Method, VideoOutput
-from .rola import RoLA
+from .base import Method, MethodOutput
+from .rola import RmsRoPeSLR, RoLA
 from .ropeslr import RoPeSLR
 from .sla import SLA
-from .top_k import TopK
+from .top_k import PooledTopK, TopK
 
-__all__ = ["LayerCall", "LayerInputs", "Method", "VideoOutput", "create"]
+__all__ = ["Method", "MethodOutput", "create"]
+
+METHODS: dict[str, type[Method]] = {
+    "ropeslr": RoPeSLR,
+    "rola": RoLA,
+    "sla": SLA,
+    "adaspa": AdaSpa,
+    "top-k": PooledTopK,
+    "top-k plain": TopK,
+}
 
 
-def create(plan: SparsePlan, adapter: Adapter | None = None) -> Method:
-    """A fresh instance of a resolved plan's method; an adapter of another method takes no part."""
-    if adapter is not None and adapter.info.method != plan.method:
-        adapter = None
-    if plan.method == "adaspa":
-        return AdaSpa(plan)
-    if plan.method == "rola" or (adapter is not None and adapter.info.fusion == "rms"):
-        return RoLA(plan, adapter) if adapter is not None else TopK(plan, tail=False)
-    if plan.method == "sla":
-        return SLA(plan, adapter) if adapter is not None and not adapter.sparse_only else TopK(plan, tail=False)
-    if plan.method == "ropeslr":
-        return RoPeSLR(plan, adapter)
-    return TopK(plan, tail=plan.method == "top-k")
+def create(plan: ResolvedPlan) -> Method:
+    """A fresh instance of the plan's method; one that lacks its weights runs the kept blocks alone."""
+    adapter = plan.adapter
+    if plan.method in ("rola", "sla") and (adapter is None or adapter.sparse_only):
+        return TopK(plan)
+    if adapter is not None and plan.method == "ropeslr" and adapter.info.fusion == "rms":
+        return RmsRoPeSLR(plan)
+    return METHODS[plan.method](plan)

@@ -2,117 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...kernels import ops
+from ...kernels.types import BlockLayout, BlockMask, TokenBlocks
 from ..accounting import routing_flops
-from ..layout import BlockTables, TokenLayout
-from ..plan import SparsePlan
-from ..positions import Positions
+from ..block_layout import TokenLayout
+from ..call import AttentionCall
+from ..plan import ResolvedPlan
 
 
-class LayerInputs(NamedTuple):
-    """What a host knows of a layer besides q, k, v; None where it does not."""
-
-    x: Tensor | None = None                 # (B, L, H*D): the hidden state that enters the attention
-    positions: Positions | None = None      # of the video's tokens
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """Everything but q, k, v that a method may know about one attention call.
-
-    layer: identity of the layer. step of `steps`: place in the whole sampling schedule. conditioning: (key, batch rows)
-    in batch order, so that what is learned for one conditioning is never used for another. noise: 1 = pure noise.
-    """
-
-    layer: Hashable
-    step: int
-    conditioning: tuple[tuple[Hashable, int], ...]
-    layout: TokenLayout
-    tables: BlockTables
-    scale: float
-    backend: str = "auto"                   # of kernels.ops
-    steps: int = 1
-    noise: float | None = None
-    inputs: LayerInputs = LayerInputs()
-    part: Hashable = ()                     # which piece of a longer video
-
-    @property
-    def rows(self) -> list[tuple[Hashable, slice]]:
-        """Each conditioning with its rows of the batch."""
-        found, start = [], 0
-        for key, count in self.conditioning:
-            found.append((key, slice(start, start + count)))
-            start += count
-        return found
-
-    @property
-    def video(self) -> slice:
-        """The video's tokens in the sequence."""
-        return slice(self.layout.before, self.layout.before + self.layout.video_tokens)
-
-
-class VideoOutput(NamedTuple):
+class MethodOutput(NamedTuple):
     """What a method returns for the video's queries."""
 
-    out: Tensor                             # (B, H, Lv, D)
-    density: float                          # kept blocks / all blocks, mean over rows
-    background: float                       # FLOPs of the background
-    calibration: float = 0.0                # FLOPs of calibration or search in this call
-    recall: float | None = None             # softmax mass kept, where this call measured it
+    out: Tensor  # (B, H, Lv, D)
+    density: float  # kept blocks / all blocks, mean over query blocks
+    background: float = 0.0  # FLOPs of the background
+    calibration: float = 0.0  # FLOPs of calibration or search in this call
+    recall: float | None = None  # softmax mass kept, where this call measured it
 
 
-class Method:
-    """One instance serves one sampling run and owns whatever it remembers between calls."""
+class QKV(NamedTuple):
+    """The video's queries `(B, H, Lv, D)`, all keys and values `(B, H, L, D)`; after RoPE."""
 
-    routes = True                           # scores blocks in every call
-    needs_x = False                         # calls without inputs.x cannot run
-    needs_positions = False                 # calls without inputs.positions cannot run
-
-    def dense_reason(self, step: int, steps: int) -> str | None:
-        """Why the method itself leaves a step of the schedule dense; None where it does not."""
-        return None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
-        """q `(B, H, Lv, D)` of the video; k, v `(B, H, L, D)` of the whole sequence, all after RoPE."""
-        raise NotImplementedError
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class Routing(NamedTuple):
     """Kept key blocks of every query block, with the pooled tensors they were chosen by."""
 
-    indices: Tensor                         # (B, H, Nq, K) int32
-    counts: Tensor                          # (B, H, Nq) int32
-    tail: Tensor                            # (B, H, Nq): pooled log-mass of the blocks not kept
-    pooled_q: Tensor                        # (B, H, Nq, D)
-    pooled_k: Tensor                        # (B, H, Nk, D)
+    mask: BlockMask
+    dropped_lse: Tensor  # (B, H, Nq): log of the pooled mass of the blocks that were not kept
+    pooled_q: Tensor  # (B, H, Nq, D)
+    pooled_k: Tensor  # (B, H, Nk, D)
     density: float
 
 
-def route(q: Tensor, k: Tensor, call: LayerCall, plan: SparsePlan, pooled_k: Tensor | None = None) -> Routing:
-    """Score blocks by their means and keep the best `1 - sparsity` of the video's, plus what the layout forces.
+class Method:
+    """One instance serves one sampling run and owns whatever it remembers between calls."""
 
-    pooled_k: the key blocks' means, where the caller has them already.
-    """
-    tables, backend = call.tables, call.backend
-    pooled_q = ops.block_pool(q.detach(), tables.video, backend)              # which blocks are kept has no gradient
-    if pooled_k is None:
-        pooled_k = ops.block_pool(k, tables.keys, backend)
-    keep = plan.kept_blocks(tables.video.shape[0])
-    indices, counts, tail = ops.block_select(
-        pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, call.scale, int(tables.forced_counts.max()), backend
+    routes = True  # scores blocks in every call
+    needs_x = False  # calls without inputs.x cannot run
+    needs_rope = False  # calls without inputs.rope cannot run
+
+    def __init__(self, plan: ResolvedPlan) -> None:
+        self.plan = plan
+        self._blocks: dict[tuple[TokenLayout, torch.device], BlockLayout] = {}
+
+    def dense_reason(self, step: int, num_steps: int) -> str | None:
+        """Why the method itself leaves a step of the schedule dense; None where it does not."""
+        return None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
+    ) -> MethodOutput:
+        """q `(B, H, Lv, D)` of the video; k, v `(B, H, L, D)` of the whole sequence, after RoPE.
+
+        out `(B, H, Lv, D)`: where to write; without one, a new tensor.
+        """
+        raise NotImplementedError
+
+    def blocks(self, layout: TokenLayout, device: torch.device) -> BlockLayout:
+        """Blocks of a token layout, made once for a run."""
+        key = (layout, device)
+        if key not in self._blocks:
+            plan = self.plan
+            self._blocks[key] = layout.blocks(plan.keep_diagonal, plan.keep_first_frame, device)
+        return self._blocks[key]
+
+    def seen_keys(self, layout: TokenLayout, device: torch.device) -> TokenBlocks | None:
+        """The keys that are not hidden; None for all."""
+        return self.blocks(layout, device).kv_blocks if layout.hidden else None
+
+    def route(
+        self, q: Tensor, k: Tensor, call: AttentionCall, pooled_k: Tensor | None = None
+    ) -> Routing:
+        """Keep the best `1 - sparsity` of the video's blocks, and what the layout requires.
+
+        pooled_k: the key blocks' means, where the caller has them already.
+        """
+        blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
+        # Which blocks are kept has no gradient.
+        pooled_q = ops.block_pool(q.detach(), blocks.q_blocks, backend=backend)
+        if pooled_k is None:
+            pooled_k = ops.block_pool(k, blocks.kv_blocks, backend=backend)
+        topk = self.plan.topk(blocks.q_blocks.num_blocks)
+        mask, dropped_lse = ops.block_select(
+            pooled_q, pooled_k, blocks, topk, scale=call.scale, backend=backend
+        )
+        return Routing(mask, dropped_lse, pooled_q, pooled_k, blocks.density(topk))
+
+
+def routing_cost(q: Tensor, blocks: BlockLayout) -> float:
+    """FLOPs of `Method.route` for all batch rows."""
+    batch, heads, _, head_dim = q.shape
+    q_blocks, kv_blocks = blocks.q_blocks, blocks.kv_blocks
+    per_batch = routing_flops(
+        kv_blocks.num_listed, head_dim, heads, q_blocks.num_blocks, kv_blocks.num_blocks
     )
-    return Routing(indices, counts, tail, pooled_q, pooled_k, tables.density(keep))
-
-
-def routing_cost(q: Tensor, call: LayerCall) -> float:
-    """FLOPs of `route` for all batch rows."""
-    batch, heads, _, width = q.shape
-    n_q, n_k = call.tables.video.shape[0], call.tables.keys.shape[0]
-    return batch * routing_flops(call.layout.tokens, width, heads, n_q, n_k)
-
+    return batch * per_batch

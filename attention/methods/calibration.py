@@ -1,114 +1,167 @@
-"""Self-calibration of RoPeSLR: a few exactly computed rows tell how the tail's mass and the background must be scaled.
+"""Self-calibration of RoPeSLR: a few exactly computed queries say how to scale dropped mass and background.
 
-T, the tail's log-mass taken from pooled keys, is biased low, and the bias is nearly one number per head. On R rows with
-exact attention (LSE, out) and sparse attention (LSE_s, out_s):
+T, the dropped blocks' log-mass taken from pooled keys, is biased low, and the bias is nearly one number
+per head. On R queries with exact attention (LSE, out) and sparse attention (LSE_s, out_s):
 
     y = log(exp(LSE - LSE_s) - 1)          the true log-odds of the dropped mass
     u = T - LSE_s                          its estimate
     c = (cov(u, y) + .1 c0) / (var(u) + .1),  b = mean(y) - c mean(u),  g = sigmoid(c u + b)
-    beta = ridge solution of  g (v_mean + (beta q) C) = out - (1 - g) out_s,  one number per RoPE pair, prior beta0
+    beta = ridge solution of  g (v_mean + (beta q) C) = out - (1 - g) out_s,  one number per RoPE pair,
+           prior beta0
 
-Untrained, c0 = 1 and beta0 = 1/sqrt D; an adapter brings its own, and what it adds to gate and background besides
-(a term of the hidden state, a low-rank branch) is taken off before the fit.
+Untrained, c0 = 1 and beta0 = 1/sqrt D; an adapter brings its own, and what it adds to gate and background
+besides (a term of the hidden state, a low-rank branch) is taken off before the fit.
 
-The normal equations of beta need no row-by-row design matrix: with p, p' RoPE pairs and a, b channels,
-G_pp' = sum over a in p, b in p' of (C C^T)_ab (sum_i g_i^2 q_ia q_ib), and likewise for the right-hand side.
-Source: our own (a reconstruction; see the README).
+The normal equations of beta need no query-by-query design matrix: with p, p' RoPE pairs and a, b
+channels, G_pp' = sum over a in p, b in p' of (C C^T)_ab (sum_i g_i^2 q_ia q_ib), and likewise for the
+right-hand side. Source: our own (a reconstruction; see the README).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SHRINK = 0.1                                # pulls the slope c to 1 where the rows hardly differ
-RIDGE = 0.05                                # of the mean diagonal of the normal equations
-MIN_LOG_ODDS_GAP = 1e-4                     # LSE - LSE_s below this is rounding, not mass
+SHRINK = 0.1  # pulls the slope c to 1 where the queries hardly differ
+RIDGE = 0.05  # of the mean diagonal of the normal equations
+MIN_LOG_ODDS_GAP = 1e-4  # LSE - LSE_s below this is rounding, not mass
 MAX_LOG_ODDS = 30.0
-MAX_GATE_C = 4.0
-MAX_GATE_B = 20.0
-MAX_BETA = 4.0                              # times the attention's scale, 1/sqrt D
+MAX_GATE_SLOPE = 4.0
+MAX_GATE_BIAS = 20.0
+MAX_CHANNEL_SCALE = 4.0  # times the attention's scale, 1/sqrt D
 
 
 class Calibration(NamedTuple):
-    """What one layer knows for one conditioning: gate `(B, H)`, beta per channel `(B, H, R)`, channels `(B, H, R)`."""
+    """What one layer knows for one conditioning."""
 
-    gate_c: Tensor
-    gate_b: Tensor
-    beta: Tensor
-    features: Tensor | None
+    gate_slope: Tensor  # (B, H)
+    gate_bias: Tensor  # (B, H)
+    channel_scale: Tensor  # (B, H, r)
+    channel_ids: Tensor | None  # (B, H, r): which channels those are; None: all
+
+    def rows(self, own: slice) -> Calibration:
+        """Those of some batch rows."""
+        return Calibration(*(None if x is None else x[own] for x in self))  # type: ignore[arg-type]
+
+    def on_channels(self, channel_ids: Tensor | None) -> Calibration:
+        """Those of some channels, where the values are of all."""
+        if channel_ids is None:
+            return self
+        return self._replace(
+            channel_scale=self.channel_scale.gather(-1, channel_ids), channel_ids=channel_ids
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Calibration]) -> Calibration:
+        """Those of several conditionings as one batch."""
+        columns = zip(*parts)
+        return Calibration(*(None if xs[0] is None else torch.cat(xs) for xs in columns))  # type: ignore[arg-type]
 
 
-class ExactRows(NamedTuple):
-    """Sampled query rows `(B, H, R, D)` with their exact and their sparse attention; log-masses `(B, H, R)`."""
+class State(NamedTuple):
+    """The first-order background's state, and the scale of the attention."""
 
-    q: Tensor
-    out: Tensor
+    v_mean: Tensor  # (B, H, D)
+    cov: Tensor  # (B, H, r, D)
+    scale: float
+
+    def of_channels(self, channel_ids: Tensor | None) -> State:
+        """That of some channels, where it is of all."""
+        if channel_ids is None:
+            return self
+        picked = channel_ids[..., None].expand(-1, -1, -1, self.cov.shape[-1])
+        return self._replace(cov=self.cov.gather(2, picked))
+
+
+class ExactQueries(NamedTuple):
+    """R sampled queries with their exact and their sparse attention; log-masses `(B, H, R)`."""
+
+    q: Tensor  # (B, H, R, D)
+    out: Tensor  # (B, H, R, D)
     lse: Tensor
-    sparse_out: Tensor
+    sparse_out: Tensor  # (B, H, R, D)
     sparse_lse: Tensor
-    tail: Tensor
-    gate_x: Tensor | None = None            # (B, H, R): an adapter's term of the gate
-    branch: Tensor | None = None            # (B, H, R, D): what an adapter's low rank adds to the background
+    dropped_lse: Tensor
+    gate_logits: Tensor | None = None  # (B, H, R): an adapter's term of the gate
+    branch: Tensor | None = None  # (B, H, R, D): what an adapter's low rank adds to the background
 
 
-def untrained(cov: Tensor, scale: float) -> Calibration:
-    """The first-order expansion itself: c = 1, b = 0, beta = scale on all channels; cov `(B, H, D, D)`."""
-    ones = cov.new_ones(cov.shape[:2])
-    return Calibration(ones, torch.zeros_like(ones), cov.new_full(cov.shape[:3], scale), None)
+def untrained(state: State) -> Calibration:
+    """The first-order expansion itself: slope 1, bias 0, every channel scaled as attention is."""
+    ones = state.cov.new_ones(state.cov.shape[:2])
+    channel_scale = state.cov.new_full(state.cov.shape[:3], state.scale)
+    return Calibration(ones, torch.zeros_like(ones), channel_scale, None)
 
 
 def strongest(known: Calibration, cov: Tensor, rank: int) -> Calibration:
-    """The `rank` channels whose share of the background is largest, in RoPE pairs, by |beta| |C row|; 0 = all."""
-    batch, heads, width, _ = cov.shape
-    if not 0 < rank < width:
-        return known
-    strength = (cov * known.beta[..., None]).square().sum(dim=-1).view(batch, heads, width // 2, 2).sum(dim=-1)
-    pairs = strength.topk((rank + 1) // 2, dim=-1).indices
-    features = torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten(-2)
-    return known._replace(beta=known.beta.gather(-1, features), features=features)
+    """The `rank` channels whose share of the background is largest, by |beta| |C row|; 0 = all.
 
-
-def calibrate(rows: ExactRows, v_mean: Tensor, cov: Tensor, start: Calibration, scale: float) -> Calibration:
-    """Solve for gate and beta on the sampled rows; heads whose solution is not finite keep `start`.
-
-    v_mean `(B, H, D)`, cov `(B, H, R, D)` of the channels that `start` names; everything in float32 or wider.
+    Channels come in RoPE pairs.
     """
-    wide = cov.dtype
-    q, out, sparse_out = (x.to(wide) for x in (rows.q, rows.out, rows.sparse_out))
-    own_odds = 0.0 if rows.gate_x is None else rows.gate_x.to(wide)
-    known_part = v_mean[:, :, None] if rows.branch is None else v_mean[:, :, None] + rows.branch.to(wide)
+    batch, heads, head_dim, _ = cov.shape
+    if not 0 < rank < head_dim:
+        return known
+    strength = (cov * known.channel_scale[..., None]).square().sum(dim=-1)
+    strength = strength.view(batch, heads, head_dim // 2, 2).sum(dim=-1)
+    pairs = strength.topk((rank + 1) // 2, dim=-1).indices
+    return known.on_channels(torch.stack((2 * pairs, 2 * pairs + 1), dim=-1).flatten(-2))
 
-    gap = (rows.lse - rows.sparse_lse).clamp(min=MIN_LOG_ODDS_GAP)
-    y = (gap + torch.log(-torch.expm1(-gap))).clamp(max=MAX_LOG_ODDS)         # exp(gap) alone would overflow
-    u = (rows.tail - rows.sparse_lse).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)         # -inf where a row drops nothing
-    y = y - own_odds
-    u_dev, y_dev = (x - x.mean(dim=-1, keepdim=True) for x in (u, y))
-    c = ((u_dev * y_dev).mean(dim=-1) + SHRINK * start.gate_c) / (u_dev.square().mean(dim=-1) + SHRINK)
-    c = c.clamp(0.0, MAX_GATE_C)
-    b = (y.mean(dim=-1) - c * u.mean(dim=-1)).clamp(-MAX_GATE_B, MAX_GATE_B)
 
-    gate = torch.sigmoid(c[..., None] * u + b[..., None] + own_odds)[..., None]
-    picked = q
-    if start.features is not None:
-        picked = q.gather(-1, start.features[:, :, None].expand(-1, -1, q.shape[2], -1))
+def calibrate(exact: ExactQueries, state: State, start: Calibration) -> Calibration:
+    """Solve for gate and channel scale; heads whose solution is not finite keep `start`.
+
+    state: of the channels that `start` names; everything in float32 or wider.
+    """
+    dtype, cov = state.cov.dtype, state.cov
+    slope, bias, gate = _fit_gate(exact, start, dtype)
+    q, out, sparse_out = (x.to(dtype) for x in (exact.q, exact.out, exact.sparse_out))
+    known_part = state.v_mean[:, :, None]
+    if exact.branch is not None:
+        known_part = known_part + exact.branch.to(dtype)
+    if start.channel_ids is not None:
+        q = q.gather(-1, start.channel_ids[:, :, None].expand(-1, -1, q.shape[2], -1))
     wanted = out - (1 - gate) * sparse_out - gate * known_part
-    weighted = gate * picked
+    weighted = gate * q
     normal = _pair_sums(_pair_sums((weighted.mT @ weighted) * (cov @ cov.mT), -1), -2)
     right = _pair_sums((weighted * (wanted @ cov.mT)).sum(dim=2), -1)
     ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
-    prior = start.beta[..., ::2]
-    solved, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * prior)
-    beta = solved.clamp(-MAX_BETA * scale, MAX_BETA * scale).repeat_interleave(2, dim=-1)
+    prior = start.channel_scale[..., ::2]
+    matrix = normal + torch.diag_embed(ridge.expand_as(right))
+    solved, failed = torch.linalg.solve_ex(matrix, right + ridge * prior)
+    most = MAX_CHANNEL_SCALE * state.scale
+    channel_scale = solved.clamp(-most, most).repeat_interleave(2, dim=-1)
 
-    good = (failed == 0) & torch.isfinite(solved).all(dim=-1) & torch.isfinite(c) & torch.isfinite(b)
+    good = (failed == 0) & torch.isfinite(solved).all(dim=-1)
+    good = good & torch.isfinite(slope) & torch.isfinite(bias)
     return Calibration(
-        torch.where(good, c, start.gate_c), torch.where(good, b, start.gate_b),
-        torch.where(good[..., None], beta, start.beta), start.features,
+        torch.where(good, slope, start.gate_slope),
+        torch.where(good, bias, start.gate_bias),
+        torch.where(good[..., None], channel_scale, start.channel_scale),
+        start.channel_ids,
     )
 
 
+def _fit_gate(
+    exact: ExactQueries, start: Calibration, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> slope and bias `(B, H)`, and the gate `(B, H, R, 1)` that they give."""
+    own = 0.0 if exact.gate_logits is None else exact.gate_logits.to(dtype)
+    gap = (exact.lse - exact.sparse_lse).clamp(min=MIN_LOG_ODDS_GAP)
+    y = (gap + torch.log(-torch.expm1(-gap))).clamp(max=MAX_LOG_ODDS)  # exp(gap) would overflow
+    # -inf where a query's block drops nothing.
+    u = (exact.dropped_lse - exact.sparse_lse).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+    y = y - own
+    u_dev, y_dev = (x - x.mean(dim=-1, keepdim=True) for x in (u, y))
+    slope = (u_dev * y_dev).mean(dim=-1) + SHRINK * start.gate_slope
+    slope = (slope / (u_dev.square().mean(dim=-1) + SHRINK)).clamp(0.0, MAX_GATE_SLOPE)
+    bias = y.mean(dim=-1) - slope * u.mean(dim=-1)
+    bias = bias.clamp(-MAX_GATE_BIAS, MAX_GATE_BIAS)
+    gate = torch.sigmoid(slope[..., None] * u + bias[..., None] + own)
+    return slope, bias, gate[..., None]
+
+
 def _pair_sums(x: Tensor, dim: int) -> Tensor:
-    return x.unflatten(dim, (-1, 2)).sum(dim=dim)                            # dim counts from the end
+    return x.unflatten(dim, (-1, 2)).sum(dim=dim)  # dim counts from the end

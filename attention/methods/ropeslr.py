@@ -1,16 +1,20 @@
 """RoPeSLR: block-sparse attention mixed by mass with a background that is exact to first order.
 
     O_i = (1 - g_i) O_s,i + g_i O_l,i                 O_s, LSE: softmax over the kept blocks
-    g_i = sigmoid(c_h (T_I - LSE_i) + b_h + w . x_i)  T_I: pooled log-mass of the blocks that query block I dropped
+    g_i = sigmoid(c_h (T_I - LSE_i) + b_h + w . x_i)  T_I: pooled log-mass of the blocks that query
+                                                      block I dropped
     O_l = mean(v) + (beta_h * q_i) C                  C = mean((k - mean k)^T v) over the video's tokens
-        + eta_h (O_lr - mean(v))                      O_lr = phi_q mean(phi_k^T v) / (1e-5 + phi_q . mean(phi_k)),
-                                                      phi = act(A_h x + E_h(p)), x = q or k before RoPE
+        + eta_h (O_lr - mean(v))                      O_lr = phi_q mean(phi_k^T v) / (1e-5 + phi_q .
+                                                      mean(phi_k)), phi = act(A_h x + E_h(p)), x = q or
+                                                      k before RoPE
 
-Without an adapter w = eta = 0, and c, b, beta are solved in closed form on a few exactly computed rows (see
-calibration.py); an adapter brings them all, and `calibrate = on top` refines them the same way. Softmax attention IS
-such a mix of its kept and its dropped part, and the first-order term of the dropped part keeps relative position
-exactly, since q and k enter after RoPE. Source: RoPeSLR (arXiv 2605.20659) names the parts, its formulas are not
-public; this form is our reconstruction.
+In code: c gate_slope, b gate_bias, w gate_weight, T dropped_lse, beta channel_scale, C cov, eta
+low_rank_scale, A proj, E pe. Without an adapter w = eta = 0, and c, b, beta are solved in closed form on
+a few exactly computed queries (see calibration.py); an adapter brings them all, and `calibrate = refine`
+refines them the same way. Softmax attention IS such a mix of its kept and its dropped part, and the
+first-order term of the dropped part keeps relative position exactly, since q and k enter after RoPE.
+Source: RoPeSLR (arXiv 2605.20659) names the parts, its formulas are not public; this form is our
+reconstruction.
 """
 
 from __future__ import annotations
@@ -22,154 +26,254 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.background import FeatureMap, FirstOrder, Gate, LinearState, LowRank
+from ...kernels.types import Background, FeatureMap, FirstOrder, Gate, LinearState, LowRank
 from ..accounting import calibration_flops, first_order_flops, low_rank_flops
-from ..adapters import Adapter
-from ..plan import CALIBRATE_EVERY, SparsePlan
-from .base import LayerCall, Method, Routing, VideoOutput, route
-from .calibration import Calibration, ExactRows, calibrate, strongest, untrained
-from .weights import LearnedPositions, at_noise, gate_term, layer_weights, used_rank
+from ..call import AttentionCall
+from ..plan import ResolvedPlan
+from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
+from .base import QKV, Method, MethodOutput, Routing
+from .calibration import (
+    Calibration,
+    ExactQueries,
+    State,
+    calibrate,
+    strongest,
+    untrained,
+)
 
-EPS = 1e-5                                  # beside the MEAN of phi(k)
+EPS = 1e-5  # beside the MEAN of phi(k)
 
 
 class Trained(NamedTuple):
     """What an adapter adds to one call besides the values of a calibration."""
 
-    start: Calibration                      # its own c, b, beta on all channels
-    gate_x: Tensor | None = None            # (B, H, Lv)
+    start: Calibration  # its own gate and channel scale, on all channels
+    gate_logits: Tensor | None = None  # (B, H, Lv)
     low_rank: LowRank | None = None
 
 
+class Parts(NamedTuple):
+    """What one call knows of its background."""
+
+    routing: Routing
+    state: State
+    known: Calibration
+    trained: Trained | None
+
+    @property
+    def background(self) -> Background:
+        known, state = self.known, self.state
+        own_logits = None if self.trained is None else self.trained.gate_logits
+        low_rank = None if self.trained is None else self.trained.low_rank
+        gate = Gate(self.routing.dropped_lse, known.gate_slope, known.gate_bias, own_logits)
+        first = FirstOrder(state.v_mean, state.cov, known.channel_scale, known.channel_ids)
+        return Background(gate, first, low_rank)
+
+
+class Remembered(NamedTuple):
+    """A calibration and the step it was made at."""
+
+    step: int
+    values: Calibration
+
+
 class RoPeSLR(Method):
-    """Remembers, for each layer and conditioning of one run, its calibration and the step it was made at."""
+    """Remembers, for each layer and conditioning of one run, its calibration."""
 
-    def __init__(self, plan: SparsePlan, adapter: Adapter | None = None) -> None:
-        self.plan = plan
-        self.adapter = adapter
-        self.learned = LearnedPositions(adapter) if adapter is not None else None
-        self.needs_x = adapter is not None and adapter.has("gate_w")
-        self.needs_positions = adapter is not None and adapter.has("a_q")
-        self.memory: dict[tuple[Hashable, Hashable], tuple[int, Calibration]] = {}   # step made at, values
+    def __init__(self, plan: ResolvedPlan) -> None:
+        super().__init__(plan)
+        adapter = plan.adapter
+        self.learned = LearnedPositions(adapter.info) if adapter is not None else None
+        self.needs_x = adapter is not None and adapter.has("gate_weight")
+        self.needs_rope = adapter is not None and adapter.has("proj_q")
+        self.memory: dict[tuple[Hashable, Hashable], Remembered] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
+    ) -> MethodOutput:
         """See `Method.attend`."""
-        tables, backend = call.tables, call.backend
-        lists = {"scale": call.scale, "backend": backend, "trusted": True}
-        blocks = tables.video.shape[0]                                        # the video's come first among the keys
-        if self.plan.kept_blocks(blocks) >= blocks:                           # nothing is dropped
-            routing = route(q, k, call, self.plan)
-            out, _ = ops.block_sparse_attention(
-                q, k, v, tables.video, tables.keys, routing.indices, routing.counts, **lists
+        blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
+        if self.plan.drops_nothing(blocks.q_blocks.num_blocks):
+            routing = self.route(q, k, call)
+            found, _ = ops.block_sparse_attention(
+                q, k, v, routing.mask, scale=call.scale, backend=backend, out=out
             )
-            return VideoOutput(out, routing.density, 0.0)
+            return MethodOutput(found, routing.density)
 
-        known, due = self._recall(call)
-        features = None if known is None else known.features
-        pooled_k, v_mean, cov = ops.block_pool_state(k, v, tables.keys, blocks, features, backend)
-        routing = route(q, k, call, self.plan, pooled_k)
-        sparse = (q, k, v, tables.video, tables.keys, routing.indices, routing.counts)
-        state_rank = cov.shape[2]
+        batch, heads, tokens, head_dim = q.shape
+        known, due = self._lookup(call, batch)
+        channel_ids = None if known is None else known.channel_ids
+        pooled_k, v_mean, cov = ops.block_pool_state(k, v, blocks, channel_ids, backend=backend)
+        state = State(v_mean, cov, call.softmax_scale(head_dim))
+        routing = self.route(q, k, call, pooled_k)
         trained = self._trained(q, k, v, call)
+        known, state = self._start(known, state, trained, due)
+        background = batch * first_order_flops(
+            tokens, head_dim, heads, state.cov.shape[2], cov.shape[2]
+        )
+        if trained is not None and trained.low_rank is not None:
+            rank = trained.low_rank.feature_map.rank(head_dim)
+            background += batch * low_rank_flops(tokens, head_dim, heads, rank)
+        parts = Parts(routing, state, known, trained)
+        if due:
+            found, cost = self._calibrating(QKV(q, k, v), call, parts, out)
+            return MethodOutput(found, routing.density, background, cost)
+        self._remember(call, known, batch)
+        found = ops.block_sparse_mixed(
+            q, k, v, routing.mask, parts.background, scale=call.scale, backend=backend, out=out
+        )
+        return MethodOutput(found, routing.density, background)
+
+    def _start(
+        self, known: Calibration | None, state: State, trained: Trained | None, due: bool
+    ) -> tuple[Calibration, State]:
+        """The values that hold before this call's calibration, and the state of their channels."""
         if known is None:
-            start = untrained(cov, call.scale) if trained is None else trained.start
-            known = strongest(start, cov, self.plan.rank)
-            if known.features is not None:
-                cov = cov.gather(2, known.features[..., None].expand(-1, -1, -1, cov.shape[-1]))
-        elif trained is not None and (due or self.plan.calibrate == "off"):   # its noise bins follow the step
-            beta = trained.start.beta
-            beta = beta if known.features is None else beta.gather(-1, known.features)
-            known = Calibration(trained.start.gate_c, trained.start.gate_b, beta, known.features)
-        gate_x, low_rank = (None, None) if trained is None else trained[1:]
-        calibration_cost = 0.0
-        if due:
-            out, lse = ops.block_sparse_attention(*sparse, **lists)
-            rows = _exact_rows(q, k, v, out, lse, routing, call, self.plan.calibrate_rows, gate_x, low_rank, v_mean)
-            known = calibrate(rows, v_mean, cov, known, call.scale)
-            calibration_cost = q.shape[0] * calibration_flops(k.shape[2], q.shape[3], q.shape[1], rows.q.shape[2])
-        self._remember(call, known, made_now=due)
+            known = untrained(state) if trained is None else trained.start
+            known = strongest(known, state.cov, self.plan.rank)
+            return known, state.of_channels(known.channel_ids)
+        if trained is not None and (due or not self.plan.calibrates):
+            known = trained.start.on_channels(known.channel_ids)  # its noise bins follow the step
+        return known, state
 
-        gate, first = Gate(known.gate_c, known.gate_b, gate_x), FirstOrder(v_mean, cov, known.beta, known.features)
-        if due:
-            mixed = ops.mix_background(q, out, lse, routing.tail, tables.video, gate, first, low_rank)
-        else:
-            mixed = ops.block_sparse_mixed(*sparse, routing.tail, gate, first, low_rank, **lists)
-        batch, heads, tokens, width = q.shape
-        background = batch * first_order_flops(tokens, width, heads, cov.shape[2], state_rank)
-        if low_rank is not None:
-            background += batch * low_rank_flops(tokens, width, heads, low_rank.map.a.shape[1])
-        return VideoOutput(mixed, routing.density, background, calibration_cost)
+    def _calibrating(
+        self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """A call that computes some queries exactly and fits gate and channel scale: -> out, FLOPs."""
+        mask = parts.routing.mask
+        sparse = ops.block_sparse_attention(
+            *qkv, mask, scale=call.scale, backend=self.plan.backend
+        )
+        with torch.no_grad():  # what is learned here outlives this call, and with it any graph
+            exact = self._exact_queries(qkv, call, parts, sparse)
+            known = calibrate(exact, parts.state, parts.known)
+        batch, heads, count, head_dim = exact.q.shape
+        self._remember(call, known, batch, made_now=True)
+        mixed = parts._replace(known=known).background
+        found = ops.mix_background(qkv.q, *sparse, mask.q_blocks, mixed, out=out)
+        tokens = call.layout.attended_tokens
+        return found, batch * calibration_flops(tokens, head_dim, heads, count)
 
-    def _trained(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Trained | None:
+    def _exact_queries(
+        self, qkv: QKV, call: AttentionCall, parts: Parts, sparse: tuple[Tensor, Tensor]
+    ) -> ExactQueries:
+        """Exact attention of queries spread evenly over the blocks, the same ones for every head."""
+        (q, k, v), (_, dropped_lse, *_), trained = qkv, parts.routing, parts.trained
+        q_blocks = parts.routing.mask.q_blocks
+        slots = _spread(q_blocks.num_listed, self.plan.calibrate_rows, call.step)
+        slots = slots.to(q.device, non_blocking=True)
+        tokens = q_blocks.slots[slots]  # only the last slots of all are empty
+        some_q = q.index_select(2, tokens)
+        seen = self.seen_keys(call.layout, q.device)
+        exact = ops.dense_attention(
+            some_q, k, v, seen, scale=call.scale, backend=self.plan.backend
+        )
+        own_logits, branch = None, None
+        if trained is not None and trained.gate_logits is not None:
+            own_logits = trained.gate_logits.index_select(2, tokens)
+        if trained is not None and trained.low_rank is not None:
+            branch = _branch(some_q, tokens, trained.low_rank, parts.state.v_mean)
+        return ExactQueries(
+            some_q,
+            *exact,
+            *(x.index_select(2, tokens) for x in sparse),
+            dropped_lse.index_select(2, slots // q_blocks.block_size),
+            own_logits,
+            branch,
+        )
+
+    def _trained(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Trained | None:
         """What the adapter says about this call; what it does not have is as in a run without one."""
-        if self.adapter is None:
+        adapter = self.plan.adapter
+        if adapter is None:
             return None
-        info, (batch, heads, _, width) = self.adapter.info, q.shape
-        weights = layer_weights(self.adapter, call.layer, q.device)
+        info, (batch, heads, _, head_dim) = adapter.info, q.shape
+        weights = layer_weights(adapter, call.layer, q.device)
 
-        def binned(name: str, dims: int, initial: float, *shape: int) -> Tensor:
+        def binned(name: str, initial: float, *shape: int) -> Tensor:
             if name not in weights:
                 return q.new_full((batch, *shape), initial, dtype=torch.float32)
-            return at_noise(weights[name], dims, info.noise_levels, call.noise).expand(batch, *shape).contiguous()
+            found = at_noise(weights[name], len(shape), info.noise_levels, call.sigma)
+            return found.expand(batch, *shape).contiguous()
 
-        beta = binned("beta", 2, call.scale, heads, width // 2).repeat_interleave(2, dim=-1)
-        start = Calibration(binned("gate_c", 1, 1.0, heads), binned("gate_b", 1, 0.0, heads), beta, None)
-        gate_x = None
-        if "gate_w" in weights:
-            gate_x = gate_term(call.inputs.x, weights["gate_w"], heads, call)
-        if "a_q" not in weights:
-            return Trained(start, gate_x)
-        rank = used_rank(self.plan, info)                                     # features lie in order of importance
+        scale = binned("channel_scale", call.softmax_scale(head_dim), heads, head_dim // 2)
+        start = Calibration(
+            binned("gate_slope", 1.0, heads),
+            binned("gate_bias", 0.0, heads),
+            scale.repeat_interleave(2, dim=-1),
+            None,
+        )
+        own_logits = None
+        if "gate_weight" in weights:
+            own_logits = gate_logits(call, weights["gate_weight"], heads)
+        if "proj_q" not in weights:
+            return Trained(start, own_logits)
+        return Trained(start, own_logits, self._low_rank(k, v, call, weights))
+
+    def _low_rank(
+        self, k: Tensor, v: Tensor, call: AttentionCall, weights: dict[str, Tensor]
+    ) -> LowRank:
+        assert self.plan.adapter is not None and self.learned is not None
+        info, rope = self.plan.adapter.info, call.inputs.rope
+        assert rope is not None  # `needs_rope` keeps calls without it away
+        rank = used_rank(self.plan, info)  # features lie in order of importance
         q_map, k_map = (
-            FeatureMap(info.act, weights[f"a_{x}"][:, :rank].float().contiguous(), *call.inputs.positions,
-                       *self.learned.tables(weights, f"pe_{x}", call, rank))
+            FeatureMap(
+                info.act,
+                weights[f"proj_{x}"][:, :rank].float().contiguous(),
+                *rope,
+                *self.learned.tables(weights.get(f"pe_{x}"), call, rank),
+            )
             for x in ("q", "k")
         )
-        state, norm = ops.low_rank_state(k[:, :, call.video], v[:, :, call.video], k_map, call.backend)
-        return Trained(start, gate_x, LowRank(q_map, LinearState(state, norm, EPS), weights["eta"].float()))
+        video = call.video
+        kv_state, normalizer = ops.low_rank_state(
+            k[:, :, video], v[:, :, video], k_map, backend=self.plan.backend
+        )
+        state = LinearState(kv_state, normalizer, EPS)
+        return LowRank(q_map, state, weights["low_rank_scale"].float())
 
-    def _recall(self, call: LayerCall) -> tuple[Calibration | None, bool]:
-        """What is known for all conditionings of the call, None where any is new; and whether new rows are due."""
-        parts = [self.memory.get((call.layer, key)) for key, _ in call.conditioning]
-        rows = [count for _, count in call.conditioning]
-        if any(part is None for part in parts) or [part.gate_c.shape[0] for _, part in parts] != rows:
-            return None, self.plan.calibrate != "off"
-        known = Calibration(*(
-            None if field[0] is None else torch.cat(field) for field in zip(*(part for _, part in parts))
-        ))
-        every = {"every step": 1, "auto": CALIBRATE_EVERY, "on top": CALIBRATE_EVERY}.get(self.plan.calibrate)
+    def _lookup(self, call: AttentionCall, batch: int) -> tuple[Calibration | None, bool]:
+        """What is known for all conditionings of the call, None where any is new; whether more is due."""
+        rows = call.conditionings(batch)
+        found = [self.memory.get((call.layer, key)) for key, _ in rows]
+        counts = [own.stop - own.start for _, own in rows]
+        known = [each for each in found if each is not None]
+        if len(known) < len(found) or [x.values.gate_slope.shape[0] for x in known] != counts:
+            return None, self.plan.calibrates
+        values = Calibration.joined([each.values for each in known])
+        interval = self.plan.calibration_interval
         # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
-        return known, every is not None and any(abs(call.step - made) >= every for made, _ in parts)
+        due = interval is not None and any(abs(call.step - x.step) >= interval for x in known)
+        return values, due
 
-    def _remember(self, call: LayerCall, known: Calibration, made_now: bool) -> None:
-        for key, own in call.rows:
-            part = Calibration(*(None if field is None else field[own] for field in known))
-            made, _ = self.memory.get((call.layer, key), (call.step, None))
-            self.memory[call.layer, key] = (call.step if made_now else made, part)
+    def _remember(
+        self, call: AttentionCall, known: Calibration, batch: int, made_now: bool = False
+    ) -> None:
+        for key, own in call.conditionings(batch):
+            before = self.memory.get((call.layer, key))
+            step = call.step if made_now or before is None else before.step
+            self.memory[call.layer, key] = Remembered(step, known.rows(own))
 
 
-def _exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, routing: Routing, call: LayerCall, wanted: int,
-    gate_x: Tensor | None, low_rank: LowRank | None, v_mean: Tensor,
-) -> ExactRows:
-    """Compute exact attention for rows spread evenly over the query blocks, the same ones for every head."""
-    table = call.tables.video
-    walk = table.flatten()[: q.shape[2]]                                      # only the last slots are empty
-    count = min(wanted, walk.numel())
-    generator = torch.Generator().manual_seed(call.step)
+def _spread(tokens: int, wanted: int, seed: int) -> Tensor:
+    """So many places of `tokens`, one drawn from each even part: -> ascending `(n,)` int64."""
+    count = min(wanted, tokens)
+    generator = torch.Generator().manual_seed(seed)
     inside = torch.rand(count, generator=generator, dtype=torch.float64)
-    place = ((torch.arange(count) + inside) * (walk.numel() / count)).long().to(q.device, non_blocking=True)
-    rows = walk[place]
-    row_q = q.index_select(2, rows)
-    row_out, row_lse = ops.dense_attention(row_q, k, v, call.scale, call.backend)
-    branch = None
-    if low_rank is not None:
-        map = low_rank.map
-        places = None if map.places is None else map.places[rows]
-        map = map._replace(cos=map.cos[rows], sin=map.sin[rows], places=places)
-        branch = low_rank.eta[:, None, None] * (ops.linear_read(row_q, map, low_rank.linear) - v_mean[:, :, None])
-    return ExactRows(
-        row_q, row_out, row_lse, out.index_select(2, rows), lse.index_select(2, rows),
-        routing.tail.index_select(2, place // table.shape[1]),
-        None if gate_x is None else gate_x.index_select(2, rows), branch,
+    return ((torch.arange(count) + inside) * (tokens / count)).long()
+
+
+def _branch(some_q: Tensor, tokens: Tensor, low_rank: LowRank, v_mean: Tensor) -> Tensor:
+    """What an adapter's low rank adds to the background of some queries."""
+    fmap = low_rank.feature_map
+    assert fmap.rope_cos is not None and fmap.rope_sin is not None
+    fmap = fmap._replace(
+        rope_cos=fmap.rope_cos[tokens],
+        rope_sin=fmap.rope_sin[tokens],
+        axis_ids=None if fmap.axis_ids is None else fmap.axis_ids[tokens],
     )
+    read = ops.linear_read(some_q, fmap, low_rank.state)
+    return low_rank.scale[:, None, None] * (read - v_mean[:, :, None])

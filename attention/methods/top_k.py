@@ -1,10 +1,10 @@
-"""Block top-k: softmax over the kept blocks, with or without one pooled pseudo-key for every block that was dropped.
+"""Block top-k: softmax over the kept blocks, with or without one pooled key per dropped block.
 
     plain   O_i = softmax over kept tokens of (q_i k^T / sqrt D) v
-    pooled  the same softmax also holds, for every dropped block j, the logit q_i mean(k_j) / sqrt D + log n_j
-            with the value mean(v_j); n_j is the number of tokens of the block
+    pooled  the same softmax also holds, for every dropped block j, the logit q_i mean(k_j) / sqrt D +
+            log n_j with the value mean(v_j); n_j is the number of tokens of the block
 
-Source: the pooled tail is that of sol-attn (arXiv 2607.24027); no state, no training.
+Source: the pooled keys are those of sol-attn (arXiv 2607.24027); no state, no training.
 """
 
 from __future__ import annotations
@@ -12,27 +12,39 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...kernels import ops
-from ..accounting import pooled_tail_flops
-from ..plan import SparsePlan
-from .base import LayerCall, Method, VideoOutput, route
+from ...kernels.types import PooledKV
+from ..accounting import pooled_flops
+from ..call import AttentionCall
+from .base import Method, MethodOutput
 
 
 class TopK(Method):
-    """Block top-k; `tail` adds the pooled blocks."""
+    """The kept blocks and nothing else."""
 
-    def __init__(self, plan: SparsePlan, tail: bool) -> None:
-        self.plan = plan
-        self.tail = tail
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> VideoOutput:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
+    ) -> MethodOutput:
         """See `Method.attend`."""
-        routing = route(q, k, call, self.plan)
-        pooled_v = ops.block_pool(v, call.tables.keys, call.backend) if self.tail else None
-        out, _ = ops.block_sparse_attention(
-            q, k, v, call.tables.video, call.tables.keys, routing.indices, routing.counts,
-            routing.pooled_k if self.tail else None, pooled_v, call.scale, call.backend, trusted=True,
+        routing = self.route(q, k, call)
+        found, _ = ops.block_sparse_attention(
+            q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, out=out
         )
-        batch, heads, tokens, width = q.shape
-        blocks = call.tables.keys.shape[0]
-        background = batch * pooled_tail_flops(tokens, width, heads, blocks) if self.tail else 0.0
-        return VideoOutput(out, routing.density, background)
+        return MethodOutput(found, routing.density)
+
+
+class PooledTopK(Method):
+    """The kept blocks, and every other one as a single key."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
+    ) -> MethodOutput:
+        """See `Method.attend`."""
+        routing, backend = self.route(q, k, call), self.plan.backend
+        kv_blocks = routing.mask.kv_blocks
+        pooled = PooledKV(routing.pooled_k, ops.block_pool(v, kv_blocks, backend=backend))
+        found, _ = ops.block_sparse_attention(
+            q, k, v, routing.mask, pooled, scale=call.scale, backend=backend, out=out
+        )
+        batch, heads, tokens, head_dim = q.shape
+        background = batch * pooled_flops(tokens, head_dim, heads, kv_blocks.num_blocks)
+        return MethodOutput(found, routing.density, background)

@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
-# Strides are handed over in these units: it tells the compiler, for every tensor, that rows are aligned for 16-byte
-# loads, without a variant per stride.
-STRIDE_UNIT = 8
+from ..types import FeatureMap, TokenBlocks
+from .tiles import STRIDE_UNIT
+
+UNIT = STRIDE_UNIT.value
 
 
 class Launch(NamedTuple):
@@ -33,14 +35,14 @@ def kernel(function: Callable) -> triton.runtime.JITFunction:
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Batch, head and token stride of `(B, H, L, D)` in units of STRIDE_UNIT elements, for `aligned` tensors."""
-    return tuple(x.stride(i) // STRIDE_UNIT if x.shape[i] > 1 else 0 for i in range(3))
+    """Batch, head and token stride of `(B, H, L, D)` in STRIDE_UNITs, for `aligned` tensors."""
+    return tuple(x.stride(i) // UNIT if x.shape[i] > 1 else 0 for i in range(3))
 
 
 def aligned(x: Tensor) -> Tensor:
     """x itself where the kernels can read it in place, else a copy: rows contiguous, starting at multiples of 8."""
     in_place = x.stride(3) == 1 and all(
-        x.stride(i) % STRIDE_UNIT == 0 and x.stride(i) >= 0 for i in range(3) if x.shape[i] > 1
+        x.stride(i) % UNIT == 0 and x.stride(i) >= 0 for i in range(3) if x.shape[i] > 1
     )
     return x if in_place else x.contiguous()
 
@@ -67,6 +69,27 @@ TABLE: dict[str, dict[str, Launch]] = {
     "100": {"forward": Launch(8, 3), "features": Launch(8, 2), "d_queries": Launch(4, 2), "d_keys": Launch(4, 1)},
     "gfx942": {"mixed": Launch(4, 3), "d_queries": Launch(4, 1), "d_keys": Launch(4, 1)},
 }
+
+
+def table(blocks: TokenBlocks) -> Tensor:
+    """The tokens of every block, as kernels read them."""
+    return blocks.tokens.to(torch.int32).contiguous()
+
+
+def as_operand(x: Tensor | None) -> Tensor | None:
+    """A small tensor as kernels can take it: contiguous, and not float64."""
+    if x is None:
+        return None
+    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
+def map_pointers(feature_map: FeatureMap) -> list[Tensor | None]:
+    """The tensors of a feature map, in the order that kernels take them."""
+    return [as_operand(x) for x in feature_map[1:]]
+
+
+def pe_rows(feature_map: FeatureMap) -> int:
+    return 0 if feature_map.pe is None else feature_map.pe.shape[1]
 
 
 def launch_options(name: str) -> dict[str, int | bool]:

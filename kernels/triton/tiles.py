@@ -1,26 +1,38 @@
-"""Pieces that every kernel shares: token numbers of a block, tiles of rows, one step of the online softmax."""
+"""Pieces that every kernel shares: tokens of a block, tiles of rows, one step of the online softmax."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# Strides are handed over in these units: it tells the compiler, for every tensor, that rows are
+# aligned for 16-byte loads, without a variant per stride.
+STRIDE_UNIT = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def block_rows(table_ptr, block, tokens, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Token numbers of one block, -1 on empty slots; without a table blocks lie one behind the other.
+def head_ptr(base_ptr, batch, head, batch_stride, head_stride):
+    """Where one head begins; strides in units of STRIDE_UNIT elements, 64-bit throughout.
 
-    AGAIN reads them anew, so that no address made of them stays in registers since the first time.
+    A million tokens of 40 heads side by side lie up to 5e9 elements apart.
+    """
+    return base_ptr + batch * batch_stride * STRIDE_UNIT + head * head_stride * STRIDE_UNIT
+
+
+@triton.jit
+def block_tokens(table_ptr, block, tokens, BLOCK: tl.constexpr, RELOAD: tl.constexpr = False):
+    """Tokens of one block, -1 on empty slots; without a table blocks follow each other in order.
+
+    RELOAD reads them anew, so that no address made of them stays in registers since the first time.
     """
     slots = tl.arange(0, BLOCK)
     if table_ptr is None:
         rows = block * BLOCK + slots
         rows = tl.where(rows < tokens, rows, -1)
     else:
-        rows = tl.load(table_ptr + block * BLOCK + slots, volatile=AGAIN)
+        rows = tl.load(table_ptr + block * BLOCK + slots, volatile=RELOAD)
     return rows
 
 
@@ -36,42 +48,40 @@ def is_short(table_ptr, block, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_pointers(base_ptr, rows, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Addresses and mask `(BLOCK, DP)` of rows of a `(L, D)` matrix; stride in units of 8 elements.
-
-    64-bit throughout: a million tokens of 40 heads side by side lie up to 5e9 elements apart.
-    """
+    """Addresses and mask `(BLOCK, DP)` of rows of a `(L, D)` matrix; stride in STRIDE_UNITs."""
     channels = tl.arange(0, DP)
-    there = (rows >= 0)[:, None]
+    mask = (rows >= 0)[:, None]
     if D < DP:
-        there = there & (channels < D)[None, :]
-    return base_ptr + rows.to(tl.int64)[:, None] * (stride * 8) + channels[None, :], there
+        mask = mask & (channels < D)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * (stride * STRIDE_UNIT)
+    return base_ptr + offsets + channels[None, :], mask
 
 
 @triton.jit
 def load_rows(base_ptr, rows, stride, D: tl.constexpr, DP: tl.constexpr):
     """Rows as a tile `(BLOCK, DP)`; empty slots and channels beyond D are 0."""
-    pointers, there = row_pointers(base_ptr, rows, stride, D, DP)
-    return tl.load(pointers, mask=there, other=0.0)
+    pointers, mask = row_pointers(base_ptr, rows, stride, D, DP)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(base_ptr, rows, stride, tile, D: tl.constexpr, DP: tl.constexpr):
     """Store a tile `(BLOCK, DP)` to the rows it belongs to; empty slots are left out."""
-    pointers, there = row_pointers(base_ptr, rows, stride, D, DP)
-    tl.store(pointers, tile.to(base_ptr.dtype.element_ty), mask=there)
+    pointers, mask = row_pointers(base_ptr, rows, stride, D, DP)
+    tl.store(pointers, tile.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def softmax_step(scores, v, best, total, acc):
-    """Take one tile of scores (in log2 units, -inf = absent) and its values into the running softmax.
+def softmax_step(scores, v, running_max, running_sum, acc):
+    """Take one tile of scores (log2 units, -inf = absent) and its values into the running softmax.
 
-    best, total `(BLOCK,)`: running maximum and sum; acc `(BLOCK, DP)`: running sum of values. All in float32; the
+    running_max, running_sum `(BLOCK,)`; acc `(BLOCK, DP)`: running sum of values. All in float32; the
     scale is applied to the float32 scores, never to a half-precision q or k.
     """
-    higher = tl.maximum(best, tl.max(scores, 1))
-    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
     weights = tl.exp2(scores - shift[:, None])
-    fade = tl.exp2(best - shift)
-    total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
-    return higher, total, acc
+    alpha = tl.exp2(running_max - shift)
+    running_sum = running_sum * alpha + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None])
+    return new_max, running_sum, acc

@@ -26,7 +26,7 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
     for row in table.compile_case(target, name, table.cases()[name]):
         assert row["fits"], row
         assert row["spilled_bytes"] <= ALLOWED_SPILLS, row
-        if name not in ("pool", "select", "unpack") and row["kernel"] not in ("delta", "select"):
+        if name not in ("pool", "select", "unpack") and row["kernel"] not in ("delta", "select_bits"):
             assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
         if row["useful_mma"] is not None:
             assert row["useful_mma"] >= 0.95, row
@@ -41,12 +41,12 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target, width, dtype", [
+@pytest.mark.parametrize("target, head_dim, dtype", [
     ("cuda:80", 64, torch.float16), ("cuda:90", 80, torch.float16), ("cuda:120", 96, torch.bfloat16),
 ], ids=str)
 @pytest.mark.parametrize("name", ["mixed", "state", "backward"])
-def test_other_widths_and_dtypes_fit(target, width, dtype, name):
-    for row in table.compile_case(target, name, table.cases(width=width, dtype=dtype)[name], width):
+def test_other_head_dims_and_dtypes_fit(target, head_dim, dtype, name):
+    for row in table.compile_case(target, name, table.cases(head_dim=head_dim, dtype=dtype)[name], head_dim):
         assert row["fits"], row
         if row["kernel"] != "delta":
             assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
@@ -57,8 +57,8 @@ def test_heads_taken_some_at_a_time_compile_nothing_new():
     with table.capture("cuda:90") as compiled:
         for heads, blocks in ((7, 1713), (40, 1182), (3, 33)):
             pooled = torch.empty(1, heads, blocks, 64)
-            table.backend.block_select(pooled, pooled, torch.full((blocks,), 64), 4, None, 0.125, 0)
-    assert len({kernel.hash for name, kernel in compiled if name == "_select"}) == 1
+            table.backend.block_select(pooled, pooled, table.layout(64 * blocks), 4, 0.125)
+    assert len({kernel.hash for name, kernel in compiled if name == "_select_lists"}) == 1
 
 
 def test_another_size_compiles_nothing_new():
@@ -75,5 +75,4 @@ def test_another_size_compiles_nothing_new():
     for name, kernel in compiled:
         kernels.setdefault(name, set()).add(kernel.hash)
     counts = {name: len(hashes) for name, hashes in kernels.items()}
-    # _forward is three cases here, and _select writes lists or bits.
-    assert counts == dict.fromkeys(counts, 1) | {"_forward": 3, "_select": 2}
+    assert counts == dict.fromkeys(counts, 1) | {"_forward": 3}  # three cases here

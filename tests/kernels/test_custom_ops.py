@@ -1,6 +1,8 @@
-"""The operations as custom ops: their schemas, fakes and gradients hold, and torch.compile takes them whole."""
+"""The operations as custom ops: their schemas, fakes and gradients hold; torch.compile takes them whole."""
 
+import importlib
 import importlib.util
+import pkgutil
 import sys
 
 import pytest
@@ -9,40 +11,65 @@ from torch.library import opcheck
 
 import pack_loader
 from pack_loader import load
-from support.data.blocks import feature_map, mixing_case, reference, selected, table, tensors
+from support.data.blocks import (
+    blocks_of,
+    feature_map,
+    layout_of,
+    mixing_case,
+    reference,
+    selected,
+    tensors,
+    types,
+)
 
-ops, registered, background = (load(f".kernels.{name}") for name in ("ops", "registered", "background"))
-TOKENS, WIDTH = 150, 32
+ops, register = load(".kernels.ops"), load(".kernels.ops.register")
+MODULES = [load(f".kernels.ops.{each.name}") for each in pkgutil.iter_modules(ops.__path__)]
+DEFINED = {
+    name.removesuffix("_op"): value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if name.endswith("_op") and hasattr(value, "_opoverload")
+}
+TOKENS, HEAD_DIM = 150, 32
 
 
 def arguments():
     """Operation -> arguments as its schema wants them."""
-    case = mixing_case(torch.float32, tokens=TOKENS, width=WIDTH, low_rank="softmax", x=True)
-    q, k, v, q_blocks, k_blocks, indices, counts, tail, gate, first, branch = case
-    sparse = (q, k, v, q_blocks, k_blocks, indices, counts)
-    pooled, lse = reference.block_pool(k, k_blocks), reference.dense_attention(q, k, v)[1]
-    out, sparse_lse = reference.block_sparse_attention(*sparse)
-    features = torch.arange(10).expand(1, 2, 10).contiguous()
-    sizes = reference.block_sizes(k_blocks)
-    forced = torch.eye(q_blocks.shape[0], dtype=torch.bool)
+    case = mixing_case(
+        torch.float32, tokens=TOKENS, head_dim=HEAD_DIM, low_rank="softmax", logits=True
+    )
+    q, k, v, mask, background = case
+    layout = layout_of(
+        mask.q_blocks, mask.kv_blocks, torch.eye(mask.q_blocks.num_blocks, dtype=torch.bool)
+    )
+    pieces = load(".kernels.ops.selection")._pieces(layout)
+    parts = load(".kernels.ops.fused")._background_parts(background)
+    tokens, listed = register.mask_parts(mask)
+    pooled, lse = reference.block_pool(k, mask.kv_blocks), reference.dense_attention(q, k, v)[1]
+    out, sparse_lse = reference.block_sparse_attention(q, k, v, mask)
+    channel_ids = torch.arange(10).expand(1, 2, 10).contiguous()
     bits = torch.ones(1, 2, 3, 1, dtype=torch.int32)
-    fmap = feature_map("elu", 2, TOKENS, WIDTH, 24, torch.float32)
-    linear = background.LinearState(*reference.low_rank_state(k, v, background.FeatureMap("softmax")))
+    act, *fmap = feature_map("elu", 2, TOKENS, HEAD_DIM, 24, torch.float32)
+    linear = [None] * 5 + [*reference.low_rank_state(k, v, types.FeatureMap("softmax"))]
     last = "pytorch"
+    own = mask.q_blocks.num_listed
     return {
-        "block_pool": (q, q_blocks, last), "block_pool_state": (k, v, k_blocks, 2, features, last),
-        "low_rank_state": (k, v, *fmap, last), "block_select": (pooled, pooled, sizes, 1, forced, 0.2, 1, last),
-        "block_mass": (q, k, lse, q_blocks, k_blocks, [1, 2], forced, 0.2, last),
-        "lists_from_bits": (bits, 3, 2, last), "dense_attention": (q, k, v, 0.2, last),
-        "block_sparse_attention": (*sparse, pooled, pooled, 0.2, last),
+        "block_pool": (q, tokens[0], TOKENS, last),
+        "block_pool_state": (k, v, tokens[1], [listed, own], channel_ids, last),
+        "low_rank_state": (k, v, act, fmap, last),
+        "block_select": (pooled, pooled, *pieces, 1, layout.list_width(1), 0.2, last),
+        "block_mass": (q, k, lse, *pieces, [1, 2], 0.2, last),
+        "lists_from_bits": (bits, 3, 2, last),
+        "dense_attention": (q, k, v, tokens[1], listed, 0.2, last),
+        "block_sparse_attention": (q, k, v, tokens, listed, [pooled, pooled], 0.2, last),
         "block_sparse_attention_backward": (
-            out, sparse_lse, q, k, v, out, sparse_lse, *sparse[3:], None, None, 0.2, last
+            out, sparse_lse, [q, k, v, out, sparse_lse], tokens, listed, [], 0.2, last
         ),
-        "block_sparse_mixed": (
-            *sparse, tail, *gate, *first, *branch.linear, branch.eta, *branch.map, 0.2, last
+        "block_sparse_mixed": (q, k, v, tokens, listed, *parts, 0.2, last),
+        "block_sparse_linear": (
+            q, k, v, tokens, listed, [*linear, torch.ones(HEAD_DIM)], 1e-5, "softmax", 0.2, last
         ),
-        "block_sparse_linear": (*sparse, *linear, *background.FeatureMap("softmax"), torch.ones(WIDTH), 0.2, last),
-    }
+    }  # fmt: skip
 
 
 OPERATIONS = arguments()
@@ -50,48 +77,59 @@ OPERATIONS = arguments()
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_keeps_the_rules_of_custom_ops(name):
-    opcheck(getattr(registered, name), OPERATIONS[name])
+    opcheck(DEFINED[name], OPERATIONS[name])
 
 
-@pytest.mark.parametrize("tail", [False, True])
-def test_gradients_keep_the_rules_of_custom_ops(tail):
-    *sparse, pooled, _, scale, last = OPERATIONS["block_sparse_attention"]
-    q, k, v = (x.clone().requires_grad_() for x in sparse[:3])
-    pooled = pooled.clone().requires_grad_() if tail else None
-    opcheck(registered.block_sparse_attention, (q, k, v, *sparse[3:], pooled, pooled, scale, last))
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gradients_keep_the_rules_of_custom_ops(pooled):
+    q, k, v, mask, listed, far, scale, last = OPERATIONS["block_sparse_attention"]
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    far = [x.clone().requires_grad_() for x in far] if pooled else []
+    opcheck(DEFINED["block_sparse_attention"], (q, k, v, mask, listed, far, scale, last))
 
 
 def test_every_operation_is_tried():
-    defined = {name for name, value in vars(registered).items() if hasattr(value, "_opoverload") and name[0] != "_"}
-    assert defined == set(OPERATIONS)
+    assert set(DEFINED) == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("name", ["mixed", "linear", "attention"])
+@pytest.mark.parametrize("name", ["mixed", "linear", "attention", "whole"])
 def test_compiled_whole_and_equal_at_two_lengths(name):
-    fmap = background.FeatureMap("softmax")
+    fmap = types.FeatureMap("softmax")
 
-    def attend(q, k, v, blocks, indices, counts, tail, gate, first):
+    def attend(q, k, v, mask, background):
         if name == "attention":
-            return ops.block_sparse_attention(q, k, v, blocks, blocks, indices, counts)[0]
+            return ops.block_sparse_attention(q, k, v, mask)[0]
         if name == "mixed":
-            return ops.block_sparse_mixed(q, k, v, blocks, blocks, indices, counts, tail, gate, first)
-        linear = background.LinearState(*ops.low_rank_state(k, v, fmap))
-        return ops.block_sparse_linear(q, k, v, blocks, blocks, indices, counts, fmap, linear, q.new_zeros(q.shape[3]))
+            return ops.block_sparse_mixed(q, k, v, mask, background)
+        if name == "linear":
+            state = types.LinearState(*ops.low_rank_state(k, v, fmap))
+            branch = types.LinearBranch(fmap, state, q.new_zeros(q.shape[3]))
+            return ops.block_sparse_linear(q, k, v, mask, branch)
+        layout = types.BlockLayout(mask.q_blocks, mask.kv_blocks)
+        pooled_q = ops.block_pool(q, mask.q_blocks)
+        pooled_k, *_ = ops.block_pool_state(k, v, layout)
+        chosen, _ = ops.block_select(pooled_q, pooled_k, layout, 2)
+        pooled = types.PooledKV(pooled_k, ops.block_pool(v, mask.kv_blocks))
+        _, lse = ops.dense_attention(q, k, v, mask.kv_blocks)
+        bits, _ = ops.block_mass(q, k, lse, layout, [2])
+        found = ops.mask_from_bits(bits[:, :, 0], layout, 2)
+        near = ops.block_sparse_attention(q, k, v, found)[0]
+        return near + ops.block_sparse_attention(q, k, v, chosen, pooled)[0]
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for tokens in (150, 200):
-        q, k, v, blocks, _, *rest = mixing_case(torch.float32, tokens=tokens, width=WIDTH)[:10]
-        assert torch.equal(compiled(q, k, v, blocks, *rest), attend(q, k, v, blocks, *rest))
+        case = mixing_case(torch.float32, tokens=tokens, head_dim=HEAD_DIM)
+        assert torch.equal(compiled(*case), attend(*case))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_gradients_are_the_same(backend):
-    q, k, v = tensors(*[(1, 2, TOKENS, WIDTH)] * 3, dtype=torch.float32)
-    blocks = table(TOKENS)
-    indices, counts, _ = selected(q, k, blocks, blocks, 2)
+    q, k, v = tensors(*[(1, 2, TOKENS, HEAD_DIM)] * 3, dtype=torch.float32)
+    blocks = blocks_of(TOKENS)
+    mask, _ = selected(q, k, blocks, blocks, 2)
 
     def loss(q, k, v):
-        out, lse = ops.block_sparse_attention(q, k, v, blocks, blocks, indices, counts)
+        out, lse = ops.block_sparse_attention(q, k, v, mask)
         return out.square().sum() + lse.sum()
 
     results = []
@@ -104,16 +142,27 @@ def test_compiled_gradients_are_the_same(backend):
 
 def test_meta_tensors_of_a_million_tokens_cost_nothing():
     q = torch.empty(1, 1_048_576, 40, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    blocks = torch.empty(16_384, 64, dtype=torch.int32, device="meta")
-    pooled = ops.block_pool(q, blocks)
-    indices, counts, tail = ops.block_select(pooled, pooled, torch.empty(16_384, device="meta"), 1_638, None)
-    out, lse = ops.block_sparse_attention(q, q, q, blocks, blocks, indices, counts)
-    assert indices.shape == (1, 40, 16_384, 1_638) and tail.shape == counts.shape == (1, 40, 16_384)
-    assert out.shape == q.shape and out.stride() == q.stride() and lse.shape == (1, 40, 1_048_576)
+    tokens = torch.empty(16_384, 64, dtype=torch.int32, device="meta")
+    blocks = types.TokenBlocks(tokens, 1_048_576, 1_048_576)
+    pooled = DEFINED["block_pool"](q, tokens, 1_048_576, "auto")
+    assert pooled.shape == (1, 40, 16_384, 128)
+    lists = torch.empty(1, 40, 16_384, 1_638, dtype=torch.int32, device="meta")
+    counts = torch.empty(1, 40, 16_384, dtype=torch.int32, device="meta")
+    mask = types.BlockMask(blocks, blocks, lists, counts)
+    pieces = load(".kernels.ops.selection")._pieces(types.BlockLayout(blocks, blocks))
+    indices, found, dropped = DEFINED["block_select"](
+        pooled, pooled, *pieces, 1_638, 1_638, 0.1, "auto"
+    )
+    assert indices.shape == lists.shape and dropped.shape == found.shape == counts.shape
+    out, lse = DEFINED["block_sparse_attention"](
+        q, q, q, *register.mask_parts(mask), [], 0.1, "auto"
+    )
+    assert out.shape == q.shape and out.stride() == q.stride()
+    assert lse.shape == (1, 40, 1_048_576)
 
 
 def test_two_copies_of_the_pack_have_their_own_ops():
-    """A folder installed twice: PyTorch frees an op that is defined again, and whoever still holds it crashes."""
+    """A folder installed twice: PyTorch frees an op that is defined again; who holds it crashes."""
     names = ["ropeslr_first_copy", "ropeslr_second_copy"]
     copies = []
     for name in names:
@@ -121,10 +170,14 @@ def test_two_copies_of_the_pack_have_their_own_ops():
             name, pack_loader.ROOT / "__init__.py", submodule_search_locations=[str(pack_loader.ROOT)]
         )
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        copies.append(importlib.import_module(f"{name}.kernels.ops"))
-    x, blocks = tensors((1, 2, 100, 16), dtype=torch.float32)[0], table(100)
-    first, second, ours = (ops.block_pool(x, blocks) for ops in (*copies, load(".kernels.ops")))
+        copies.append(importlib.import_module(f"{name}.kernels.ops.pooling"))
+    x, blocks = tensors((1, 2, 100, 16), dtype=torch.float32)[0], blocks_of(100)
+    first, second, ours = (
+        module.block_pool_op(x, blocks.tokens, 100, "auto")
+        for module in (*copies, load(".kernels.ops.pooling"))
+    )
     assert torch.equal(first, ours) and torch.equal(second, ours)
-    assert len({importlib.import_module(f"{name}.kernels.registered").NAMESPACE for name in names}) == 2
+    spaces = {importlib.import_module(f"{name}.kernels.ops.register").NAMESPACE for name in names}
+    assert len(spaces) == 2
     for name in [each for each in sys.modules if each.split(".")[0] in names]:
         del sys.modules[name]

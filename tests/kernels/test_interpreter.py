@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from pack_loader import load
-from support.data.blocks import mixing_case, reference, selected, table, tensors, wide
+from support.data.blocks import blocks_of, layout_of, mixing_case, reference, selected, tensors, wide
 from support.data.fields import relative_error
 from support.oracle.interpreter import traffic
 
@@ -44,7 +44,7 @@ def test_planted_faults_are_caught(fault, says):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_computed_as_a_gpu_would(dtype):
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    _, lse = backend.dense_attention(x[None, None], x[None, None], x[None, None], 0.1)
+    _, lse = backend.dense_attention(*[x[None, None]] * 3, None, 0.1)
     expected = (x.double() @ x.double().T * 0.1).logsumexp(-1)
     assert (lse[0, 0] - expected).abs().max() < 1e-5
 
@@ -59,18 +59,18 @@ def test_rows_may_lie_further_apart_than_32_bits_reach():
         view = memory.as_strided((1, 1, rows, 32), (rows * apart, 0, apart, 1), 32 * i)
         view.copy_(x)
         far.append(view)
-    blocks = table(rows)
-    indices, counts, _ = selected(q, k, blocks, blocks, 2)
-    found, _ = backend.block_sparse_attention(*far, blocks, blocks, indices, counts, None, None, 32**-0.5)
-    expected, _ = reference.block_sparse_attention(*wide((q, k, v)), blocks, blocks, indices, counts)
+    blocks = blocks_of(rows)
+    mask, _ = selected(q, k, blocks, blocks, 2)
+    found, _ = backend.block_sparse_attention(*far, mask, None, 32**-0.5)
+    expected, _ = reference.block_sparse_attention(*wide((q, k, v)), mask)
     assert relative_error(found, expected) < 2e-3
     assert relative_error(backend.block_pool(far[0], blocks), reference.block_pool(q.double(), blocks)) < 1e-5
 
 
 def test_bytes_that_the_default_method_moves():
-    """The rows of q, k, v and out that each pass reads and writes are those that block_sparse.py and the table tell."""
-    q, k, v, blocks, _, indices, counts, tail, gate, first, _ = mixing_case(torch.bfloat16, tokens=256, width=64)
-    tokens, heads = 256, 2
+    """The rows of q, k, v, out that each pass reads and writes are those that attention.py tells."""
+    q, k, v, mask, background = mixing_case(torch.bfloat16, tokens=256, head_dim=64)
+    tokens, heads, blocks = 256, 2, mask.q_blocks
 
     def rows(call, *named):
         with traffic() as seen:
@@ -82,10 +82,10 @@ def test_bytes_that_the_default_method_moves():
     expected = {name: list(read) for name, (read, _) in load(".benchmarks.traffic").ROWS.items()}
     _, read, _ = rows(lambda: backend.block_pool(q, blocks), q, k, v)
     assert read == expected["block_pool"]
-    _, read, _ = rows(lambda: backend.block_pool_state(k, v, blocks, 4), q, k, v)
+    _, read, _ = rows(lambda: backend.block_pool_state(k, v, layout_of(blocks, blocks), None), q, k, v)
     assert read == expected["block_pool_state"]
-    times_kept = counts.float().mean().item()       # k and v once for each of the four query blocks that keeps them
-    mixed = (q, k, v, blocks, blocks, indices, counts, tail, gate, first, None, 0.125)
+    times_kept = mask.kv_num_blocks.float().mean().item()  # k, v once per query block that keeps them
+    mixed = (q, k, v, mask, background, 0.125)
     out, (q_read, *kv_read), seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
     assert [q_read, *(x / times_kept for x in kv_read)] == expected["block_sparse_mixed"]
     assert seen.stored(out) == out.numel()

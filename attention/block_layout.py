@@ -1,0 +1,141 @@
+"""Where every token of a sequence belongs: the video's (T, H, W) grid, the tokens around it, blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.types import BlockLayout, RequiredBlocks, TokenBlocks
+from .plan import BLOCK
+
+TILE = 4  # a cube of 4 x 4 x 4 tokens is one block of 64
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A sequence of `before` tokens (text, references), a video grid (t, h, w), `after` tokens.
+
+    order: "raster" cuts the video into blocks as it lies in memory; "cube" cuts a tile order that
+    keeps each block compact in time and space. Either way only the video's last block may be short,
+    and no token is added. hidden: spans (start, stop) of tokens beside the video that no query may
+    attend to, ascending.
+    """
+
+    grid: tuple[int, int, int]
+    before: int = 0
+    after: int = 0
+    order: str = "cube"
+    block_size: int = BLOCK
+    hidden: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(
+                f"grid must be (frames, height, width), each at least 1; found {self.grid}"
+            )
+        if self.before < 0 or self.after < 0:
+            raise ValueError(
+                f"before and after count tokens; found {self.before} and {self.after}"
+            )
+        if self.order not in ("raster", "cube"):
+            raise ValueError(f"order must be raster or cube; found {self.order!r}")
+        video, last = self.video, 0
+        for start, stop in self.hidden:
+            beside = stop <= video.start or start >= video.stop
+            if not (last <= start < stop <= self.tokens and beside):
+                raise ValueError(
+                    "hidden must be ascending spans (start, stop) before or after the video; "
+                    f"found {self.hidden}"
+                )
+            last = stop
+
+    @property
+    def video_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        return self.before + self.video_tokens + self.after
+
+    @property
+    def attended_tokens(self) -> int:
+        """Those that are not hidden."""
+        return self.tokens - sum(stop - start for start, stop in self.hidden)
+
+    @property
+    def video(self) -> slice:
+        """The video's tokens in the sequence."""
+        return slice(self.before, self.before + self.video_tokens)
+
+    def token_order(self) -> Tensor:
+        """Video tokens in block order: -> `(T*H*W,)` int64, a permutation of the raster numbers."""
+        if self.order == "raster":
+            return torch.arange(self.video_tokens)
+        return _tile_order(self.grid)
+
+    def blocks(
+        self,
+        keep_diagonal: bool = False,
+        keep_first_frame: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """The video's queries and all keys in blocks.
+
+        Text and reference tokens get blocks of their own, which every query keeps. Query blocks name
+        tokens within the video, key blocks tokens of the whole sequence.
+        """
+        q_blocks = TokenBlocks.cut(self.token_order(), self.block_size)
+        kv_blocks = self._kv_blocks(q_blocks)
+        n_q, n_k = q_blocks.num_blocks, kv_blocks.num_blocks
+        required = torch.zeros(n_q, n_k, dtype=torch.bool)
+        required[:, n_q:] = True
+        if keep_diagonal:
+            required[:, :n_q] |= torch.eye(n_q, dtype=torch.bool)
+        if keep_first_frame:
+            first = ~q_blocks.empty & (q_blocks.tokens < self.grid[1] * self.grid[2])
+            required[:, :n_q] |= first.any(dim=1)
+        found = None
+        if required.any():
+            found = RequiredBlocks(required.to(device), required.sum(dim=1))
+        return BlockLayout(q_blocks.to(device), kv_blocks.to(device), found)
+
+    def _kv_blocks(self, q_blocks: TokenBlocks) -> TokenBlocks:
+        video = torch.where(q_blocks.empty, -1, q_blocks.tokens + self.before)
+        seen = torch.ones(self.tokens, dtype=torch.bool)
+        seen[self.video] = False
+        for start, stop in self.hidden:
+            seen[start:stop] = False
+        beside = torch.nonzero(seen).flatten()
+        if beside.numel():
+            video = torch.cat((video, TokenBlocks.cut(beside, self.block_size, self.tokens).tokens))
+        return TokenBlocks(video, self.tokens, self.attended_tokens)
+
+
+def _tile_order(grid: tuple[int, int, int]) -> Tensor:
+    """Go through the grid in columns of tiles that are 4 x 4 tokens across (frames x height).
+
+    Inside such a column the order goes slice by slice along the width, so that ANY 64 consecutive
+    tokens are a compact piece of it, wherever the cut falls; the columns follow in snake order, so
+    that a block on a turn stays in one place. Sides that 4 does not divide are split evenly
+    (21 = 4+4+4+3+3+3 rather than five 4s and a sliver of 1).
+    """
+    frames, height, width = grid
+    numbers = torch.arange(frames * height * width).view(grid)
+    pieces, down, right = [], True, True
+    for t0, t1 in _even_spans(frames):
+        spans = _even_spans(height)
+        for h0, h1 in spans if down else reversed(spans):
+            column = numbers[t0:t1, h0:h1]
+            pieces.append((column if right else column.flip(2)).permute(2, 0, 1).reshape(-1))
+            right = not right
+        down = not down
+    return torch.cat(pieces)
+
+
+def _even_spans(length: int) -> list[tuple[int, int]]:
+    count = -(-length // TILE)
+    edges = [length * i // count for i in range(count + 1)]
+    return list(zip(edges, edges[1:]))

@@ -1,0 +1,116 @@
+"""Every method beside dense attention on the same q, k, v: each one's error, layer by layer, and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from .accounting import AttentionCost, dense_flops
+from .call import AttentionCall, LayerInputs
+from .plan import ResolvedPlan
+from .run import AttentionRun
+
+SAMPLED_QUERIES = 2048  # of the video, spread evenly
+STEPS = 8  # a run of so many steps is learned for once, in its first
+
+
+@dataclass(frozen=True)
+class MapSelection:
+    """Whose kept blocks are drawn: a layer, the number it has for people, and a head."""
+
+    layer: Hashable
+    number: int
+    head: int
+
+
+class MethodComparison:
+    """Stands in for an `AttentionRun`: gives out dense attention, so that layers see what they always do.
+
+    plans: the methods to try, by name. selection: whose kept blocks are drawn, or None; a head that the
+    model lacks means its last. After the calls: `errors[name][layer]` relative to dense attention on
+    some queries, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of the video's
+    blocks (the first plan's).
+    """
+
+    def __init__(
+        self, plans: Mapping[str, ResolvedPlan], selection: MapSelection | None = None
+    ) -> None:
+        self.runs = {name: AttentionRun(plan) for name, plan in plans.items()}
+        self.plan = next(iter(plans.values()))
+        self.needs_x = any(run.needs_x for run in self.runs.values())
+        self.needs_rope = any(run.needs_rope for run in self.runs.values())
+        self.selection = selection
+        self.errors: dict[str, dict[Hashable, float]] = {name: {} for name in plans}
+        self.kept: Tensor | None = None
+        self._costs: dict[str, list[AttentionCost]] = {name: [] for name in plans}
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """Share of the self-attention FLOPs that each method saves in a call that learns nothing."""
+        return {
+            name: 1 - sum(cost.total for cost in costs) / sum(cost.dense for cost in costs)
+            for name, costs in self._costs.items()
+            if costs
+        }
+
+    def dense_reason(self, step: int, num_steps: int) -> None:
+        """Nothing: every step is compared."""
+
+    def missing(self, inputs: LayerInputs) -> None:
+        """Nothing: a method that lacks an input is left out of that call."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, AttentionCost]:
+        """As `AttentionRun.attend`, with dense attention of all queries as its result."""
+        batch, heads, _, head_dim = q.shape
+        first = next(iter(self.runs.values()))
+        seen = first.method.seen_keys(call.layout, q.device)
+        dense, _ = ops.dense_attention(
+            q, k, v, seen, scale=call.scale, backend=self.plan.backend
+        )
+        layout = call.layout
+        count = min(SAMPLED_QUERIES, layout.video_tokens)
+        places = torch.arange(count, device=q.device) * layout.video_tokens // count
+        tokens = layout.before + places
+        exact = dense.index_select(2, tokens).float()
+        for name, run in self.runs.items():
+            if run.missing(call.inputs):
+                continue
+            out, cost = self._tried(run, q, k, v, call)
+            off = (out.index_select(2, tokens).float() - exact).norm() / exact.norm()
+            self.errors[name][call.layer] = off.item()
+            self._costs[name].append(cost)
+        if self.selection is not None and call.layer == self.selection.layer and self.kept is None:
+            head = min(self.selection.head, heads - 1)
+            self.selection = replace(self.selection, head=head)
+            self.kept = _kept_blocks(first, q, k, call, head)
+        flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
+        return dense, AttentionCost(1.0, flops, flops)
+
+    def _tried(
+        self, run: AttentionRun, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, AttentionCost]:
+        call = _own_order(run, replace(call, step=0, num_steps=STEPS))
+        out, cost = run.attend(q, k, v, call)
+        if cost.calibration:  # it has just learned, which costs more, or is dense; this is how it goes on
+            del out
+            out, cost = run.attend(q, k, v, replace(call, step=1))
+        return out, cost
+
+
+def _own_order(run: AttentionRun, call: AttentionCall) -> AttentionCall:
+    return replace(call, layout=replace(call.layout, order=run.plan.block_order))
+
+
+def _kept_blocks(
+    run: AttentionRun, q: Tensor, k: Tensor, call: AttentionCall, head: int
+) -> Tensor:
+    """Which of the video's blocks routing keeps for one head of the first batch row; on the CPU."""
+    call = _own_order(run, call)
+    routing = run.method.route(q[:, :, call.video], k, call)
+    return routing.mask.to_dense()[0, head, :, : routing.mask.q_blocks.num_blocks].cpu()

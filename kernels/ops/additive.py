@@ -1,0 +1,54 @@
+"""Linear branches added to the sparse output: RoLA's, and SLA's paper form. Plain PyTorch everywhere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import pytorch
+from ..types import BlockLayout, RmsLowRank
+from .register import wants_gradients
+from .validate import check_attention, check_blocks, check_out, check_rms_low_rank, check_shape
+
+
+def add_rms_low_rank(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse: Tensor,
+    gate: Tensor,
+    branch: RmsLowRank,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sparse output plus RoLA's branch, gate `(B, H, Lq)`: -> `(B, H, Lq, D)`."""
+    check_shape("sparse", sparse, q.shape)
+    check_shape("gate", gate, q.shape[:3])
+    check_attention(q, k, v)
+    check_rms_low_rank(branch, q, k)
+    check_out(out, q, wants_gradients(q, k, v, sparse, gate, branch))
+    return pytorch.add_rms_low_rank(q, k, v, sparse, gate, branch, out)
+
+
+def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
+    """RoLA's branch alone: -> `(B, H, Lq, D)`, float32 or wider."""
+    check_attention(q, k, v)
+    check_rms_low_rank(branch, q, k)
+    return pytorch.rms_low_rank(q, k, v, branch)
+
+
+def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
+    """How much each feature of RoLA's branch adds, mean square over q's rows: -> `(B, H, r)`."""
+    check_rms_low_rank(branch, q, k)
+    return pytorch.feature_energy(q, k, v, branch)
+
+
+def marginal_linear(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, marginal: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """Linear attention over the blocks that marginal `(B, H, Nq, Nk)` marks: -> `(B, H, Lq, D)`."""
+    check_attention(q, k, v)
+    check_blocks("layout.q_blocks", layout.q_blocks, q)
+    check_blocks("layout.kv_blocks", layout.kv_blocks, k)
+    shape = (*q.shape[:2], layout.q_blocks.num_blocks, layout.kv_blocks.num_blocks)
+    check_shape("marginal", marginal, shape)
+    return pytorch.marginal_linear(q, k, v, layout, marginal, eps)

@@ -1,0 +1,95 @@
+"""Which blocks are kept, in plain PyTorch: by score, by exact mass; bits and lists."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import BlockLayout
+from .common import acc_dtype, gather, per_head
+
+BLOCKS_PER_STEP = 8
+
+
+def block_select(
+    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse."""
+    blocks = layout.kv_blocks.num_blocks
+    scores = pooled_q @ pooled_k.transpose(-1, -2) * scale
+    required = None if layout.required is None else layout.required.mask
+    ranked = scores if required is None else scores.masked_fill(required, -torch.inf)
+    indices = ranked.topk(min(topk, blocks), dim=-1, sorted=False).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True)
+    counts = torch.full(
+        scores.shape[:-1], indices.shape[-1], dtype=torch.int32, device=scores.device
+    )
+    if required is not None:
+        kept |= required
+        counts = kept.sum(dim=-1, dtype=torch.int32)
+        indices = torch.where(kept, torch.arange(blocks, device=scores.device), blocks)
+    indices = indices.sort(dim=-1).values[..., : layout.list_width(topk)]
+    sizes = layout.kv_blocks.sizes.to(scores.dtype)
+    dropped_lse = (scores + sizes.log()).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
+    return indices.int(), counts, dropped_lse
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, layout: BlockLayout, topks: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.block_mass`: exact search, a few query blocks of one head at a time."""
+    q_blocks, kv_blocks = layout.q_blocks, layout.kv_blocks
+    required = None if layout.required is None else layout.required.mask
+    block_of_key = kv_blocks.block_of_token
+    dtype = acc_dtype(q.dtype)
+
+    def search(b: int, h: int) -> tuple[Tensor, Tensor]:
+        queries, keys = gather(q[b, h], q_blocks, dtype), k[b, h].to(dtype).T
+        shift = gather(lse[b, h, :, None], q_blocks, dtype)
+        shift = shift.masked_fill(q_blocks.empty[..., None], torch.inf)
+        rows = []
+        for start in range(0, q_blocks.num_blocks, BLOCKS_PER_STEP):
+            some = slice(start, start + BLOCKS_PER_STEP)
+            weights = (queries[some] @ keys * scale - shift[some]).exp_().sum(dim=1)
+            sums = weights.new_zeros(weights.shape[0], kv_blocks.num_blocks + 1)
+            rows.append(sums.index_add_(1, block_of_key, weights)[:, :-1])
+        return _best(torch.cat(rows), topks, required)
+
+    return per_head(q, search)
+
+
+def _best(mass: Tensor, topks: list[int], required: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Bits of the blocks of largest mass, and the share of it that they hold, for each topk."""
+    ranked = mass if required is None else mass.masked_fill(required, -1.0)
+    bits, recall = [], []
+    for topk in topks:
+        kept = torch.zeros_like(mass, dtype=torch.bool)
+        best = ranked.topk(min(topk, mass.shape[-1]), dim=-1, sorted=False).indices
+        kept.scatter_(-1, best, True)
+        if required is not None:
+            kept |= required
+        bits.append(pack_bits(kept))
+        recall.append((mass * kept).sum() / mass.sum())
+    return torch.stack(bits), torch.stack(recall)
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """Booleans `(..., Nk)` -> `(..., ceil(Nk / 32))` int32, bit j % 32 of word j / 32."""
+    words = F.pad(kept, (0, -kept.shape[-1] % 32)).unflatten(-1, (-1, 32)).int()
+    place = torch.arange(32, dtype=torch.int32, device=kept.device)
+    return (words << place).sum(dim=-1, dtype=torch.int32)
+
+
+def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor, Tensor]:
+    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths; int32."""
+    place = torch.arange(32, dtype=torch.int32, device=bits.device)
+    kept = ((bits[..., None] >> place) & 1).flatten(-2)[..., :blocks]
+    place = (kept.cumsum(dim=-1, dtype=torch.int32) - 1).masked_fill(kept == 0, list_width)
+    lists = torch.full(
+        (*bits.shape[:-1], list_width + 1), blocks, dtype=torch.int32, device=bits.device
+    )
+    column = torch.arange(blocks, dtype=torch.int32, device=bits.device).expand(kept.shape)
+    lists.scatter_(-1, place.clamp(max=list_width).long(), column)
+    counts = kept.sum(dim=-1, dtype=torch.int32).clamp(max=list_width)
+    return lists[..., :list_width].contiguous(), counts

@@ -1,0 +1,326 @@
+"""Choosing blocks: the best of each row by an exact threshold, as sorted lists or as bits; exact mass.
+
+The threshold is found bit by bit on order-preserving integers, so a row of any length costs 32 counting
+passes over data that stays in the cache, whatever is kept. Equal scores at the threshold go to the
+lower block number.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import BlockLayout
+from .launch import aligned, kernel, launch_options, padded, strides, table
+from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, load_rows
+
+SELECT_CHUNK = 1024
+SCRATCH_BYTES = 64 << 20  # scores or masses of so many rows at a time
+
+
+def block_select(
+    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse.
+
+    Scores are made for a few heads at a time and never kept.
+    """
+    batch, heads, n_q, _ = pooled_q.shape
+    n_k = pooled_k.shape[2]
+    list_width = layout.list_width(topk)
+    q, k = (x.flatten(0, 1).float() for x in (pooled_q, pooled_k))
+    indices = q.new_empty(batch, heads, n_q, list_width, dtype=torch.int32)
+    counts = q.new_empty(batch, heads, n_q, dtype=torch.int32)
+    dropped_lse = q.new_empty(batch, heads, n_q)
+    log_sizes = layout.kv_blocks.sizes.float().log2()
+    required = _required(layout)
+    for some in _head_chunks(batch * heads, n_q * n_k):
+        scores = torch.bmm(q[some] * scale, k[some].mT)
+        _select_lists[(scores.shape[0] * n_q,)](
+            scores,
+            required,
+            log_sizes,
+            indices,
+            counts,
+            dropped_lse,
+            some.start * n_q,
+            n_q,
+            n_k,
+            topk,
+            list_width,
+            CHUNK=SELECT_CHUNK,
+            **launch_options("select"),
+        )
+    return indices, counts, dropped_lse
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, layout: BlockLayout, topks: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.block_mass`. Masses are made for a few heads at a time and never kept."""
+    batch, heads, tokens, head_dim = q.shape
+    q, k, lse = aligned(q), aligned(k), lse.contiguous()
+    q_blocks, kv_blocks = layout.q_blocks, layout.kv_blocks
+    q_table, kv_table = table(q_blocks), table(kv_blocks)
+    n_q, n_k, choices = q_blocks.num_blocks, kv_blocks.num_blocks, len(topks)
+    words = -(-n_k // 32)
+    bits = q.new_empty(batch * heads, n_q, choices, words, dtype=torch.int32)
+    kept_mass = q.new_empty(batch * heads, n_q, choices, dtype=torch.float32)
+    all_mass = []
+    wanted = torch.tensor(topks, dtype=torch.int32).to(q.device, non_blocking=True)
+    required = _required(layout)
+    for some in _head_chunks(batch * heads, n_q * n_k):
+        mass = q.new_empty(some.stop - some.start, n_q, n_k, dtype=torch.float32)
+        _mass[(n_q, mass.shape[0])](
+            q,
+            k,
+            lse,
+            mass,
+            q_table,
+            kv_table,
+            *strides(q),
+            *strides(k),
+            heads,
+            some.start,
+            tokens,
+            k.shape[2],
+            n_q,
+            n_k,
+            scale,
+            D=head_dim,
+            DP=padded(head_dim),
+            BLOCK_Q=q_blocks.block_size,
+            BLOCK_K=kv_blocks.block_size,
+            **launch_options("mass"),
+        )
+        all_mass.append(mass.sum(dim=(1, 2)))
+        _select_bits[(mass.shape[0] * n_q, choices)](
+            mass,
+            required,
+            wanted,
+            bits,
+            kept_mass,
+            some.start * n_q,
+            n_q,
+            n_k,
+            words,
+            choices,
+            CHUNK=SELECT_CHUNK,
+            **launch_options("select"),
+        )
+    bits, kept_mass = (
+        x.unflatten(0, (batch, heads)).movedim(3, 2) for x in (bits, kept_mass)
+    )
+    return bits.contiguous(), kept_mass.sum(dim=-1) / torch.cat(all_mass).view(batch, heads, 1)
+
+
+def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor, Tensor]:
+    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths; int32."""
+    bits = bits.contiguous()
+    rows = bits.shape[:-1]
+    indices = bits.new_empty(*rows, list_width)
+    counts = bits.new_empty(rows)
+    _unpack[(counts.numel(),)](
+        bits,
+        indices,
+        counts,
+        blocks,
+        list_width,
+        bits.shape[-1],
+        CHUNK=SELECT_CHUNK,
+        **launch_options("select"),
+    )
+    return indices, counts
+
+
+def _required(layout: BlockLayout) -> Tensor | None:
+    if layout.required is None:
+        return None
+    return layout.required.mask.to(torch.uint8).contiguous()
+
+
+def _head_chunks(heads: int, numbers_per_head: int) -> list[slice]:
+    step = max(1, SCRATCH_BYTES // (4 * numbers_per_head))
+    return [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
+
+
+@triton.jit
+def _is_required(required_ptr, columns, n_k):
+    required = columns < 0
+    if required_ptr is not None:
+        required = tl.load(required_ptr + columns, mask=columns < n_k, other=0) != 0
+    return required
+
+
+@triton.jit
+def _ranks(scores_ptr, required_ptr, columns, n_k):
+    """The order of a row's scores as uint32; 0, below every score, where required or beyond n_k."""
+    mask = columns < n_k
+    bits = tl.load(scores_ptr + columns, mask=mask, other=0.0).to(tl.uint32, bitcast=True)
+    ranks = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    free = mask & (_is_required(required_ptr, columns, n_k) == 0)
+    return tl.where(free, ranks, tl.zeros_like(ranks))
+
+
+@triton.jit
+def _threshold(scores_ptr, required_ptr, n_k, topk, CHUNK: tl.constexpr):
+    """The rank of a row's topk-th best score, and how many of that very rank are kept."""
+    lanes = tl.arange(0, CHUNK)
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(0, 32):
+        candidate = threshold | bit
+        reached = 0
+        for start in range(0, n_k, CHUNK):
+            ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k)
+            reached += tl.sum((ranks >= candidate).to(tl.int32), 0)
+        threshold = tl.where(reached >= topk, candidate, threshold)
+        bit = bit >> 1
+    above = 0
+    for start in range(0, n_k, CHUNK):
+        ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k)
+        above += tl.sum((ranks > threshold).to(tl.int32), 0)
+    return threshold, topk - above
+
+
+@triton.jit
+def _kept(scores_ptr, required_ptr, columns, n_k, threshold, equals_left):
+    """Which of some columns are kept, and how many of the threshold's rank may still be."""
+    ranks = _ranks(scores_ptr, required_ptr, columns, n_k)
+    equal = ((ranks == threshold) & (ranks > 0)).to(tl.int32)
+    chosen = (ranks > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= equals_left))
+    equals_left -= tl.minimum(tl.sum(equal, 0), equals_left)
+    return (columns < n_k) & (chosen | _is_required(required_ptr, columns, n_k)), equals_left
+
+
+@kernel
+def _select_lists(
+    scores_ptr, required_ptr, log_sizes_ptr, lists_ptr, counts_ptr, dropped_lse_ptr,
+    first_line, n_q, n_k, topk, list_width,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Kept blocks and the log-mass of the others: one program per row of scores `(n_q, n_k)`.
+
+    Scores hold some heads at a time; their first row is row first_line of the outputs.
+    """
+    line = tl.program_id(0).to(tl.int64)
+    scores_ptr += line * n_k
+    if required_ptr is not None:
+        required_ptr += (line % n_q) * n_k
+    line += first_line
+    lists_ptr += line * list_width
+    lanes = tl.arange(0, CHUNK)
+    threshold, equals_left = _threshold(scores_ptr, required_ptr, n_k, topk, CHUNK)
+
+    written = 0
+    running_max = tl.full((), -float("inf"), tl.float32)
+    running_sum = 0.0
+    for start in range(0, n_k, CHUNK):
+        columns = start + lanes
+        mask = columns < n_k
+        kept, equals_left = _kept(
+            scores_ptr, required_ptr, columns, n_k, threshold, equals_left
+        )
+        place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(lists_ptr + place, columns, mask=kept & (place < list_width))
+        written += tl.sum(kept.to(tl.int32), 0)
+        scores = tl.load(scores_ptr + columns, mask=mask, other=0.0) * LOG2_E
+        scores += tl.load(log_sizes_ptr + columns, mask=mask, other=0.0)
+        dropped = tl.where(mask & (kept == 0), scores, -float("inf"))
+        new_max = tl.maximum(running_max, tl.max(dropped, 0))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        running_sum *= tl.exp2(running_max - shift)
+        running_sum += tl.sum(tl.exp2(dropped - shift), 0)
+        running_max = new_max
+    _fill(lists_ptr, written, list_width, n_k, CHUNK)
+    tl.store(counts_ptr + line, tl.minimum(written, list_width))
+    lse = (running_max + tl.log2(running_sum)) * LN_2
+    tl.store(dropped_lse_ptr + line, tl.where(running_sum > 0, lse, -float("inf")))
+
+
+@kernel
+def _select_bits(
+    mass_ptr, required_ptr, topks_ptr, bits_ptr, kept_mass_ptr,
+    first_line, n_q, n_k, words, choices,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Masks of `words` int32, and the mass that they keep: one program per row and choice of topk."""
+    line = tl.program_id(0).to(tl.int64)
+    choice = tl.program_id(1)
+    mass_ptr += line * n_k
+    if required_ptr is not None:
+        required_ptr += (line % n_q) * n_k
+    line = (line + first_line) * choices + choice
+    lanes = tl.arange(0, CHUNK)
+    topk = tl.load(topks_ptr + choice)
+    threshold, equals_left = _threshold(mass_ptr, required_ptr, n_k, topk, CHUNK)
+
+    kept_mass = 0.0
+    for start in range(0, n_k, CHUNK):
+        columns = start + lanes
+        kept, equals_left = _kept(mass_ptr, required_ptr, columns, n_k, threshold, equals_left)
+        mass = tl.load(mass_ptr + columns, mask=columns < n_k, other=0.0)
+        kept_mass += tl.sum(tl.where(kept, mass, 0.0), 0)
+        word = kept.reshape(CHUNK // 32, 32).to(tl.int32) << tl.arange(0, 32)[None, :]
+        place = start // 32 + tl.arange(0, CHUNK // 32)
+        tl.store(bits_ptr + line * words + place, tl.sum(word, 1), mask=place < words)
+    tl.store(kept_mass_ptr + line, kept_mass)
+
+
+@triton.jit
+def _fill(lists_ptr, written, list_width, n_k, CHUNK: tl.constexpr):
+    """n_k in the places that a row does not use."""
+    lanes = tl.arange(0, CHUNK)
+    for start in range(written, list_width, CHUNK):
+        place = start + lanes
+        tl.store(lists_ptr + place, tl.zeros_like(place) + n_k, mask=place < list_width)
+
+
+@kernel
+def _unpack(
+    bits_ptr, lists_ptr, counts_ptr,
+    n_k, list_width, words,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Bit masks back into sorted lists: one program per row."""
+    line = tl.program_id(0).to(tl.int64)
+    lists_ptr += line * list_width
+    lanes = tl.arange(0, CHUNK)
+    written = 0
+    for start in range(0, n_k, CHUNK):
+        columns = start + lanes
+        word = tl.load(bits_ptr + line * words + columns // 32, mask=columns < n_k, other=0)
+        kept = (word >> (columns % 32)) & 1
+        place = written + tl.cumsum(kept, 0) - 1
+        tl.store(lists_ptr + place, columns, mask=(kept > 0) & (place < list_width))
+        written += tl.sum(kept, 0)
+    written = tl.minimum(written, list_width)
+    _fill(lists_ptr, written, list_width, n_k, CHUNK)
+    tl.store(counts_ptr + line, written)
+
+
+@kernel
+def _mass(
+    q_ptr, k_ptr, lse_ptr, mass_ptr, q_table_ptr, kv_table_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row,
+    heads, first_head, q_tokens, k_tokens, n_q, n_k, scale,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Softmax mass `(n_q, n_k)` of every pair of blocks, for the heads from first_head on."""
+    q_block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64) + first_head
+    b, h = head // heads, head % heads
+    k_ptr = head_ptr(k_ptr, b, h, k_batch, k_head)
+    mass_ptr += (tl.program_id(1).to(tl.int64) * n_q + q_block) * n_k
+    q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
+    q = load_rows(head_ptr(q_ptr, b, h, q_batch, q_head), q_rows, q_row, D, DP)
+    lse = tl.load(lse_ptr + head * q_tokens + q_rows, mask=q_rows >= 0, other=float("inf"))
+    lse = lse * LOG2_E
+    for kv_block in range(0, n_k):
+        rows = block_tokens(kv_table_ptr, kv_block, k_tokens, BLOCK_K)
+        k = load_rows(k_ptr, rows, k_row, D, DP)
+        scores = tl.dot(q, k.T) * (scale * LOG2_E)
+        weights = tl.where((rows >= 0)[None, :], tl.exp2(scores - lse[:, None]), 0.0)
+        tl.store(mass_ptr + kv_block, tl.sum(weights))

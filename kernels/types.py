@@ -1,0 +1,347 @@
+"""What the operations take besides q, k, v: token blocks, the block mask, and the background.
+
+Shapes: B = batch, H = heads, L = tokens, D = head_dim, N = number of blocks, S = slots of a block,
+r = rank. All of these are plain values: nothing here launches a kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBlocks:
+    """A sequence of tokens cut into blocks.
+
+    tokens `(N, S)` int32: which tokens each block holds, -1 in its empty slots, which come last.
+    A token is in one block or in none; a key in none is never attended to.
+    num_tokens: length of the sequence. num_listed: how many of its tokens are in a block.
+
+    Example: `TokenBlocks.cut(torch.arange(100), 64)` has a block of 64 and one of 36 tokens.
+    Raises ValueError when the table does not fit the sequence; on a GPU only its shape is checked.
+    """
+
+    tokens: Tensor
+    num_tokens: int
+    num_listed: int
+
+    def __post_init__(self) -> None:
+        table = self.tokens
+        if table.ndim != 2 or table.dtype not in INDEX_DTYPES:
+            raise ValueError(
+                f"tokens must be an integer table (blocks, slots); "
+                f"found {tuple(table.shape)} {table.dtype}"
+            )
+        if not 0 < self.num_listed <= self.num_tokens:
+            raise ValueError(f"num_listed must be from 1 to {self.num_tokens}, found {self.num_listed}")
+        if table.numel() < self.num_listed:
+            raise ValueError(f"tokens has {table.numel()} slots, too few for {self.num_listed} tokens")
+        # Where looking is free. Other tables would make a kernel read out of bounds.
+        if table.device.type == "cpu" and not torch.compiler.is_compiling() and type(table) is Tensor:
+            found, last = int((table >= 0).sum()), int(table.max())
+            if found != self.num_listed or last >= self.num_tokens:
+                raise ValueError(
+                    f"tokens lists {found} tokens up to {last}; "
+                    f"expected {self.num_listed}, each once, below {self.num_tokens}"
+                )
+
+    @classmethod
+    def cut(cls, order: Tensor, block_size: int, num_tokens: int | None = None) -> TokenBlocks:
+        """Blocks of consecutive tokens of `order` `(n,)`; num_tokens where some are left out."""
+        count = order.numel()
+        table = order.new_full((-(-count // block_size), block_size), -1)
+        table.view(-1)[:count] = order
+        return cls(table.int(), count if num_tokens is None else num_tokens, count)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.tokens.shape[1]
+
+    @property
+    def has_empty_slots(self) -> bool:
+        return self.tokens.numel() != self.num_listed
+
+    @property
+    def lists_every_token(self) -> bool:
+        return self.num_listed == self.num_tokens
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Tokens of each block: `(N,)` int64."""
+        return (self.tokens >= 0).sum(dim=-1)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Token of every slot, 0 for empty ones: `(N * S,)` int64, to gather with."""
+        return self.tokens.reshape(-1).long().clamp(min=0)
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Which slots are empty: `(N, S)` bool."""
+        return self.tokens < 0
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """Slot of every token: `(L,)` int64; `N * S` for tokens in no block."""
+        flat = self.tokens.reshape(-1).long()
+        slot = torch.full((self.num_tokens + 1,), flat.numel(), device=flat.device)
+        slot[torch.where(flat < 0, self.num_tokens, flat)] = torch.arange(
+            flat.numel(), device=flat.device
+        )
+        return slot[: self.num_tokens]
+
+    @property
+    def block_of_token(self) -> Tensor:
+        """Block of every token: `(L,)` int64; N for tokens in no block."""
+        return self.slot_of_token // self.block_size
+
+    def to(self, device: torch.device | str) -> TokenBlocks:
+        return TokenBlocks(self.tokens.to(device), self.num_tokens, self.num_listed)
+
+
+class RequiredBlocks(NamedTuple):
+    """Key blocks that are kept whatever their score, in addition to the best."""
+
+    mask: Tensor  # (Nq, Nk) bool
+    counts: Tensor  # (Nq,) int64 on the CPU, so that nobody has to ask the device
+
+    @classmethod
+    def of(cls, mask: Tensor) -> RequiredBlocks:
+        return cls(mask, mask.sum(dim=-1).cpu())
+
+    @property
+    def most(self) -> int:
+        """In the fullest row."""
+        return int(self.counts.max())
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """Queries and keys cut into blocks, before any block is chosen.
+
+    The first key blocks hold the queries' own tokens, in the queries' order; blocks of other tokens
+    (text, references) follow.
+    """
+
+    q_blocks: TokenBlocks
+    kv_blocks: TokenBlocks
+    required: RequiredBlocks | None = None
+
+    def __post_init__(self) -> None:
+        shape = (self.q_blocks.num_blocks, self.kv_blocks.num_blocks)
+        if self.required is not None and self.required.mask.shape != shape:
+            raise ValueError(
+                f"required must have the shape {shape}; found {tuple(self.required.mask.shape)}"
+            )
+
+    @cached_property
+    def kv_of_queries(self) -> TokenBlocks:
+        """The key blocks that hold the queries' own tokens."""
+        kv, own = self.kv_blocks, self.q_blocks.num_listed
+        return TokenBlocks(kv.tokens[: -(-own // kv.block_size)], kv.num_tokens, own)
+
+    def list_width(self, topk: int) -> int:
+        """The most blocks that a row keeps: its best `topk`, and the required ones."""
+        most = 0 if self.required is None else self.required.most
+        return min(self.kv_blocks.num_blocks, topk + most)
+
+    def density(self, topk: int) -> float:
+        """Kept blocks / all blocks when each row keeps its best `topk` and the required ones."""
+        blocks = self.kv_blocks.num_blocks
+        if self.required is None:
+            return min(topk, blocks) / blocks
+        kept = (self.required.counts + topk).clamp(max=blocks)
+        return (kept.double().mean() / blocks).item()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which key blocks each query block keeps, in FlexAttention's terms.
+
+    kv_indices `(B, H, Nq, K)` int32: the kept key blocks of each row, ascending, each once; places
+    beyond a row's number may hold anything. kv_num_blocks `(B, H, Nq)` int32: how many it keeps.
+    Raises ValueError when the lists do not fit the blocks. Looking at every entry makes a GPU wait,
+    so masks that this package's own selection made are trusted.
+    """
+
+    q_blocks: TokenBlocks
+    kv_blocks: TokenBlocks
+    kv_indices: Tensor
+    kv_num_blocks: Tensor
+    trusted: InitVar[bool] = False
+
+    def __post_init__(self, trusted: bool) -> None:
+        lists, counts = self.kv_indices, self.kv_num_blocks
+        if not self.q_blocks.lists_every_token:
+            raise ValueError(
+                f"every query must be in a block; q_blocks lists {self.q_blocks.num_listed} "
+                f"of {self.q_blocks.num_tokens}"
+            )
+        rows = self.q_blocks.num_blocks
+        if lists.ndim != 4 or lists.shape[2] != rows or counts.shape != lists.shape[:3]:
+            raise ValueError(
+                f"kv_indices and kv_num_blocks must have {rows} rows per head, one per query block; "
+                f"found {tuple(lists.shape)} and {tuple(counts.shape)}"
+            )
+        for name, x in (("kv_indices", lists), ("kv_num_blocks", counts)):
+            if x.dtype not in INDEX_DTYPES:
+                raise ValueError(f"{name} must be int32 or int64; found {x.dtype}")
+        if not (trusted or torch.compiler.is_compiling() or lists.device.type == "meta"):
+            _check_entries(lists, counts, self.kv_blocks.num_blocks)
+
+    def fill_unused(self, value: int) -> Tensor:
+        """kv_indices as int64 with `value` in every place beyond a row's number."""
+        place = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        used = place < self.kv_num_blocks[..., None]
+        return torch.where(used, self.kv_indices.long(), value)
+
+    def to_dense(self) -> Tensor:
+        """`(B, H, Nq, Nk)` bool: whether a row keeps a block."""
+        blocks = self.kv_blocks.num_blocks
+        lists = self.fill_unused(blocks)
+        kept = torch.zeros(*lists.shape[:-1], blocks + 1, dtype=torch.bool, device=lists.device)
+        return kept.scatter_(-1, lists, True)[..., :blocks]
+
+
+def _check_entries(lists: Tensor, counts: Tensor, blocks: int) -> None:
+    """Every entry in use names a block, and a row's entries ascend."""
+    width = lists.shape[-1]
+    if counts.numel() and not (0 <= int(counts.min()) and int(counts.max()) <= width):
+        raise ValueError(
+            f"kv_num_blocks must be from 0 to {width}; "
+            f"found {int(counts.min())} to {int(counts.max())}"
+        )
+    used = torch.arange(width, device=lists.device) < counts[..., None]
+    wrong = used & ((lists < 0) | (lists >= blocks))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"kv_indices must be from 0 to {blocks - 1}; found {int(lists[at])} at {at}")
+    falls = used[..., 1:] & (lists[..., 1:] <= lists[..., :-1])
+    if falls.any():
+        at = tuple(falls.nonzero()[0].tolist())
+        row = lists[at[:-1]].tolist()
+        raise ValueError(
+            f"kv_indices must ascend within a row, each block once; row {at[:-1]} has {row[:8]} ..."
+        )
+
+
+class PooledKV(NamedTuple):
+    """One pseudo-key and value per key block, for the blocks that a row drops."""
+
+    k: Tensor  # (B, H, Nk, D)
+    v: Tensor  # (B, H, Nk, D)
+
+
+class Gate(NamedTuple):
+    """The background's share: g = sigmoid(slope (dropped_lse - LSE) + bias + logits).
+
+    0 where a row drops nothing. Softmax attention is such a mix of its kept and its dropped part.
+    """
+
+    dropped_lse: Tensor  # (B, H, Nq): log of the pooled mass of the blocks that a row drops
+    slope: Tensor  # (B, H)
+    bias: Tensor  # (B, H)
+    logits: Tensor | None = None  # (B, H, Lq): a term of each query's own
+
+
+class FirstOrder(NamedTuple):
+    """The background v_mean + (channel_scale * q) cov, exact to first order in the logits."""
+
+    v_mean: Tensor  # (B, H, D)
+    cov: Tensor  # (B, H, r, D): mean((k - mean k)^T v)
+    channel_scale: Tensor  # (B, H, r)
+    channel_ids: Tensor | None = None  # (B, H, r) int64: the channels of q that are used; None: all
+
+
+class FeatureMap(NamedTuple):
+    """phi(x, p) = act(proj x + pe(p)), with x taken back to where it was before RoPE."""
+
+    act: str  # one of ACTS
+    proj: Tensor | None = None  # (H, r, D); None: the channels themselves are the logits, r = D
+    rope_cos: Tensor | None = None  # (L, D / 2) float32, interleaved pairs; None: x was not rotated
+    rope_sin: Tensor | None = None
+    pe: Tensor | None = None  # (H, P, r) float32
+    axis_ids: Tensor | None = None  # (L, 3) int32: pe(p) is the sum of these rows of pe
+
+    def rank(self, head_dim: int) -> int:
+        return head_dim if self.proj is None else self.proj.shape[1]
+
+
+ACTS = ("softmax", "elu")
+
+
+class SiluMap(NamedTuple):
+    """phi(x, p) = rope(silu(proj x + pe(p))): x before RoPE; pairs of features are rotated anew."""
+
+    proj: Tensor  # (H, r, D)
+    rope_cos: Tensor  # (L, D / 2) float32, interleaved pairs
+    rope_sin: Tensor
+    pe: Tensor | None = None  # (H, P, r) float32
+    axis_ids: Tensor | None = None  # (L, 3) int32: pe(p) is the sum of these rows of pe
+    feature_cos: Tensor | None = None  # (L, T): the first 2 T features are rotated; None: none
+    feature_sin: Tensor | None = None
+
+
+class RmsLowRank(NamedTuple):
+    """RoLA's branch: RMSNorm over D of phi_q (sum phi_k^T v)."""
+
+    q_map: SiluMap
+    k_map: SiluMap
+    eps: float
+
+
+class LinearState(NamedTuple):
+    """What a linear branch reads: phi_q kv_state / (eps + phi_q normalizer), with token means."""
+
+    kv_state: Tensor  # (B, H, r, D): mean(phi_k^T v)
+    normalizer: Tensor  # (B, H, r): mean(phi_k)
+    eps: float = 1e-5
+
+
+class LowRank(NamedTuple):
+    """A linear branch added to the background: background += scale (read - v_mean)."""
+
+    feature_map: FeatureMap  # of the queries
+    state: LinearState
+    scale: Tensor  # (H,)
+
+
+class Background(NamedTuple):
+    """What stands in for the dropped blocks, and its share of each query's output."""
+
+    gate: Gate
+    first_order: FirstOrder
+    low_rank: LowRank | None = None
+
+
+class LinearBranch(NamedTuple):
+    """A linear branch added to the kept blocks (SLA), its projection folded into the state."""
+
+    feature_map: FeatureMap
+    state: LinearState
+    bias: Tensor  # (D,)
+
+
+class Forward(NamedTuple):
+    """Inputs and results of block-sparse attention that its gradients need."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: BlockMask
+    pooled: PooledKV | None
+    scale: float

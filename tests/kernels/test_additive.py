@@ -1,0 +1,86 @@
+"""RoLA's branch and SLA's paper form against their definition in float64; plain PyTorch everywhere."""
+
+import pytest
+import torch
+
+from pack_loader import load
+from support.data.backend import same
+from support.data.blocks import (
+    blocks_of,
+    layout_of,
+    reference,
+    sparse_case,
+    tensors,
+    types,
+    wide,
+)
+
+ops = load(".kernels.ops")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def branch_of(dtype, tokens=170, heads=2, head_dim=48, rank=16, turned=6, positions=True):
+    """An `RmsLowRank` with everything that it may have."""
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    proj_q, proj_k, pe = tensors(
+        *[(heads, rank, head_dim)] * 2, (heads, 9, rank), dtype=sums, seed=5
+    )
+    angles, turns = tensors((tokens, head_dim // 2), (tokens, turned), dtype=sums, seed=6)
+    number = torch.arange(tokens)
+    axis_ids = torch.stack((number % 3, 3 + number % 4, 7 + number % 2), dim=1).int()
+    learned = (0.3 * pe, axis_ids) if positions else (None, None)
+    rotated = (turns.cos(), turns.sin()) if turned else (None, None)
+    q_map, k_map = (
+        types.SiluMap(proj / head_dim**0.5, angles.cos(), angles.sin(), *learned, *rotated)
+        for proj in (proj_q, proj_k)
+    )
+    return types.RmsLowRank(q_map, k_map, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned, positions", [(6, True), (8, False), (0, True)])
+def test_rolas_branch_matches_its_definition(dtype, turned, positions):
+    (q, k, v, _), _ = sparse_case(170, dtype, 48)
+    branch = branch_of(dtype, turned=turned, positions=positions)
+    found = ops.rms_low_rank(q, k, v, branch)
+    same(found, reference.rms_low_rank(*wide((q, k, v, branch))), dtype)
+    (gate,) = tensors((1, 2, 170), dtype=found.dtype, seed=8)
+    (sparse,) = tensors(q.shape, dtype=dtype, seed=9)
+    mixed = ops.add_rms_low_rank(q, k, v, sparse, gate, branch)
+    assert mixed.dtype == dtype
+    same(mixed, reference.add_rms_low_rank(*wide((q, k, v, sparse, gate, branch))), dtype)
+    out = torch.empty_like(q)
+    assert torch.equal(ops.add_rms_low_rank(q, k, v, sparse, gate, branch, out=out), mixed)
+    energy = ops.feature_energy(q, k, v, branch)
+    same(energy, reference.feature_energy(*wide((q, k, v, branch))), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_linear_branch_over_marked_blocks_matches_its_definition(dtype):
+    (q, k, v, _), _ = sparse_case(330, dtype, 48)
+    listed = torch.cat((torch.arange(0, 100), torch.arange(120, 330)))
+    layout = layout_of(
+        blocks_of(330, shuffled=True), types.TokenBlocks.cut(listed, 64, num_tokens=330)
+    )
+    generator = torch.Generator().manual_seed(0)
+    marginal = torch.rand(1, 2, 6, 5, generator=generator) < 0.5
+    marginal[:, :, 0] = False
+    found = ops.marginal_linear(q, k, v, layout, marginal)
+    expected = reference.marginal_linear(*wide((q, k, v)), layout, marginal, eps=1e-5)
+    same(found, expected, dtype)
+
+
+def test_what_does_not_fit_is_named():
+    (q, k, v, _), _ = sparse_case(170, torch.float32, 48)
+    branch = branch_of(torch.float32)
+    q_map = branch.q_map
+    for wrong, says in (
+        (q_map._replace(feature_sin=None), "feature_cos and feature_sin go together"),
+        (q_map._replace(proj=q_map.proj[:, :8]), "q_map rotates 6 pairs of features, but has 8"),
+        (q_map._replace(rope_cos=q_map.rope_cos[:5]), "rope_cos must have the shape"),
+        (q_map._replace(pe=None), "pe and axis_ids go together"),
+    ):
+        if wrong.proj.shape[1] == 8:
+            wrong = wrong._replace(pe=None, axis_ids=None)
+        with pytest.raises(ValueError, match=says):
+            ops.rms_low_rank(q, k, v, branch._replace(q_map=wrong))
