@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
     path for folder in ("nodes", "attention", "kernels") for path in (ROOT / folder).rglob("*.py")
@@ -88,6 +90,7 @@ assert not torch.cuda.is_initialized()
 
 def test_the_pack_loads_without_comfyui_and_without_triton():
     """Under a name of its own, with both refused: benchmarks and other programs use it so."""
+    needs.need("torch")
     code = LOADS.format(root=str(ROOT), refused=HOST | {"triton"})
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
