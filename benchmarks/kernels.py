@@ -136,7 +136,7 @@ def main() -> None:
     print(table(run.record))
 
 
-def inputs(run: Run, case: Case, requires_grad: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+def inputs(run: Run, case: Case, requires_grad: bool = False) -> list[tuple[Tensor, ...]]:
     """q, k, v as the host hands them over, in as many sets as it takes to be twice the size of the cache."""
     size = 3 * case.tokens * case.heads * case.width * torch.finfo(run.dtype).bits // 8
     cache = torch.cuda.get_device_properties(run.device).L2_cache_size if run.device.type == "cuda" else 0
@@ -247,7 +247,10 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
         row["kept_tflops"] = row["kept_tflop"] / ms["sparse"] * 1e3
     row["memory_mb"] = run.guarded(lambda: memory(run, case, sets, sparsity))
     for name, call in baselines.sparse(run.device).items():
-        row["others"][name] = run.measure(lambda turn, f=call: f(*sets[turn % len(sets)], 1 - sparsity))
+        def other(turn: int, call: Callable = call):
+            return call(*sets[turn % len(sets)], 1 - sparsity)
+
+        row["others"][name] = run.measure(other)
     return row
 
 

@@ -59,8 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     boot(options.device)
     rows = []
-    for name, model in TINY.items() if options.tiny else [(n, MODELS[n]) for n in options.models]:
-        rows += measure(name, *model, options.sparsity, options.steps)
+    for name, (kind, settings, latent) in TINY.items() if options.tiny else [(n, MODELS[n]) for n in options.models]:
+        rows += measure(name, kind, settings, latent, options.sparsity, options.steps)
     if options.out:
         record = {"benchmark": "models", **machine(torch.device(options.device)), "steps": options.steps, "rows": rows}
         with open(options.out, "w", encoding="utf-8") as file:

@@ -84,13 +84,14 @@ def capture(target: str) -> Iterator[list[tuple[str, Any]]]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         with contextlib.redirect_stdout(io.StringIO()):             # a refusal of ptxas prints the whole program
-            found = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            found: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         found = found.result() if hasattr(found, "result") else found
         compiled.append((self.__name__, found))
         return found
 
     JITFunction.run = compile_only
-    driver.set_active(FakeDriver(gpu_target(target)))
+    stand_in: Any = FakeDriver(gpu_target(target))
+    driver.set_active(stand_in)
     try:
         yield compiled
     finally:
@@ -166,8 +167,8 @@ def _disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
 def _assemble(ptx: str, arch: int) -> tuple[int, int, list[str]]:
     """Run the wheel's own ptxas as Triton does: -> registers, spilled bytes, its remarks on wgmma."""
     import triton.backends.nvidia.compiler as compiler
-    extra = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in Path(compiler.__file__).read_text() else []
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.M)[1]
+    extra = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in Path(str(compiler.__file__)).read_text() else []
+    (target, *_) = re.findall(r"^\.target\s+(\w+)", ptx, re.M)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -194,14 +195,14 @@ def _ptxas(arch: int) -> str:
 
 
 def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    return str(Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def _report_amd(kernel: Any) -> dict[str, Any]:
     text, meta = kernel.asm["amdgcn"], kernel.metadata
 
     def number(pattern: str) -> int:
-        return int(re.search(pattern, text)[1])
+        return int(re.findall(pattern, text)[0])
 
     return {
         "warps": meta.num_warps, "stages": meta.num_stages, "registers": number(r"\.vgpr_count:\s*(\d+)"),

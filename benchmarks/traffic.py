@@ -21,7 +21,7 @@ def bytes_per_token(width: int = 128, item: int = 2, kept: int = 118, key_blocks
     row, mean = width * item, 4 * width / BLOCK
     lists = 4 * kept / BLOCK
     state = 2 * 4 * width * width / (BLOCK * BLOCKS_PER_STATE)      # parts written, then read to be added up
-    found = {name: row * (sum(read) + written) for name, (read, written) in ROWS.items()}
+    found: dict[str, float] = {name: row * (sum(read) + written) for name, (read, written) in ROWS.items()}
     found["block_pool"] += mean
     found["block_pool_state"] += 4 * mean + state                   # of k and of v, written, then read to be centred
     found["block_select"] = 2 * mean + 2 * 4 * key_blocks / BLOCK + lists       # scores of a few heads stay in cache

@@ -16,9 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:                           # playwright is only there where a browser is driven
+    from playwright.sync_api import FloatRect, Page
 
 SECONDS = 1000                              # playwright counts in milliseconds
 PATIENCE = 120 * SECONDS                    # a busy machine takes many times the usual two seconds to load the page
@@ -82,7 +86,7 @@ def find_chromium() -> str | None:
 class Window:
     """One page of a browser with ComfyUI in it, and what went wrong in it."""
 
-    page: object
+    page: Page
     url: str
     errors: list[str] = field(default_factory=list)
 
@@ -140,7 +144,7 @@ class Window:
         self.settle()
         return self.page.screenshot(clip=self.place(type_, margin))
 
-    def place(self, type_: str | None = None, margin: int = 0) -> dict:
+    def place(self, type_: str | None = None, margin: int = 0) -> FloatRect:
         """Where the first node of a type lies on the page, or the whole graph: x, y, width, height."""
         return self.page.evaluate(PLACE, [type_, margin])
 

@@ -32,7 +32,7 @@ def boot() -> ModuleType:
         args.base_directory = os.environ["ROPESLR_TEST_BASE"]
         import utils.extra_config  # noqa: F401  before nodes puts comfy/ on the path, where another `utils` lies
 
-        import nodes
+        nodes = importlib.import_module("nodes")                  # not this pack's folder of that name
     finally:
         sys.argv = argv
     asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))

@@ -109,7 +109,9 @@ class ComfyServer:
         result.outputs = entry["outputs"]
         return result
 
-    async def _follow(self, socket_: aiohttp.ClientWebSocketResponse, prompt_id: str, result: PromptResult) -> None:
+    async def _follow(
+        self, socket_: aiohttp.ClientWebSocketResponse[bool], prompt_id: str, result: PromptResult
+    ) -> None:
         node, since = None, time.perf_counter()
         async for message in socket_:
             if message.type != aiohttp.WSMsgType.TEXT:

@@ -29,6 +29,7 @@ COMFYUI = {
     "0.18.2": ("1.4.0", "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83"),
 }
 NEWEST = "0.30.0"
+TYPESCRIPT = "7.0.2"
 
 # Names of the program, and where it lies without being on the path.
 CHROMIUM = (
@@ -179,6 +180,26 @@ def chromium() -> str | None:
     if found is None:
         say(f"{NO_BROWSER} Tests in a browser are left out.")
     return found
+
+
+def tsc() -> Path | None:
+    """TypeScript's checker; None where there is no npm, or npm cannot fetch it."""
+    folder = cache_folder() / f"typescript-{TYPESCRIPT}"
+    program = folder / "node_modules" / ".bin" / ("tsc.cmd" if os.name == "nt" else "tsc")
+    npm = shutil.which("npm")
+    if npm is None or program.exists():
+        return program if npm else None
+    say(f"typescript {TYPESCRIPT} from the npm registry (about 30 MB)")
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        command = [npm, "install", "--prefix", str(new), "--no-audit", "--no-fund", f"typescript@{TYPESCRIPT}"]
+        if subprocess.call(command, cwd=new, stdout=subprocess.DEVNULL) != 0:
+            say("npm failed, its message stands above: the types of the panel's scripts are left out")
+            return None
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
+    return program
 
 
 def triton(python: Path, version: str) -> Path:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -85,7 +86,7 @@ def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
         import comfy.ldm.hunyuan_video.model
         import comfy.ops
 
-        settings = dict(
+        settings: dict[str, Any] = dict(
             in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH,
             mlp_ratio=4.0, num_heads=HEADS, depth=LAYERS, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56], theta=256,
             patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,

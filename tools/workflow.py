@@ -56,9 +56,9 @@ def make_tiny(prompt: dict, width: int, height: int, length: int, steps: int) ->
         if node["class_type"] == "DualCLIPLoader":
             node.update(class_type="CLIPLoader", inputs={"clip_name": CLIP, "type": "wan"})
         inputs = node["inputs"]
+        sizes = dict(width=width, height=height, length=length) if "length" in inputs else {}
         inputs.update({
-            name: _tiny(name, value, "length" in inputs, width, height, length, steps)
-            for name, value in inputs.items() if not isinstance(value, list)
+            name: _tiny(name, value, sizes, steps) for name, value in inputs.items() if not isinstance(value, list)
         })
     return prompt
 
@@ -74,8 +74,9 @@ def tiny_workflow(workflow: dict, object_info: dict, width: int, height: int, le
             node.update(type="CLIPLoader", widgets_values=[CLIP, "wan", "default"])
             node["properties"]["Node name for S&R"] = "CLIPLoader"
         names = widget_names(object_info[node["type"]])
+        sizes = dict(width=width, height=height, length=length) if "length" in names else {}
         node["widgets_values"] = [
-            _tiny(name, value, "length" in names, width, height, length, steps)
+            _tiny(name, value, sizes, steps)
             for name, value in zip(names, node["widgets_values"])         # an older ComfyUI may lack the last of them
         ]
     return workflow
@@ -89,7 +90,7 @@ def fresh(workflow: dict) -> dict:
     return workflow
 
 
-def _tiny(name: str, value, sized: bool, width: int, height: int, length: int, steps: int):
+def _tiny(name: str, value, sizes: dict[str, int], steps: int):
     """A widget's value in the small: file names, the size of the video, steps and the border between two samplers."""
     if isinstance(value, str):
         return TINY.get(value, value)
@@ -99,7 +100,7 @@ def _tiny(name: str, value, sized: bool, width: int, height: int, length: int, s
         return 64
     if name == "steps":
         return steps
-    return {"width": width, "height": height, "length": length}.get(name, value) if sized else value
+    return sizes.get(name, value)
 
 
 def node_id(prompt: dict, class_type: str) -> str:

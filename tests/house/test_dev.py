@@ -34,13 +34,13 @@ def make_tree(folder):
 
 def test_only_the_standard_library_is_imported():
     tops = set()
-    for name in ("dev.py", "tools/machine.py", "tools/pack_loader.py"):
+    for name in ("dev.py", "tools/checkers.py", "tools/machine.py", "tools/pack_loader.py"):
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 tops |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 tops.add(node.module.split(".")[0])
-    assert tops <= {*sys.stdlib_module_names, "machine", "pack_loader"}
+    assert tops <= {*sys.stdlib_module_names, "checkers", "machine", "pack_loader"}
 
 
 def test_comfyui_path_wins_and_is_checked(dev, tmp_path, monkeypatch):
@@ -79,6 +79,60 @@ def test_an_old_python_a_full_disk_and_a_failing_pip_are_named(dev, monkeypatch,
         dev.need_space(tmp_path, 99999999)
     with pytest.raises(dev.SetupError, match="pip failed.*network or the package registry"):
         dev.pip(Path(sys.executable), "no-such-command")
+
+
+def test_typescript_is_fetched_where_npm_is_and_nothing_is_asked_of_a_machine_without(dev, monkeypatch):
+    asked, folder = [], dev.cache_folder() / f"typescript-{dev.TYPESCRIPT}"
+
+    def npm(command, cwd, **_):
+        asked.append(command[-1])
+        (cwd / "node_modules" / ".bin").mkdir(parents=True)
+        (cwd / "node_modules" / ".bin" / ("tsc.cmd" if dev.os.name == "nt" else "tsc")).touch()
+        return 0
+
+    monkeypatch.setattr(dev.shutil, "which", lambda name: None)
+    assert dev.tsc() is None and not folder.exists()
+    monkeypatch.setattr(dev.shutil, "which", lambda name: f"/somewhere/{name}")
+    monkeypatch.setattr(dev.subprocess, "call", lambda *_, **__: 1)
+    assert dev.tsc() is None and not folder.exists()
+    monkeypatch.setattr(dev.subprocess, "call", npm)
+    program = dev.tsc()
+    assert program.is_file() and folder in program.parents and dev.tsc() == program
+    assert asked == [f"typescript@{dev.TYPESCRIPT}"]
+
+
+@pytest.fixture(scope="module")
+def parse():
+    """What dev.py makes of its arguments."""
+    spec = importlib.util.spec_from_file_location("dev_under_test", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.parse
+
+
+@pytest.mark.parametrize("arguments, thorough, rest", [
+    ("test", False, ""),
+    ("test --thorough", True, ""),
+    ("test tests/kernels -k x", False, "tests/kernels -k x"),
+    ("test -k x tests/kernels --thorough -x", True, "-k x tests/kernels -x"),
+    ("test --thorough -- --co -rs tests/web", True, "--co -rs tests/web"),
+    ("test -- tests/house -k ruff", False, "tests/house -k ruff"),
+    ("kernels -x", False, "-x"),
+    ("browser --thorough -k panel", True, "-k panel"),
+])
+def test_what_it_does_not_know_goes_to_pytest_in_its_order(parse, arguments, thorough, rest):
+    options = parse(arguments.split())
+    assert options.thorough is thorough and options.rest == rest.split()
+    assert options.run.__name__ == arguments.split()[0]
+
+
+def test_a_command_that_hands_nothing_on_refuses_what_it_does_not_know(parse, capsys):
+    assert parse(["demo", "--width", "64"]).rest == ["--width", "64"]
+    assert parse(["pictures", "wan2.1_t2v", "readme"]).names == ["wan2.1_t2v", "readme"]
+    for arguments in (["workflows", "wan2.1_t2v"], ["lint", "--fix"], ["inspect", "a", "b"], ["convert"]):
+        with pytest.raises(SystemExit) as end:
+            parse(arguments)
+        assert end.value.code == 2 and f"dev.py {arguments[0]}: error" in capsys.readouterr().err
 
 
 def test_it_says_what_it_can_do():

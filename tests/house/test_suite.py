@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from support import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 FILE = """
 import pytest
@@ -34,6 +36,7 @@ def run_pytest(*arguments, cwd=ROOT, **environment):
 
 
 def test_without_comfyui_everything_else_is_collected_and_the_rest_says_what_to_do():
+    needs.need("torch", "safetensors", "hypothesis")
     done = run_pytest("--co", "-rs")
     assert done.returncode == 0, done.stdout + done.stderr
     for place in ("attention/test_plan.py", "house/test_floors.py", "kernels/test_operations.py", "web/test_panel.py"):
@@ -45,6 +48,7 @@ def test_without_comfyui_everything_else_is_collected_and_the_rest_says_what_to_
 
 
 def test_tests_that_need_comfyui_are_skipped_one_by_one_where_others_in_the_file_do_not():
+    needs.need("jsonschema")
     done = run_pytest("-rs", "tests/workflows", "-k", "test_the_schema_can_fail or sparkwan_few_step")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "needs ComfyUI: run `python dev.py test" in done.stdout

@@ -10,7 +10,7 @@ import pytest
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"         # set before Triton is imported, for a whole process
 INTERPRETER, PLAIN = "Triton's interpreter", "a process without Triton's interpreter"
-COMFYUI, NODE = "ComfyUI", "node"
+COMFYUI, NODE, TSC = "ComfyUI", "node", "TypeScript's checker"
 # Folder or file below tests/ -> what its tests need to be collected; a file's own line counts beside its folder's.
 NEEDS = {
     "attention": ("torch", "safetensors", "hypothesis"),
@@ -33,6 +33,7 @@ REMEDIES = {
     INTERPRETER: "run `python dev.py kernels`",
     PLAIN: "unset TRITON_INTERPRET",
     NODE: "install Node.js and put it on the PATH",
+    TSC: "install npm, and run `python dev.py test tests/web`, which fetches it and sets ROPESLR_TSC",
     "triton": "run `python dev.py kernels`, which fetches it on Linux",
     "playwright": "run `python dev.py browser`, which installs it",
 }
@@ -40,7 +41,10 @@ REMEDIES = {
 
 def is_here(name: str) -> bool:
     """Whether this process has it: one of the names above, or a Python package."""
-    answers = {COMFYUI: bool(os.environ.get("COMFYUI_PATH")), INTERPRETER: INTERPRET, PLAIN: not INTERPRET}
+    answers = {
+        COMFYUI: bool(os.environ.get("COMFYUI_PATH")), TSC: bool(os.environ.get("ROPESLR_TSC")),
+        INTERPRETER: INTERPRET, PLAIN: not INTERPRET,
+    }
     if name in answers:
         return answers[name]
     return bool(shutil.which(name) if name == NODE else importlib.util.find_spec(name))

@@ -30,10 +30,10 @@ def _supply():
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(library)
     extension = types.ModuleType("torchaudio._extension")
-    extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    extension._IS_ALIGN_AVAILABLE = False
-    extension._check_cuda_version = lambda: None
-    extension.fail_if_no_align = lambda function: function
+    vars(extension).update(
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, _check_cuda_version=lambda: None,
+        fail_if_no_align=lambda function: function,
+    )
     sys.modules["torchaudio._extension"] = extension
 
 
