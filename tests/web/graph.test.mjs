@@ -4,8 +4,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { findByExecutionId, isMeant, valueOf } from "../../web/js/graph.js";
 import {
-  adapterMethod, guessModel, latentSize, samplersBehind, surroundings, whyIdle,
-} from "../../web/js/surroundings.js";
+  adapterMethod, guessModel, latentSize, samplersBehind, graphContext, whyIdle,
+} from "../../web/js/graph_context.js";
 
 const MODEL = "MODEL";
 const LATENT = "LATENT";
@@ -43,7 +43,7 @@ test("a plain graph: size, model and steps", () => {
   const { graph, node } = graphOf({ 1: LOADER, 2: OURS, 3: KSAMPLER, 4: EMPTY }, [
     [1, 0, 2, "model"], [2, 0, 3, "model"], [4, 0, 3, "latent_image"],
   ]);
-  const found = surroundings(graph, node(2));
+  const found = graphContext(graph, node(2));
   assert.deepEqual([found.size.width, found.size.height, found.size.length], [832, 480, 81]);
   assert.deepEqual([found.model, found.steps, found.adapter], ["wan-1.3b", whole(30), ""]);
 });
@@ -52,7 +52,7 @@ test("links kept as a plain object work too, and an unconnected node finds nothi
   const { graph, node } = graphOf({ 2: OURS, 3: KSAMPLER }, [[2, 0, 3, "model"]]);
   graph.links = Object.fromEntries(graph.links);
   assert.equal(samplersBehind(graph, node(2)).length, 1);
-  assert.deepEqual(surroundings(graph, node(2)), { size: null, model: "", adapter: "", steps: null });
+  assert.deepEqual(graphContext(graph, node(2)), { size: null, model: "", adapter: "", steps: null });
 });
 
 test("through LoRA, reroutes and a guider to SamplerCustomAdvanced, steps from its scheduler", () => {
@@ -66,7 +66,7 @@ test("through LoRA, reroutes and a guider to SamplerCustomAdvanced, steps from i
     [1, 0, 6, ""], [6, 0, 5, "model"], [5, 0, 2, "model"], [2, 0, 7, "model"], [2, 0, 9, "model"], [7, 0, 8, "guider"],
     [9, 0, 8, "sigmas"], [4, 0, 10, ""], [10, 0, 8, "latent_image"],
   ]);
-  const found = surroundings(graph, node(2));
+  const found = graphContext(graph, node(2));
   assert.deepEqual([found.size?.length, found.model, found.steps], [81, "wan-1.3b", whole(12)]);
 });
 
@@ -80,9 +80,9 @@ test("Set and Get nodes stand for a link, of the model and of the latent", () =>
     [1, 0, 5, MODEL], [6, 0, 2, "model"], [2, 0, 9, MODEL], [10, 0, 3, "model"], [4, 0, 7, LATENT],
     [8, 0, 3, "latent_image"], [11, 0, 12, "model"],
   ]);
-  const found = surroundings(graph, node(2));
+  const found = graphContext(graph, node(2));
   assert.deepEqual([found.size?.width, found.model, found.steps], [832, "wan-1.3b", whole(30)]);
-  assert.deepEqual(surroundings(graph, node(12)), { size: null, model: "", adapter: "", steps: null });
+  assert.deepEqual(graphContext(graph, node(12)), { size: null, model: "", adapter: "", steps: null });
 });
 
 test("the steps of a sampler: of two experts, of split noise levels, of a preset", () => {
@@ -101,7 +101,7 @@ test("the steps of a sampler: of two experts, of split noise levels, of a preset
     [8, 0, 9, "latent_image"], [12, 0, 13, "model"], [14, 0, 13, "sigmas"], [5, 0, 13, "latent_image"],
     [15, 0, 16, "model"], [17, 0, 16, "sigmas"], [5, 0, 16, "latent_image"],
   ]);
-  assert.deepEqual([1, 2, 6, 7, 12, 15].map((id) => surroundings(graph, node(id)).steps), [
+  assert.deepEqual([1, 2, 6, 7, 12, 15].map((id) => graphContext(graph, node(id)).steps), [
     { total: 20, from: 0, to: 10 }, { total: 20, from: 10, to: 20 }, { total: 8, from: 0, to: 3 },
     { total: 8, from: 3, to: 8 }, whole(4), null,
   ]);
@@ -170,7 +170,7 @@ function withSubgraph(id = Number) {
 for (const id of [Number, String]) {
   test(`subgraph borders are crossed both ways, ids of links being a ${id.name}`, () => {
     const { root, ours } = withSubgraph(id);
-    const found = surroundings(root, ours);
+    const found = graphContext(root, ours);
     assert.deepEqual([found.size?.width, found.model, found.steps], [832, "wan-1.3b", whole(30)]);
   });
 }

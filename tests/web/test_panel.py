@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
 TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
 PANEL = "ropeslr_panel.js"
-ENTRIES = (PANEL, "ropeslr_results.js")
+ENTRIES = (PANEL, "result_nodes.js")
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 

@@ -1,6 +1,6 @@
 // What a choice of settings saves, in numbers: the arithmetic of attention/accounting.py and attention/plan.py again.
 
-import { count } from "./words.js";
+import { count } from "./format.js";
 
 export const BLOCK = 64;
 const TRAINED = ["ropeslr", "rola", "sla"];

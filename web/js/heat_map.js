@@ -1,6 +1,6 @@
 // The map of a run, layers down and steps across: one cell for the share of blocks that a layer kept at a step.
 
-import { mapWords, percent, sparseRange } from "./words.js";
+import { mapWords, percent, sparseRange } from "./format.js";
 
 const HEIGHT = 64;
 const DENSE = [214, 137, 16]; // told from the blues by brightness too, not by hue alone

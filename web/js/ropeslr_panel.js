@@ -4,8 +4,8 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { estimate, MODELS } from "./estimate.js";
 import { isMeant, valueOf } from "./graph.js";
-import { surroundings, whyIdle } from "./surroundings.js";
-import { createView, STYLE } from "./view.js";
+import { graphContext, whyIdle } from "./graph_context.js";
+import { createView, STYLE } from "./panel_view.js";
 
 const NODE = "RoPeSLRSparseAttention";
 const EVENT = "ropeslr.report";
@@ -75,7 +75,7 @@ function chosenSize(node) {
 
 /** Everything that the view shows, read anew. */
 function stateOf(node, report) {
-  const around = surroundings(rootGraph(), node);
+  const around = graphContext(rootGraph(), node);
   const chosenModel = node.properties?.[CHOSEN.model];
   const model = around.model || (chosenModel in MODELS ? chosenModel : "");
   const size = around.size ?? chosenSize(node);

@@ -166,7 +166,7 @@ export function whyIdle(node) {
 }
 
 /** All that a panel wants to know of the graph: {size, model, adapter, steps}, each null or "" where not found. */
-export function surroundings(root, node) {
+export function graphContext(root, node) {
   let size = null;
   let steps = null;
   for (const sampler of samplersBehind(root, node)) {

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
   count, duration, estimateWords, isMap, mapWords, percent, reportWords, sparseRange, times,
-} from "../../web/js/words.js";
+} from "../../web/js/format.js";
 
 const REPORT = {
   node: "5", model: "WanModel", method: "ropeslr", adapter: "", sparsity: 0.9, backend: "triton", sparse_calls: 1740,

@@ -1,7 +1,7 @@
 // The panel's page elements, made from a plain state object; it knows nothing of ComfyUI.
 
 import { draw, heatMap } from "./heat_map.js";
-import { estimateWords, isMap, reportWords, SIZES, sizeText, times } from "./words.js";
+import { estimateWords, isMap, reportWords, SIZES, sizeText, times } from "./format.js";
 
 const BOUND = "Upper bounds from counted operations: kernels reach a part of them, plain PyTorch less.";
 
