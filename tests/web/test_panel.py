@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import os
 import random
 import re
 import shutil
@@ -15,9 +17,9 @@ from pack_loader import load
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
 TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
-PANEL = "ropeslr_panel.js"
+PANEL, STATE = "ropeslr_panel.js", "panel_state.js"
 ENTRIES = (PANEL, "result_nodes.js")
-NODE = shutil.which("node")
+NODE, TSC = shutil.which("node"), os.environ.get("ROPESLR_TSC")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
 accounting, planning = load(".attention.accounting"), load(".attention.plan")
@@ -30,7 +32,7 @@ RELEASED_RANK = 64                          # of the weights that the panel assu
 
 
 def evaluate(calls):
-    """Answers of estimate.js to a list of [function, *arguments]."""
+    """Answers of the panel's arithmetic to a list of [function, *arguments]."""
     script = Path(__file__).with_name("evaluate.mjs")
     done = subprocess.run([NODE, str(script)], input=json.dumps(calls), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -50,7 +52,7 @@ def draw_cases(count=64):
 
 
 def in_script(case):
-    """The call of estimate.js for a case."""
+    """The script's call for a case."""
     method = case["method"].split()[0] if case["method"].startswith(("ropeslr", "sla")) else case["method"]
     return ["attentionCost", case["grid"], case["extra"], case["width"], case["heads"], {
         "method": method, "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
@@ -184,11 +186,74 @@ def test_sparse_steps_are_those_of_the_schedule():
         assert answer == len(sparse), (total, begin, end, method, first, last)
 
 
+def layer_texts(count=400):
+    """Lists of layers as a person may write them, many with a mistake."""
+    dice = random.Random(3)
+    yield from ("", "0, 1, 38-39", "3-5,4", "7", " 0 ,2 - 5,", "5-4", "12345", "1-2-3", "-1", "+1", "1.5", "\t3\n")
+    for _ in range(count):
+        pieces = ("0", "1", "7", "38", ",", ", ", "-", " - ", " ", "x")
+        yield "".join(dice.choice(pieces) for _ in range(dice.randint(1, 9)))
+
+
+def layers_in_python(text):
+    """How many layers the plan reads; None where it refuses the text."""
+    try:
+        return len(planning.parse_layers(text))
+    except ValueError:
+        return None
+
+
 @needs_node
-@pytest.mark.parametrize("text", ["", "0, 1, 38-39", "3-5,4", "7"])
-def test_dense_layers_are_read_as_the_plan_reads_them(text):
-    (found,) = evaluate([["countLayers", text, 40]])
-    assert found == len(planning.parse_layers(text))
+def test_dense_layers_are_read_as_the_plan_reads_them():
+    texts = list(layer_texts())
+    expected = [layers_in_python(text) for text in texts]
+    assert 50 < expected.count(None) < len(texts) - 50
+    found = evaluate([["readLayers", text, 10_000] for text in texts])
+    for text, count, answer in zip(texts, expected, found, strict=True):
+        assert answer["count"] == (count or 0), text
+        assert ("cannot read" in answer["warning"]) == (count is None), text
+
+
+def python_value(text, names):
+    """What ComfyUI's Math Expression computes, by the library that it uses; None where it fails."""
+    simpleeval = pytest.importorskip("simpleeval", reason="simpleeval, which ComfyUI brings, is not installed")
+    functions = {"min": min, "max": max, "abs": abs, "round": round, "ceil": math.ceil, "floor": math.floor, "int": int}
+    try:
+        value = simpleeval.simple_eval(text, names=names, functions=functions)
+        return float(value) if math.isfinite(value) else None
+    except Exception:
+        return None
+
+
+def expressions(count=600):
+    """Well-formed expressions of numbers, names, operators and functions."""
+    dice = random.Random(11)
+
+    def draw(depth):
+        kind = dice.randint(0, 7) if depth else 0
+        if kind < 2:
+            return dice.choice(("a", "b", "c", "1", "2", "16", "0.5", "81"))
+        if kind < 5:
+            operator = dice.choice(("+", "-", "*", "/", "//", "%", "** 2 -", "and", "or", "&", "|", "^"))
+            return f"{draw(depth - 1)} {operator} {draw(depth - 1)}"
+        if kind == 5:
+            return f"({draw(depth - 1)} {dice.choice(('<', '>', '<=', '>=', '==', '!='))} {draw(depth - 1)})"
+        if kind == 6:
+            return f"{dice.choice(('abs', 'round', 'ceil', 'floor', 'int', '-', '+', 'not '))}({draw(depth - 1)})"
+        return f"({draw(depth - 1)} if {draw(depth - 1)} else max({draw(depth - 1)}, {draw(depth - 1)}))"
+
+    return [draw(3) for _ in range(count)]
+
+
+@needs_node
+def test_math_expressions_are_those_of_comfyui():
+    texts, names = expressions(), {"a": 5, "b": 16.5, "c": -7}
+    expected = [python_value(text, names) for text in texts]
+    found = evaluate([["expression", text, names] for text in texts])
+    known = [(text, one, other) for text, one, other in zip(texts, expected, found, strict=True) if one is not None]
+    assert len(known) > 300
+    for text, one, other in known:
+        assert other == pytest.approx(one, rel=1e-9, abs=1e-9), text
 
 
 def read(name):
@@ -198,7 +263,7 @@ def read(name):
 def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     node = (ROOT / "nodes" / "sparse_attention.py").read_text(encoding="utf-8")
     widgets = set(re.findall(r'io\.(?:Combo|Float|Int|String|Boolean)\.Input\(\s*"(\w+)"', node))
-    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(PANEL), re.S)[1]
+    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(STATE), re.S)[1]
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
     assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
@@ -210,8 +275,8 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_safe_and_portable(path):
     text = path.read_text(encoding="utf-8")
-    first, *_ = lines = text.splitlines()
-    assert first.startswith("// ") and len(first) > 20
+    first, second, *_ = lines = text.splitlines()
+    assert first.startswith("// ") and len(first) > 20 and second == "// @ts-check"
     assert all(len(line) <= 120 for line in lines) and len(lines) <= 300
     for banned in (
         "/extensions/", "ComfyUI-RoPeSLR", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
@@ -235,6 +300,21 @@ def test_only_the_entry_touches_comfyui(path):
             [NODE, "--input-type=module", "--eval", code], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+def test_nothing_registers_twice():
+    names = [name for entry in ENTRIES for name in re.findall(r'registerExtension\(\{\s*name: "(.+?)"', read(entry))]
+    assert len(names) == len(set(names)) == len(ENTRIES)
+
+
+@pytest.mark.skipif(not TSC, reason="ROPESLR_TSC names no TypeScript compiler; `python dev.py test` sets it")
+def test_types_are_sound():
+    """Every script is checked, and nothing is found."""
+    command = [TSC, "-p", str(ROOT / "web" / "jsconfig.json")]
+    listed = subprocess.run([*command, "--listFilesOnly"], capture_output=True, text=True, timeout=300)
+    assert {path.name for path in SCRIPTS} <= {Path(line).name for line in listed.stdout.splitlines()}, listed.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_there_are_scripts_and_tests():

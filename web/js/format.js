@@ -1,142 +1,152 @@
 // Figures and sentences of the panel: numbers in, plain English out.
+// @ts-check
 
-const UNTRAINED = "without its weights is the kept blocks alone";
+/** @param {number} digits @param {Intl.NumberFormatOptions} [options] */
+const fixed = (digits, options) => new Intl.NumberFormat("en", {
+  minimumFractionDigits: digits, maximumFractionDigits: digits, ...options,
+});
+const WHOLE = fixed(0);
+const TENTHS = fixed(1);
+const THOUSANDTHS = fixed(3);
+const TWO_DIGITS = fixed(0, { minimumIntegerDigits: 2 });
+const PLURAL = new Intl.PluralRules("en");
 
-export const SIZES = [
-  { width: 832, height: 480, length: 33 },
-  { width: 832, height: 480, length: 81 },
-  { width: 1280, height: 720, length: 33 },
-  { width: 1280, height: 720, length: 81 },
-  { width: 1280, height: 720, length: 121 },
-];
-
-/** 1182 -> "1,182". */
+/** 1182 -> "1,182". @param {number} number */
 export function count(number) {
-  return String(Math.round(number)).replace(/\B(?=(\d{3})+$)/g, ",");
+  return WHOLE.format(number);
 }
 
-/** 0.8347 -> "83.5 %", 0.99962 -> "99.96 %": never rounded up to 100 %. */
+/** 1, "step" -> "1 step"; 2, "step" -> "2 steps". @param {number} number @param {string} noun */
+export function plural(number, noun) {
+  return `${count(number)} ${PLURAL.select(number) === "one" ? noun : `${noun}s`}`;
+}
+
+/** 0.8347 -> "83.5 %", 0.99962 -> "99.96 %": never rounded up to 100 %. @param {number} share */
 export function percent(share) {
-  const value = 100 * share;
-  if (share < 1 && value.toFixed(1) === "100.0") return `${(Math.floor(value * 100) / 100).toFixed(2)} %`;
-  return `${value.toFixed(1)} %`;
+  const text = TENTHS.format(100 * share);
+  const hundredths = Math.floor(10_000 * share) / 100;
+  return `${share < 1 && text === "100.0" ? hundredths : text} %`;
 }
 
-/** 9.04 -> "9.0×", 12.3 -> "12×". */
+/** 9.04 -> "9.0×", 12.3 -> "12×". @param {number} factor */
 export function times(factor) {
-  return `${factor < 9.95 ? factor.toFixed(1) : count(factor)}×`;
+  return `${factor < 9.95 ? TENTHS.format(factor) : count(factor)}×`;
 }
 
-/** 4.27 -> "4.3 s", 372 -> "6:12 min", 4000 -> "1:06 h". */
+/** 4.27 -> "4.3 s", 372 -> "6:12 min", 4000 -> "1:06 h". @param {number} seconds */
 export function duration(seconds) {
-  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
+  if (seconds < 9.95) return `${TENTHS.format(seconds)} s`;
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole} s`;
-  const parts = (big, small) => `${big}:${String(small).padStart(2, "0")}`;
-  if (whole < 3600) return `${parts(Math.floor(whole / 60), whole % 60)} min`;
-  return `${parts(Math.floor(whole / 3600), Math.floor((whole % 3600) / 60))} h`;
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return `${minutes}:${TWO_DIGITS.format(whole % 60)} min`;
+  return `${count(Math.floor(minutes / 60))}:${TWO_DIGITS.format(minutes % 60)} h`;
 }
 
-/** 0.0123 -> "12 ms", 0.49 -> "490 ms", 1.2 -> "1.2 s". */
-export function short(seconds) {
+/** Of less than a second too: 0.0123 -> "12 ms", 1.2 -> "1.2 s". @param {number} seconds */
+export function shortDuration(seconds) {
   if (seconds >= 1) return duration(seconds);
   const ms = 1000 * seconds;
-  return `${ms < 9.95 ? ms.toFixed(1) : count(ms)} ms`;
+  return `${ms < 9.95 ? TENTHS.format(ms) : count(ms)} ms`;
 }
 
-export function sizeText({ width, height, length }) {
-  return `${Math.round(width)} × ${Math.round(height)}, ${count(length)} frames`;
+/** @param {RoPeSLR.Size} size */
+export function sizeText(size) {
+  if ("tokens" in size) return `${count(size.tokens)} tokens, as in the last run`;
+  return `${Math.round(size.width)} × ${Math.round(size.height)}, ${plural(size.length, "frame")}`;
 }
 
-/** What an estimate says: {figures: [[value, caption]], share, lines}. A `why` stands alone. */
-export function estimateWords(numbers) {
-  if (numbers.why) return { figures: [], share: null, lines: [numbers.why, numbers.amiss].filter(Boolean) };
-  const lines = [`Keeps ${count(numbers.kept)} of ${count(numbers.blocks)} blocks`];
-  if (numbers.amiss) lines.push(numbers.amiss);
-  if (numbers.untrained) lines.push(`${numbers.method} ${UNTRAINED}`);
-  if (numbers.denseLayers) lines.push(`${count(numbers.denseLayers)} ${plural(numbers.denseLayers, "layer")} dense`);
-  if (numbers.run && !numbers.windowed) lines.push(runWords(numbers.run));
-  if (numbers.windowed) lines.push("Steps outside start and end percent stay dense");
-  return {
-    figures: [
-      [times(numbers.attention), "faster attention"],
-      [times(numbers.step), "faster step"],
-      savedWords(numbers.saved),
-    ],
-    share: numbers.density, lines,
-  };
+/** @param {string} method */
+function untrained(method) {
+  return `${method} has no trained weights here: only block-sparse attention runs`;
 }
 
-/** [value, caption] of the share saved; a short video's background may cost more than was left out. */
-function savedWords(share) {
+/**
+ * [value, caption] of the share saved; on a short video, replacing dropped blocks may cost more than it saves.
+ * @param {number} share
+ * @returns {RoPeSLR.Figure}
+ */
+function savedFigure(share) {
   return share >= 0 ? [percent(share), "attention FLOPs saved"] : [percent(-share), "more attention FLOPs"];
 }
 
-function runWords({ steps, sparse, speedUp }) {
-  if (!sparse) return `None of ${count(steps)} steps is sparse`;
-  return `${count(sparse)} of ${count(steps)} steps sparse: sampling ${times(speedUp)} faster`;
+/** @param {RoPeSLR.RunEstimate} run */
+function runText({ steps, sparse, speedUp }) {
+  const text = `${count(sparse)} of ${plural(steps, "step")} sparse`;
+  return sparse ? `${text}: sampling ${times(speedUp)} faster` : text;
 }
 
-function plural(number, word) {
-  return number === 1 ? word : `${word}s`;
+/**
+ * What an estimate says; where nothing runs sparse, only why.
+ * @param {RoPeSLR.Estimate} numbers
+ * @returns {{ figures: RoPeSLR.Figure[], share: number | null, lines: string[] }}
+ */
+export function estimateText(numbers) {
+  const warnings = numbers.warning ? [numbers.warning] : [];
+  if (numbers.why !== "") {
+    return { figures: [], share: null, lines: [numbers.why, ...warnings] };
+  }
+  const sparse = /** @type {RoPeSLR.SparseEstimate} */ (numbers);
+  const lines = [`Keeps ${count(sparse.kept)} of ${count(sparse.blocks)} blocks`, ...warnings];
+  if (sparse.untrained) lines.push(untrained(sparse.method));
+  if (sparse.denseLayers) lines.push(`${plural(sparse.denseLayers, "layer")} dense`);
+  if (sparse.windowed) lines.push("Steps outside start and end percent stay dense");
+  else if (sparse.run) lines.push(runText(sparse.run));
+  return {
+    figures: [
+      [times(sparse.attention), "faster attention"], [times(sparse.step), "faster step"], savedFigure(sparse.saved),
+    ],
+    share: sparse.density, lines,
+  };
 }
 
-/** What a report says: {title, figures, lines, brief}. Fields that an older server leaves out are skipped. */
-export function reportWords(report) {
+/**
+ * What a report says. Fields that another version of the server leaves out are skipped.
+ * @param {RoPeSLR.Report} report
+ * @returns {{ title: string, figures: RoPeSLR.Figure[], lines: string[], brief: string }}
+ */
+export function reportText(report) {
   const dense = Object.entries(report.dense_calls ?? {}).sort((one, other) => other[1] - one[1]);
-  const denseCalls = dense.reduce((sum, [, number]) => sum + number, 0);
   const sparse = report.sparse_calls ?? 0;
-  const calls = `${count(sparse)} of ${count(sparse + denseCalls)} calls sparse`;
-  const saved = savedWords(report.flops_saved ?? 0).join(" ");
-  const seconds = report.attention_seconds;
-  const inAttention = seconds ? (seconds.sparse ?? 0) + (seconds.dense ?? 0) : null;
-  const one = report.call_seconds;
-  const gain = one?.sparse && one.dense ? one.dense / one.sparse : null;
+  const all = dense.reduce((sum, [, number]) => sum + number, sparse);
+  const calls = `${count(sparse)} of ${count(all)} calls sparse`;
+  const saved = savedFigure(report.flops_saved ?? 0);
+  const time = report.attention_seconds;
+  const call = measuredCall(report.call_seconds);
 
-  const figures = [savedWords(report.flops_saved ?? 0)];
-  if (gain) figures.push([times(Math.max(gain, 1 / gain)), gain >= 1 ? "faster per call" : "slower per call"]);
-  if (inAttention !== null) figures.push([duration(inAttention), "in attention"]);
+  const figures = [saved];
+  if (call) figures.push(call.figure);
+  if (time) figures.push([duration((time.sparse ?? 0) + (time.dense ?? 0)), "in attention"]);
 
-  const recall = typeof report.recall === "number" ? `, recall ${report.recall.toFixed(3)}` : "";
-  const backend = report.backend ? ` in ${report.backend}` : "";
-  const how = sparse ? `: ${report.method ?? "sparse"}${backend}, ${percent(report.density ?? 1)} of blocks kept` : "";
-  const lines = [`${calls}${how}${recall}`];
+  const lines = [sparse ? `${calls}: ${sparseText(report)}` : calls];
   for (const [reason, number] of dense) lines.push(`${count(number)} dense: ${reason}`);
-  if (["rola", "sla"].includes(report.method) && !report.adapter) lines.push(`${report.method} ${UNTRAINED}`);
+  if (["rola", "sla"].includes(report.method ?? "") && !report.adapter) lines.push(untrained(report.method ?? ""));
   if (report.adapter) lines.push(`Adapter: ${report.adapter}`);
-  if (gain) lines.push(`Measured: a sparse call ${short(one.sparse)}, a dense one ${short(one.dense)}`);
-  if (report.below) lines.push(`Dense calls went to ${report.below}`);
-  if (report.completed === false) lines.push("The run was cut short.");
-  const title = `Last run${typeof report.seconds === "number" ? ` · ${duration(report.seconds)}` : ""}`;
-  return { title, figures, lines, brief: `${calls}, ${saved}` };
+  if (call) lines.push(call.line);
+  if (report.below) lines.push(`Dense calls used ${report.below}`);
+  if (report.completed === false) lines.push("The run did not finish.");
+  const title = typeof report.seconds === "number" ? `Last run · ${duration(report.seconds)}` : "Last run";
+  return { title, figures, lines, brief: `${calls}, ${saved.join(" ")}` };
 }
 
-/** What the map of a run shows, for those who cannot see it. */
-export function mapWords(map) {
-  const cells = map.density.flat().filter((value) => value !== null && value !== undefined);
-  const sparse = cells.filter((value) => value < 1);
-  const where = `${count(map.steps.length)} ${plural(map.steps.length, "step")} by ${count(map.layers)} layers`;
-  if (!sparse.length) return `Map of kept blocks, ${where}: everything that ran was dense.`;
-  const denseSteps = map.steps.filter((_, row) => isDenseRow(map.density[row])).map((step) => step + 1);
-  const mean = sparse.reduce((sum, value) => sum + value, 0) / sparse.length;
-  const dense = denseSteps.length ? ` Steps wholly dense: ${denseSteps.map(count).join(", ")}.` : "";
-  const range = `from ${percent(Math.min(...sparse))} to ${percent(Math.max(...sparse))}, mean ${percent(mean)}`;
-  const places = `${count(sparse.length)} of ${count(cells.length)} places sparse`;
-  return `Map of kept blocks, ${where}: ${places}, ${range}.${dense}`;
+/** @param {RoPeSLR.Report} report */
+function sparseText({ method, backend, density, recall }) {
+  const how = [backend ? `${method ?? "sparse"} in ${backend}` : method ?? "sparse"];
+  how.push(`${percent(density ?? 1)} of blocks kept`);
+  if (typeof recall === "number") how.push(`recall ${THOUSANDTHS.format(recall)}`);
+  return how.join(", ");
 }
 
-function isDenseRow(row) {
-  const ran = (row ?? []).filter((value) => value !== null && value !== undefined);
-  return ran.length > 0 && ran.every((value) => value >= 1);
-}
-
-/** The smallest and the largest density below 1 of a map; [0, 0] where nothing ran sparse. */
-export function sparseRange(map) {
-  const sparse = map.density.flat().filter((value) => typeof value === "number" && value < 1);
-  return sparse.length ? [Math.min(...sparse), Math.max(...sparse)] : [0, 0];
-}
-
-/** Whether a report's map can be drawn. */
-export function isMap(map) {
-  return Boolean(map && map.layers > 0 && map.steps?.length && map.density?.length === map.steps.length);
+/**
+ * How one sparse call compares with one dense call; null where one of them was not measured.
+ * @param {RoPeSLR.SparseAndDense | null | undefined} seconds
+ * @returns {{ figure: RoPeSLR.Figure, line: string } | null}
+ */
+function measuredCall(seconds) {
+  if (!seconds?.sparse || !seconds.dense) return null;
+  const gain = seconds.dense / seconds.sparse;
+  return {
+    figure: gain >= 1 ? [times(gain), "faster per call"] : [times(1 / gain), "slower per call"],
+    line: `Measured: a sparse call ${shortDuration(seconds.sparse)}, a dense call ${shortDuration(seconds.dense)}`,
+  };
 }

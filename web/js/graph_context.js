@@ -1,88 +1,125 @@
-// What the graph around a node tells: the size of the latent that its model samples, the kind of model, the adapter.
+// What the graph says about our node: the size of the latent that its model samples, the model, the adapter, the steps.
+// @ts-check
 
-import { FARTHEST, sourceOf, targetsOf, valueOf } from "./graph.js";
+import { BYPASSED, FARTHEST, MUTED, sourceOf, targetsOf } from "./graph.js";
+import { guessModel, guessModelByLatent } from "./models.js";
+import { hasValue, numberOf, valueOf } from "./values.js";
 
-const MUTED = 2; // a node's mode
-const BYPASSED = 4;
 const LENGTHS = ["length", "num_frames", "video_length", "frames"];
+const MODEL_FILE = /\.(safetensors|sft|gguf|pth?|ckpt|bin)$/i;
+const DEEPEST = 20; // nodes that change one output of sigmas, one after the other
 
-function numberOf(root, node, names) {
-  for (const name of names) {
-    const value = valueOf(root, node, name);
-    if (typeof value === "number" && value > 0) return value;
-  }
-  return undefined;
-}
-
+/**
+ * @param {{ type?: string } | undefined} slot
+ * @param {...string} kinds
+ */
 function isKind(slot, ...kinds) {
-  return kinds.includes(slot?.type) || slot?.type === "*";
+  return slot?.type === "*" || kinds.includes(slot?.type ?? "");
 }
 
-/** Samplers that a node's model reaches, nearest first: nodes that take the model, or its guider, and a latent. */
+/**
+ * Samplers that a node's model reaches, nearest first: nodes that take the model, or its guider, and a latent.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {Comfy.Node[]}
+ */
 export function samplersBehind(root, node) {
+  /** @type {Set<Comfy.Node>} */
   const seen = new Set();
   const samplers = [];
-  let places = (node.outputs ?? []).map((output, slot) => ({ node, slot })).filter(
-    ({ slot }) => isKind(node.outputs[slot], "MODEL"),
-  );
+  let places = outputsOf(node, "MODEL");
   while (places.length && seen.size < FARTHEST) {
-    const reached = places.flatMap((place) => targetsOf(root, place.node, place.slot)).filter(
-      (target) => !seen.has(target.node) && target.node.mode !== MUTED,
-    );
+    const reached = places.flatMap((place) => targetsOf(root, place.node, place.slot));
     places = [];
     for (const { node: target } of reached) {
-      if (seen.has(target)) continue;
+      if (seen.has(target) || target.mode === MUTED) continue;
       seen.add(target);
       const takesLatent = target.inputs?.some((input) => input.type === "LATENT");
       if (takesLatent && target.mode !== BYPASSED) samplers.push(target);
-      (target.outputs ?? []).forEach((output, slot) => {
-        if (isKind(output, "MODEL", "GUIDER")) places.push({ node: target, slot });
-      });
+      places.push(...outputsOf(target, "MODEL", "GUIDER"));
     }
   }
   return samplers;
 }
 
-/** The size of the latent that enters a node: {width, height, length, type of the node that says so}; or null. */
+/**
+ * @param {Comfy.Node} node
+ * @param {...string} kinds
+ */
+function outputsOf(node, ...kinds) {
+  return (node.outputs ?? []).flatMap((output, slot) => (isKind(output, ...kinds) ? [{ node, slot }] : []));
+}
+
+/**
+ * The size of the latent that enters a node; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.LatentSize | null}
+ */
 export function latentSize(root, node) {
+  /** @type {Set<Comfy.Node>} */
   const seen = new Set();
-  const scale = { by: 1, width: undefined, height: undefined }; // set by upscalers on the way
-  const visit = (each) => {
-    if (!each || seen.has(each) || seen.size > FARTHEST) return null;
-    seen.add(each);
-    const width = numberOf(root, each, ["width"]);
-    const height = numberOf(root, each, ["height"]);
-    const length = numberOf(root, each, LENGTHS);
-    if (width && height && length) {
-      return {
-        width: scale.width ?? width * scale.by, height: scale.height ?? height * scale.by, length, type: each.type,
-      };
-    }
-    if (width && height && each.inputs?.some((input) => input.type === "LATENT")) {
-      scale.width ??= width * scale.by;
-      scale.height ??= height * scale.by;
-    }
-    scale.by *= numberOf(root, each, ["scale_by"]) ?? 1;
+  /** The first size found upstream. @type {(each: Comfy.Node) => RoPeSLR.LatentSize | null} */
+  const upstream = (each) => {
     for (const input of each.inputs ?? []) {
-      if (!isKind(input, "LATENT")) continue;
-      const found = visit(sourceOf(root, each, input)?.node);
+      const source = isKind(input, "LATENT") ? sourceOf(root, each, input) : null;
+      const found = source && !source.border ? sizeFrom(source.node) : null;
       if (found) return found;
     }
     return null;
   };
-  for (const input of node.inputs ?? []) {
-    if (!isKind(input, "LATENT")) continue;
-    const found = visit(sourceOf(root, node, input)?.node);
-    if (found) return found;
-  }
-  return null;
+  /** @type {(each: Comfy.Node) => RoPeSLR.LatentSize | null} */
+  const sizeFrom = (each) => {
+    if (seen.has(each) || seen.size > FARTHEST) return null;
+    seen.add(each);
+    const made = madeSize(root, each);
+    if (made) return made;
+    const before = upstream(each);
+    return before && rescaled(root, each, before);
+  };
+  return upstream(node);
 }
 
-/** Names of files in the widgets of the node at the upper end of an input's chain of models. */
+/**
+ * The size of the latent that a node makes; null where it makes none or its size is not known.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ */
+function madeSize(root, node) {
+  const [width, height, ...lengths] = ["width", "height", ...LENGTHS].map((name) => numberOf(root, node, name) ?? 0);
+  const length = lengths.find((each) => each > 0) ?? 0;
+  return width > 0 && height > 0 && length > 0 ? { width, height, length, type: node.type } : null;
+}
+
+/**
+ * The size of a latent behind a node that may scale it.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @param {RoPeSLR.LatentSize} size
+ * @returns {RoPeSLR.LatentSize | null} null where it is scaled by what is not known
+ */
+function rescaled(root, node, size) {
+  let { width, height } = size;
+  if (hasValue(node, "scale_by")) {
+    const by = numberOf(root, node, "scale_by") ?? 0;
+    [width, height] = [width * by, height * by];
+  }
+  if (hasValue(node, "width") && hasValue(node, "height")) {
+    [width, height] = [numberOf(root, node, "width") ?? 0, numberOf(root, node, "height") ?? 0];
+  }
+  return width > 0 && height > 0 ? { ...size, width, height } : null;
+}
+
+/**
+ * Names of files in the widgets of the node at the upper end of an input's chain of models.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {string[]}
+ */
 export function loaderFiles(root, node, input = "model") {
   let at = node;
   let slot = at.inputs?.find((each) => each.name === input);
-  const kind = slot?.type;
+  const kind = slot?.type ?? "";
   for (let steps = 0; slot && steps < FARTHEST; steps++) {
     const source = sourceOf(root, at, slot);
     if (!source) break;
@@ -90,30 +127,16 @@ export function loaderFiles(root, node, input = "model") {
     slot = at.inputs?.find((each) => isKind(each, kind));
   }
   if (at === node) return [];
-  return (at.widgets ?? []).map((widget) => widget.value).filter(
-    (value) => typeof value === "string" && /\.(safetensors|sft|gguf|pth?|ckpt|bin)$/i.test(value),
-  );
+  const values = (at.widgets ?? []).map(({ value }) => (typeof value === "string" ? value : ""));
+  return values.filter((value) => MODEL_FILE.test(value));
 }
 
-/** The key of estimate.js's MODELS that a file's name means; "" where it does not tell. */
-export function guessModel(file) {
-  const name = String(file).toLowerCase();
-  if (/hunyuan|hyvideo|skyreels.?(v1|hunyuan)/.test(name)) {
-    return /(video|hy)[-_. ]?v?1[._-]?5|(480|720|1080)p_(t2v|i2v|sr)/.test(name) ? "hunyuan-1.5" : "hunyuan";
-  }
-  if (/14b/.test(name)) return "wan-14b";
-  if (/1[._-]3b/.test(name)) return "wan-1.3b";
-  if (/(^|[^\d.])5b|ti2v/.test(name)) return "wan-5b";
-  return /wan.*(high|low)/.test(name) ? "wan-14b" : "";
-}
-
-/** The same from the type of the node that makes the latent. */
-export function guessModelByLatent(type) {
-  if (/HunyuanVideo15/.test(type ?? "")) return "hunyuan-1.5";
-  return type === "Wan22ImageToVideoLatent" ? "wan-5b" : "";
-}
-
-/** The method that the connected adapter was trained for, by its file's name, or "unknown"; "" without an adapter. */
+/**
+ * The method that the connected adapter was trained for, by its file's name.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.AdapterMethod}
+ */
 export function adapterMethod(root, node) {
   const input = node.inputs?.find((each) => each.name === "adapter");
   const source = input && sourceOf(root, node, input);
@@ -125,58 +148,74 @@ export function adapterMethod(root, node) {
   return /ropeslr/i.test(file) ? "ropeslr" : "unknown";
 }
 
-/** Steps that an output of noise levels makes: {total, from, to}; null where nobody says. */
+/**
+ * The steps that an output of sigmas makes; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {import("./graph.js").Place} place
+ * @returns {RoPeSLR.Steps | null}
+ */
 function stepsOfSigmas(root, { node, slot }, depth = 0) {
   const input = node.inputs?.find((each) => isKind(each, "SIGMAS"));
   if (!input) {
-    const total = numberOf(root, node, ["steps"]) ?? presetSteps(valueOf(root, node, "preset"));
-    return total ? { total, from: 0, to: total } : null;
+    const total = numberOf(root, node, "steps") ?? presetSteps(valueOf(root, node, "preset")) ?? 0;
+    return total > 0 ? { total, from: 0, to: total } : null;
   }
-  const source = depth < 20 ? sourceOf(root, node, input) : null;
+  const source = depth < DEEPEST ? sourceOf(root, node, input) : null;
   const whole = source && stepsOfSigmas(root, source, depth + 1);
-  const border = whole && valueOf(root, node, "step"); // SplitSigmas: high, low
-  if (!whole || typeof border !== "number") return node.type === "Reroute" ? whole : null; // others may change them
+  const border = numberOf(root, node, "step"); // of SplitSigmas: high, low. Other nodes may change the number of steps.
+  if (!whole || border === undefined) return null;
   const step = Math.min(whole.from + border, whole.to);
   return slot === 0 ? { ...whole, to: step } : { ...whole, from: step };
 }
 
-/** "SparkWan 2.1, 4 steps" -> 4; of Few-Step Sigmas. The experts' presets are parts of a schedule that is not named. */
+/**
+ * "SparkWan 2.1, 4 steps" of Few-Step Sigmas -> 4. The experts' presets are parts of a schedule that is not named.
+ * @param {unknown} preset
+ */
 function presetSteps(preset) {
-  const found = typeof preset === "string" && / (\d+) steps?$/.exec(preset);
-  return found && !/ noise/.test(preset) ? Number(found[1]) : null;
+  const found = typeof preset === "string" && !/ noise/.test(preset) && / (\d+) steps?$/.exec(preset);
+  return found ? Number(found[1]) : undefined;
 }
 
-/** The steps that a sampler runs, of its schedule's: {total, from, to}; null where nothing says. */
+/**
+ * The steps that a sampler runs, of its schedule's; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} sampler
+ * @returns {RoPeSLR.Steps | null}
+ */
 function stepsOf(root, sampler) {
-  const total = numberOf(root, sampler, ["steps"]);
-  if (total) {
-    const end = valueOf(root, sampler, "end_at_step");
-    const to = typeof end === "number" ? Math.min(end, total) : total;
-    return { total, from: Math.min(valueOf(root, sampler, "start_at_step") ?? 0, to), to };
+  if (hasValue(sampler, "steps")) {
+    const total = numberOf(root, sampler, "steps") ?? 0;
+    const from = hasValue(sampler, "start_at_step") ? numberOf(root, sampler, "start_at_step") : 0;
+    const end = hasValue(sampler, "end_at_step") ? numberOf(root, sampler, "end_at_step") : total;
+    if (total <= 0 || from === undefined || end === undefined) return null;
+    const to = Math.min(end, total);
+    return { total, from: Math.min(from, to), to };
   }
   const input = sampler.inputs?.find((each) => each.type === "SIGMAS");
   const source = input && sourceOf(root, sampler, input);
   return source ? stepsOfSigmas(root, source) : null;
 }
 
-/** Why a node does nothing at all; "" where it works. */
-export function whyIdle(node) {
+/**
+ * Why a node does nothing at all; "" where it works.
+ * @param {Comfy.Node} node
+ */
+export function whyOff(node) {
   if (node.mode === BYPASSED) return "This node is bypassed: the model runs dense.";
-  return node.mode === MUTED ? "This node is muted: nothing behind it runs." : "";
+  return node.mode === MUTED ? "This node is muted: nothing after it runs." : "";
 }
 
-/** All that a panel wants to know of the graph: {size, model, adapter, steps}, each null or "" where not found. */
+/**
+ * All that the panel asks of the graph.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.GraphContext}
+ */
 export function graphContext(root, node) {
-  let size = null;
-  let steps = null;
-  for (const sampler of samplersBehind(root, node)) {
-    const found = latentSize(root, sampler);
-    if (!found) continue;
-    size = found;
-    steps = stepsOf(root, sampler);
-    break;
-  }
-  const files = loaderFiles(root, node);
-  const model = files.map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
-  return { size, model, adapter: adapterMethod(root, node), steps };
+  const samplers = samplersBehind(root, node).map((sampler) => ({ sampler, size: latentSize(root, sampler) }));
+  const first = samplers.find(({ size }) => size) ?? samplers[0]; // a second pass may know more of the size
+  const size = first?.size ?? null;
+  const model = loaderFiles(root, node).map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
+  return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first.sampler) : null };
 }

@@ -1,9 +1,21 @@
 // The panel's page elements, made from a plain state object; it knows nothing of ComfyUI.
+// @ts-check
 
-import { draw, heatMap } from "./heat_map.js";
-import { estimateWords, isMap, reportWords, SIZES, sizeText, times } from "./format.js";
+import { estimateText, reportText, sizeText, times } from "./format.js";
+import { draw, heatMap, isMap } from "./heat_map.js";
 
-const BOUND = "Upper bounds from counted operations: kernels reach a part of them, plain PyTorch less.";
+const BOUND = "Upper bounds, from operation counts: kernels reach part of them, plain PyTorch less.";
+const UNKNOWN_SIZE = "The graph does not say how large the video is: choose a size here, or run once.";
+const UNKNOWN_MODEL = "The graph does not say which model this is: choose it here.";
+
+/** What the menu offers where the graph does not say the size. @type {RoPeSLR.VideoSize[]} */
+const SIZES = [
+  { width: 832, height: 480, length: 33 },
+  { width: 832, height: 480, length: 81 },
+  { width: 1280, height: 720, length: 33 },
+  { width: 1280, height: 720, length: 81 },
+  { width: 1280, height: 720, length: 121 },
+];
 
 export const STYLE = `
 .ropeslr-panel { --ropeslr-line: color-mix(in srgb, var(--border-color, #4e4e4e) 60%, transparent);
@@ -44,126 +56,152 @@ export const STYLE = `
 `;
 
 /**
- * A view: {element, body, render(state), redraw()}. state: {models: {key: name}, model, size, found: {model, size},
- * numbers | null, report | null, fresh, idle}; onChoose(kind, value) hears the two menus.
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
  */
-export function createView(document, onChoose) {
-  const make = (tag, name = "", text = "") => {
-    return Object.assign(document.createElement(tag), { className: name, textContent: text });
-  };
-  const element = make("div", "ropeslr-panel");
-  const body = make("div", "ropeslr-body");
-  body.setAttribute("role", "group");
-  body.setAttribute("aria-label", "RoPeSLR: what these settings save, and what the last run did");
-  element.append(body);
-  let shownMap = null; // {canvas, map} on the page now
+function make(tag, name = "", text = "") {
+  return Object.assign(document.createElement(tag), { className: name, textContent: text });
+}
 
-  function head(title, aside) {
-    const row = make("div", "ropeslr-head");
-    row.append(make("span", "ropeslr-title", title), make("span", "ropeslr-quiet", aside));
-    return row;
+/** @param {string} title @param {string} aside */
+function head(title, aside) {
+  const row = make("div", "ropeslr-head");
+  row.append(make("span", "ropeslr-title", title), make("span", "ropeslr-quiet", aside));
+  return row;
+}
+
+/** @param {RoPeSLR.Figure[]} pairs */
+function figures(pairs) {
+  const grid = make("div", "ropeslr-figures");
+  for (const [value, caption] of pairs) {
+    const cell = make("div", "ropeslr-figure");
+    cell.append(make("b", "", value), make("span", "ropeslr-quiet", caption));
+    grid.append(cell);
+  }
+  return grid;
+}
+
+/** @param {string[]} lines */
+function list(lines) {
+  const items = make("ul", "ropeslr-lines");
+  items.append(...lines.map((line) => make("li", "", line)));
+  return items;
+}
+
+/** A bar that repeats what the line under it says. @param {number} share */
+function bar(share) {
+  const track = make("div", "ropeslr-bar");
+  const filled = make("i");
+  filled.style.width = `${100 * share}%`;
+  track.append(filled);
+  return track;
+}
+
+/** @param {string} text */
+function note(text) {
+  return make("div", "ropeslr-quiet", text);
+}
+
+/** The panel: `element` goes on the node, `body` has the height that it needs. */
+export class PanelView {
+  /** @param {(kind: "model" | "size", value: string) => void} onChoose hears the two menus */
+  constructor(onChoose) {
+    this.onChoose = onChoose;
+    this.element = make("div", "ropeslr-panel");
+    this.body = make("div", "ropeslr-body");
+    this.body.setAttribute("role", "group");
+    this.body.setAttribute("aria-label", "RoPeSLR: estimate and last run");
+    this.element.append(this.body);
+    /** The map now on the page. @type {{ canvas: HTMLCanvasElement, map: RoPeSLR.DensityMap } | null} */
+    this.shownMap = null;
   }
 
-  function figures(pairs) {
-    const grid = make("div", "ropeslr-figures");
-    for (const [value, caption] of pairs) {
-      const cell = make("div", "ropeslr-figure");
-      cell.append(make("b", "", value), make("span", "ropeslr-quiet", caption));
-      grid.append(cell);
+  /** @param {RoPeSLR.PanelState} state */
+  render(state) {
+    this.shownMap = null;
+    const sections = [];
+    if (!state.report || state.status !== "fresh") sections.push(this.estimateSection(state));
+    if (state.report) sections.push(this.reportSection(state, state.report));
+    const active = document.activeElement;
+    const focused = active instanceof HTMLSelectElement && this.body.contains(active) ? active.dataset.kind : null;
+    this.body.replaceChildren(...sections);
+    const again = focused ? this.body.querySelector(`select[data-kind="${focused}"]`) : null;
+    if (again instanceof HTMLSelectElement) again.focus();
+    this.redraw();
+  }
+
+  redraw() {
+    if (this.shownMap) draw(this.shownMap.canvas, this.shownMap.map);
+  }
+
+  /** @param {RoPeSLR.PanelState} state */
+  estimateSection(state) {
+    const section = make("section");
+    const aside = [state.models[state.model], state.size && sizeText(state.size)].filter(Boolean).join(" · ");
+    section.append(head("Estimate", aside), ...this.menus(state));
+    if (!state.numbers) {
+      section.append(note(state.model ? UNKNOWN_SIZE : UNKNOWN_MODEL));
+      return section;
     }
-    return grid;
+    const text = estimateText(state.numbers);
+    if (text.share !== null) section.append(figures(text.figures), bar(text.share));
+    section.append(list([...text.lines, ...state.assumptions]));
+    if (text.share !== null) section.append(note(BOUND));
+    return section;
   }
 
-  function list(lines) {
-    const items = make("ul", "ropeslr-lines");
-    items.append(...lines.map((line) => make("li", "", line)));
-    return items;
+  /** @param {RoPeSLR.PanelState} state @param {RoPeSLR.Report} report */
+  reportSection(state, report) {
+    const section = make("section");
+    section.setAttribute("aria-live", "polite");
+    const text = reportText(report);
+    if (state.status !== "fresh") {
+      section.append(head(text.title, state.idle || "with other settings"), make("div", "", text.brief));
+      return section;
+    }
+    section.append(head(text.title, state.models[state.model] ?? report.model ?? ""));
+    section.append(figures(text.figures), list(text.lines));
+    const numbers = state.numbers;
+    if (numbers && "call" in numbers) section.append(note(`The estimate was at most ${times(numbers.call)} per call.`));
+    if (isMap(report.map)) {
+      const { element, canvas } = heatMap(document, report.map);
+      this.shownMap = { canvas, map: report.map };
+      section.append(element);
+    }
+    return section;
   }
 
-  function bar(share) {
-    const track = make("div", "ropeslr-bar");
-    const filled = make("i");
-    filled.style.width = `${100 * share}%`;
-    track.append(filled);
-    return track; // says nothing that the line below it does not say
+  /** Menus for what the graph does not say. @param {RoPeSLR.PanelState} state */
+  menus({ models, model, size, found }) {
+    const row = make("div", "ropeslr-asks");
+    if (!found.model) row.append(this.menu("model", "model", "choose …", Object.entries(models), model));
+    if (!found.size) {
+      const counted = size !== null && "tokens" in size;
+      const chosen = size && !counted ? JSON.stringify(size) : "";
+      const sizes = SIZES.map((each) => /** @type {[string, string]} */ ([JSON.stringify(each), sizeText(each)]));
+      row.append(this.menu("size", "video", counted ? "as in the last run" : "choose …", sizes, chosen));
+    }
+    return row.childElementCount ? [row] : [];
   }
 
-  function menu(kind, caption, options, chosen) {
+  /**
+   * @param {"model" | "size"} kind
+   * @param {string} caption
+   * @param {string} none what stands for no choice
+   * @param {[value: string, text: string][]} options
+   * @param {string} chosen
+   */
+  menu(kind, caption, none, options, chosen) {
     const label = make("label");
     label.append(make("span", "ropeslr-quiet", caption));
     const select = make("select");
     select.dataset.kind = kind;
-    select.append(new Option("choose …", ""), ...options.map(([value, text]) => new Option(text, value)));
-    select.value = chosen ?? "";
-    select.addEventListener("change", () => onChoose(kind, select.value));
+    select.append(new Option(none, ""), ...options.map(([value, text]) => new Option(text, value)));
+    select.value = chosen;
+    select.addEventListener("change", () => this.onChoose(kind, select.value));
     // The graph's own keys (Delete, Ctrl+C) must not act on the node while a menu is used.
     select.addEventListener("keydown", (event) => event.ctrlKey || event.metaKey || event.stopPropagation());
     label.append(select);
     return label;
   }
-
-  function menus(state) {
-    const row = make("div", "ropeslr-asks");
-    if (!state.found.model) row.append(menu("model", "model", Object.entries(state.models), state.model));
-    if (!state.found.size) {
-      const sizes = SIZES.map((size) => [JSON.stringify(size), sizeText(size)]);
-      row.append(menu("size", "video", sizes, state.size ? JSON.stringify(state.size) : ""));
-    }
-    return row.childElementCount ? [row] : [];
-  }
-
-  function estimateSection(state) {
-    const section = make("section");
-    const aside = [state.models[state.model], state.size && sizeText(state.size)].filter(Boolean).join(" · ");
-    section.append(head("Estimate", aside), ...menus(state));
-    if (!state.numbers) {
-      section.append(make("div", "ropeslr-quiet", "Not found in the graph: choose here to see an estimate."));
-      return section;
-    }
-    const words = estimateWords(state.numbers);
-    if (words.figures.length) section.append(figures(words.figures), bar(words.share));
-    section.append(list(words.lines));
-    if (words.figures.length) section.append(make("div", "ropeslr-quiet", BOUND));
-    return section;
-  }
-
-  function reportSection(state) {
-    const section = make("section");
-    section.setAttribute("aria-live", "polite");
-    const words = reportWords(state.report);
-    const model = state.models[state.model] ?? state.report.model ?? "";
-    section.append(head(words.title, state.fresh ? model : state.idle || "with other settings"));
-    if (!state.fresh) {
-      section.append(make("div", "", words.brief));
-      return section;
-    }
-    section.append(figures(words.figures), list(words.lines));
-    if (state.numbers?.call) {
-      const most = times(state.numbers.call);
-      section.append(make("div", "ropeslr-quiet", `The estimate was at most ${most} per call.`));
-    }
-    if (isMap(state.report.map)) {
-      const { element: figure, canvas } = heatMap(document, state.report.map);
-      shownMap = { canvas, map: state.report.map };
-      section.append(figure);
-    }
-    return section;
-  }
-
-  function redraw() {
-    if (shownMap) draw(shownMap.canvas, shownMap.map);
-  }
-
-  function render(state) {
-    shownMap = null;
-    const sections = [];
-    if (!state.report || !state.fresh) sections.push(estimateSection(state));
-    if (state.report) sections.push(reportSection(state));
-    const focused = body.contains(document.activeElement) ? document.activeElement.dataset.kind : null;
-    body.replaceChildren(...sections);
-    if (focused) body.querySelector(`select[data-kind="${focused}"]`)?.focus();
-    redraw();
-  }
-
-  return { element, body, render, redraw };
 }
