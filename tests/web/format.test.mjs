@@ -6,6 +6,9 @@ import {
   count, duration, estimateText, percent, plural, reportText, shortDuration, sizeText, times,
 } from "../../web/js/format.js";
 
+/** Numbers keep together with their units; the tests do not show that everywhere. */
+const spaced = (value) => JSON.parse(JSON.stringify(value).replaceAll("\u00a0", " "));
+
 const REPORT = {
   node: "5", model: "WanModel", method: "ropeslr", adapter: "", sparsity: 0.9, backend: "triton", sparse_calls: 1740,
   dense_calls: { "dense layers": 12, "dense first steps": 60 }, density: 0.0996, recall: null, below: "",
@@ -14,12 +17,13 @@ const REPORT = {
 
 test("numbers carry thousands separators and units", () => {
   assert.deepEqual([count(1182), count(12), count(1234567), count(999.6)], ["1,182", "12", "1,234,567", "1,000"]);
-  assert.deepEqual([percent(0.8347), percent(1), percent(0.99999)], ["83.5 %", "100.0 %", "99.99 %"]);
+  assert.equal(percent(0.8347), "83.5\u00a0%");
+  assert.deepEqual(spaced([0.8347, 1, 0.99999].map(percent)), ["83.5 %", "100.0 %", "99.99 %"]);
   assert.deepEqual([times(9.04), times(12.34), times(9.97)], ["9.0×", "12×", "10×"]);
-  assert.deepEqual([4.27, 9.97, 59.6, 372.4, 3600, 4000].map(duration), [
+  assert.deepEqual(spaced([4.27, 9.97, 59.6, 372.4, 3600, 4000].map(duration)), [
     "4.3 s", "10 s", "1:00 min", "6:12 min", "1:00 h", "1:06 h",
   ]);
-  assert.deepEqual([0.0042, 0.0123, 0.49, 1.2].map(shortDuration), ["4.2 ms", "12 ms", "490 ms", "1.2 s"]);
+  assert.deepEqual(spaced([0.0042, 0.0123, 0.49, 1.2].map(shortDuration)), ["4.2 ms", "12 ms", "490 ms", "1.2 s"]);
 });
 
 test("one is one, everything else many", () => {
@@ -34,12 +38,12 @@ test("a size is said in pixels and frames, or as the tokens of the last run", ()
 });
 
 test("an estimate says blocks, layers, steps", () => {
-  const words = estimateText({
+  const text = spaced(estimateText({
     why: "", method: "rola", untrained: true, kept: 118, blocks: 1182, density: 0.1, saved: 0.89, attention: 9.04,
     step: 2.5, denseLayers: 1, windowed: false, run: { steps: 30, sparse: 29, speedUp: 2.4 },
-  });
-  assert.deepEqual(words.figures.map(([value]) => value), ["9.0×", "2.5×", "89.0 %"]);
-  assert.deepEqual(words.lines, [
+  }));
+  assert.deepEqual(text.figures.map(([value]) => value), ["9.0×", "2.5×", "89.0 %"]);
+  assert.deepEqual(text.lines, [
     "Keeps 118 of 1,182 blocks", "rola has no trained weights here: only block-sparse attention runs", "1 layer dense",
     "29 of 30 steps sparse: sampling 2.4× faster",
   ]);
@@ -57,37 +61,37 @@ test("what runs dense is said alone", () => {
 });
 
 test("a report counts calls by reason, the most frequent first", () => {
-  const words = reportText(REPORT);
-  assert.equal(words.title, "Last run · 6:12 min");
-  assert.equal(words.brief, "1,740 of 1,812 calls sparse, 86.1 % attention FLOPs saved");
-  assert.deepEqual(words.lines, [
+  const text = spaced(reportText(REPORT));
+  assert.equal(text.title, "Last run · 6:12 min");
+  assert.equal(text.brief, "1,740 of 1,812 calls sparse, 86.1 % attention FLOPs saved");
+  assert.deepEqual(text.lines, [
     "1,740 of 1,812 calls sparse: ropeslr in triton, 10.0 % of blocks kept", "60 dense: dense first steps",
     "12 dense: dense layers",
   ]);
 });
 
 test("a report says time, recall, adapter, the previous override, and that it did not finish", () => {
-  const words = reportText({
+  const text = spaced(reportText({
     ...REPORT, adapter: "a.safetensors", recall: 0.9341, below: "sage of pack", completed: false,
     attention_seconds: { sparse: 141.2, dense: 38.4 }, call_seconds: { sparse: 0.081, dense: 0.533 },
-  });
-  assert.deepEqual(words.figures.slice(1), [["6.6×", "faster per call"], ["3:00 min", "in attention"]]);
+  }));
+  assert.deepEqual(text.figures.slice(1), [["6.6×", "faster per call"], ["3:00 min", "in attention"]]);
   for (const wanted of [
     /recall 0\.934/, /a\.safetensors/, /Dense calls used sage of pack/, /did not finish/,
     /a sparse call 81 ms, a dense call 533 ms/,
   ]) {
-    assert.match(words.lines.join("\n"), wanted);
+    assert.match(text.lines.join("\n"), wanted);
   }
 });
 
 test("a report of an older server, without most fields, is still told", () => {
-  const words = reportText({ sparse_calls: 0, dense_calls: {} });
-  assert.equal(words.title, "Last run");
-  assert.deepEqual(words.lines, ["0 of 0 calls sparse"]);
+  const text = spaced(reportText({ sparse_calls: 0, dense_calls: {} }));
+  assert.equal(text.title, "Last run");
+  assert.deepEqual(text.lines, ["0 of 0 calls sparse"]);
 });
 
 test("a run that cost more than dense says so, without a minus", () => {
-  const words = reportText({ sparse_calls: 4, dense_calls: {}, flops_saved: -0.224 });
-  assert.deepEqual(words.figures[0], ["22.4 %", "more attention FLOPs"]);
-  assert.equal(words.brief, "4 of 4 calls sparse, 22.4 % more attention FLOPs");
+  const text = spaced(reportText({ sparse_calls: 4, dense_calls: {}, flops_saved: -0.224 }));
+  assert.deepEqual(text.figures[0], ["22.4 %", "more attention FLOPs"]);
+  assert.equal(text.brief, "4 of 4 calls sparse, 22.4 % more attention FLOPs");
 });

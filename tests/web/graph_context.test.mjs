@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { adapterMethod, graphContext, latentSize, samplersBehind, whyOff } from "../../web/js/graph_context.js";
+import { adapterMethod, graphContext, latentSize, samplersAfter, whyOff } from "../../web/js/graph_context.js";
 import { guessModel } from "../../web/js/models.js";
 import { EMPTY, graphOf, KSAMPLER, LATENT, LINKED, LOADER, MODEL, OURS, withSubgraph } from "./small_graphs.mjs";
 
@@ -26,7 +26,7 @@ test("a plain graph: size, model and steps", () => {
 test("links kept as a plain object work too, and an unconnected node finds nothing", () => {
   const { graph, node } = graphOf({ 2: OURS, 3: KSAMPLER }, [[2, 0, 3, "model"]]);
   graph.links = Object.fromEntries(graph.links);
-  assert.equal(samplersBehind(graph, node(2)).length, 1);
+  assert.equal(samplersAfter(graph, node(2)).length, 1);
   assert.deepEqual(graphContext(graph, node(2)), { size: null, model: "", adapter: "", steps: whole(30) });
 });
 
@@ -194,7 +194,7 @@ test("bypassed and muted samplers do not count, and our own node says when it is
   ]);
   node(3).mode = 4;
   node(5).mode = 2;
-  assert.deepEqual(samplersBehind(graph, node(2)), [node(6)]);
+  assert.deepEqual(samplersAfter(graph, node(2)), [node(6)]);
   assert.match(whyOff(node(3)), /bypassed/);
   assert.match(whyOff(node(5)), /muted/);
   assert.equal(whyOff(node(2)), "");

@@ -20,7 +20,7 @@ test("the range leaves out dense cells and those that did not run", () => {
 });
 
 test("in words: dense steps, range, cells that did not run", () => {
-  const text = mapText(MAP);
+  const text = mapText(MAP).replaceAll("\u00a0", " ");
   assert.match(text, /3 steps by 3 layers: 3 of 8 cells sparse, from 10\.0 % to 30\.0 %, mean 16\.7 %\./);
   assert.match(text, /Dense steps: 1\.$/);
 });

@@ -2,7 +2,7 @@
 // @ts-check
 
 /**
- * @typedef {number | number[]} Value a list stands for `values`, all inputs of the node
+ * @typedef {number | number[]} Value a list: `values`, all inputs of the node
  * @typedef {Map<string, Value>} Names
  * @typedef {(names: Names) => Value} Term
  */

@@ -10,6 +10,7 @@ const TENTHS = fixed(1);
 const THOUSANDTHS = fixed(3);
 const TWO_DIGITS = fixed(0, { minimumIntegerDigits: 2 });
 const PLURAL = new Intl.PluralRules("en");
+const SPACE = "\u00a0"; // between a number and its unit, so that no line breaks there
 
 /** 1182 -> "1,182". @param {number} number */
 export function count(number) {
@@ -18,14 +19,14 @@ export function count(number) {
 
 /** 1, "step" -> "1 step"; 2, "step" -> "2 steps". @param {number} number @param {string} noun */
 export function plural(number, noun) {
-  return `${count(number)} ${PLURAL.select(number) === "one" ? noun : `${noun}s`}`;
+  return `${count(number)} ${PLURAL.select(Math.round(number)) === "one" ? noun : `${noun}s`}`;
 }
 
 /** 0.8347 -> "83.5 %", 0.99962 -> "99.96 %": never rounded up to 100 %. @param {number} share */
 export function percent(share) {
   const text = TENTHS.format(100 * share);
   const hundredths = Math.floor(10_000 * share) / 100;
-  return `${share < 1 && text === "100.0" ? hundredths : text} %`;
+  return `${share < 1 && text === "100.0" ? hundredths : text}${SPACE}%`;
 }
 
 /** 9.04 -> "9.0×", 12.3 -> "12×". @param {number} factor */
@@ -35,19 +36,19 @@ export function times(factor) {
 
 /** 4.27 -> "4.3 s", 372 -> "6:12 min", 4000 -> "1:06 h". @param {number} seconds */
 export function duration(seconds) {
-  if (seconds < 9.95) return `${TENTHS.format(seconds)} s`;
+  if (seconds < 9.95) return `${TENTHS.format(seconds)}${SPACE}s`;
   const whole = Math.round(seconds);
-  if (whole < 60) return `${whole} s`;
+  if (whole < 60) return `${whole}${SPACE}s`;
   const minutes = Math.floor(whole / 60);
-  if (minutes < 60) return `${minutes}:${TWO_DIGITS.format(whole % 60)} min`;
-  return `${count(Math.floor(minutes / 60))}:${TWO_DIGITS.format(minutes % 60)} h`;
+  if (minutes < 60) return `${minutes}:${TWO_DIGITS.format(whole % 60)}${SPACE}min`;
+  return `${count(Math.floor(minutes / 60))}:${TWO_DIGITS.format(minutes % 60)}${SPACE}h`;
 }
 
 /** Of less than a second too: 0.0123 -> "12 ms", 1.2 -> "1.2 s". @param {number} seconds */
 export function shortDuration(seconds) {
   if (seconds >= 1) return duration(seconds);
   const ms = 1000 * seconds;
-  return `${ms < 9.95 ? TENTHS.format(ms) : count(ms)} ms`;
+  return `${ms < 9.95 ? TENTHS.format(ms) : count(ms)}${SPACE}ms`;
 }
 
 /** @param {RoPeSLR.Size} size */

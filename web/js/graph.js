@@ -7,11 +7,11 @@ export const FARTHEST = 400; // nodes visited in one search: no graph has more f
 const DEEPEST = 20; // subgraphs and Set/Get pairs that one output is followed through
 const SUBGRAPH_INPUT = "-10"; // the ids that ComfyUI gives to a subgraph's own two ends
 const SUBGRAPH_OUTPUT = "-20";
-const SET = "SetNode"; // a pair that many workflows have in place of a long link; it exists in the browser alone
+const SET = "SetNode"; // many workflows have this pair instead of a long link; it exists in the browser alone
 const GET = "GetNode";
 const REROUTE = "Reroute";
 
-/** @typedef {{ node: Comfy.Node, slot: number, border?: boolean }} Place `border`: an input of a subgraph's node. */
+/** @typedef {{ node: Comfy.Node, slot: number, border?: boolean }} Port `border`: an input of a subgraph's node. */
 
 /**
  * The link of an id, in any of the forms that versions of the frontend keep links in; null where there is none.
@@ -124,7 +124,7 @@ function passedOn(node, slot) {
  * @param {Comfy.Graph} root
  * @param {Comfy.Node} node
  * @param {Comfy.Input | undefined} input
- * @returns {Place | null}
+ * @returns {Port | null}
  */
 export function sourceOf(root, node, input) {
   let graph = node.graph;
@@ -159,10 +159,10 @@ export function sourceOf(root, node, input) {
  * @param {Comfy.Graph} root
  * @param {Comfy.Node} node
  * @param {number} slot
- * @returns {Place[]}
+ * @returns {Port[]}
  */
 export function targetsOf(root, node, slot) {
-  /** @type {Place[]} */
+  /** @type {Port[]} */
   const found = [];
   /** @type {(graph: Comfy.Graph | null | undefined, ids: number[] | null | undefined, depth: number) => void} */
   const follow = (graph, ids, depth) => {

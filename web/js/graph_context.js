@@ -23,20 +23,20 @@ function isKind(slot, ...kinds) {
  * @param {Comfy.Node} node
  * @returns {Comfy.Node[]}
  */
-export function samplersBehind(root, node) {
+export function samplersAfter(root, node) {
   /** @type {Set<Comfy.Node>} */
   const seen = new Set();
   const samplers = [];
-  let places = outputsOf(node, "MODEL");
-  while (places.length && seen.size < FARTHEST) {
-    const reached = places.flatMap((place) => targetsOf(root, place.node, place.slot));
-    places = [];
+  let ports = outputsOf(node, "MODEL");
+  while (ports.length && seen.size < FARTHEST) {
+    const reached = ports.flatMap((port) => targetsOf(root, port.node, port.slot));
+    ports = [];
     for (const { node: target } of reached) {
       if (seen.has(target) || target.mode === MUTED) continue;
       seen.add(target);
       const takesLatent = target.inputs?.some((input) => input.type === "LATENT");
       if (takesLatent && target.mode !== BYPASSED) samplers.push(target);
-      places.push(...outputsOf(target, "MODEL", "GUIDER"));
+      ports.push(...outputsOf(target, "MODEL", "GUIDER"));
     }
   }
   return samplers;
@@ -92,7 +92,7 @@ function madeSize(root, node) {
 }
 
 /**
- * The size of a latent behind a node that may scale it.
+ * The size of a latent after a node that may scale it.
  * @param {Comfy.Graph} root
  * @param {Comfy.Node} node
  * @param {RoPeSLR.LatentSize} size
@@ -151,7 +151,7 @@ export function adapterMethod(root, node) {
 /**
  * The steps that an output of sigmas makes; null where the graph does not say.
  * @param {Comfy.Graph} root
- * @param {import("./graph.js").Place} place
+ * @param {import("./graph.js").Port} port
  * @returns {RoPeSLR.Steps | null}
  */
 function stepsOfSigmas(root, { node, slot }, depth = 0) {
@@ -213,9 +213,16 @@ export function whyOff(node) {
  * @returns {RoPeSLR.GraphContext}
  */
 export function graphContext(root, node) {
-  const samplers = samplersBehind(root, node).map((sampler) => ({ sampler, size: latentSize(root, sampler) }));
-  const first = samplers.find(({ size }) => size) ?? samplers[0]; // a second pass may know more of the size
-  const size = first?.size ?? null;
+  const samplers = samplersAfter(root, node);
+  let [first] = samplers;
+  /** @type {RoPeSLR.LatentSize | null} */
+  let size = null;
+  for (const sampler of samplers) { // where the nearest one's size is unknown, that of a later pass may be known
+    size = latentSize(root, sampler);
+    if (!size) continue;
+    first = sampler;
+    break;
+  }
   const model = loaderFiles(root, node).map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
-  return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first.sampler) : null };
+  return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first) : null };
 }

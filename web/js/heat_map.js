@@ -28,7 +28,7 @@ function ran(cells) {
 }
 
 /**
- * The smallest and the largest density below 1 of a map; [0, 0] where nothing ran sparse.
+ * The smallest and the largest density of sparse cells; [0, 0] where nothing ran sparse.
  * @param {RoPeSLR.DensityMap} map
  * @returns {Range}
  */
@@ -66,8 +66,8 @@ function isDense(row) {
  */
 function colour(value, [least, most]) {
   if (value >= 1) return `rgb(${DENSE.join(",")})`;
-  const place = most > least ? (value - least) / (most - least) : 0.5;
-  const mix = FEWEST.map((low, channel) => Math.round(low + (MOST[channel] - low) * place));
+  const position = most > least ? (value - least) / (most - least) : 0.5;
+  const mix = FEWEST.map((low, channel) => Math.round(low + (MOST[channel] - low) * position));
   return `rgb(${mix.join(",")})`;
 }
 
@@ -84,8 +84,8 @@ export function draw(canvas, map) {
   const context = canvas.getContext("2d");
   if (!context) return;
   const range = sparseRange(map);
-  /** @type {(place: number, count: number, size: number) => number} */
-  const edge = (place, count, size) => Math.round((place * size) / count);
+  /** @type {(cell: number, cells: number, size: number) => number} */
+  const edge = (cell, cells, size) => Math.round((cell * size) / cells);
   map.steps.forEach((_, column) => {
     const left = edge(column, map.steps.length, canvas.width);
     const right = edge(column + 1, map.steps.length, canvas.width);

@@ -187,7 +187,7 @@ export class PanelView {
   /**
    * @param {"model" | "size"} kind
    * @param {string} caption
-   * @param {string} none what stands for no choice
+   * @param {string} none the text for no choice
    * @param {[value: string, text: string][]} options
    * @param {string} chosen
    */

@@ -23,7 +23,7 @@ function addText(node) {
   element.tabIndex = 0; // so that a keyboard can scroll it
   element.setAttribute("role", "log");
   element.setAttribute("aria-label", "RoPeSLR Doctor: results");
-  // The wheel scrolls the text where it is longer than its place, else the canvas.
+  // The wheel scrolls a long text; over a short one it zooms the canvas.
   element.addEventListener("wheel", (event) => {
     if (element.scrollHeight > element.clientHeight) event.stopPropagation();
   }, { passive: true });

@@ -11,7 +11,7 @@ const NODE = "RoPeSLRSparseAttention";
 const EVENT = "ropeslr.report";
 const MARGIN = 6; // of the classic renderer around the element
 const WIDTH = 340; // of a new node: the figures stand side by side
-const PADDING = 4; // of the element above and below its body
+const PADDING = 4; // pixels that the element adds to the height of its body
 const LOOK_AROUND_MS = 500; // how often a visible panel looks whether other nodes changed
 
 const reports = new Reports(sessionStorage);

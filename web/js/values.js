@@ -5,12 +5,12 @@ import { evaluateExpression, roundHalfEven } from "./expression.js";
 import { FARTHEST, sourceOf } from "./graph.js";
 
 /**
- * @typedef {import("./graph.js").Place} Place
+ * @typedef {import("./graph.js").Port} Port
  * @typedef {{ root: Comfy.Graph, left: number }} Search one question, and how many more inputs it may look at
  * @typedef {{ width?: number, height?: number, frames?: number }} PictureSize
  */
 
-/** What the widget says that ComfyUI adds below a number; its name differs between nodes. */
+/** Values of the widget that ComfyUI adds to a number; its name differs between nodes. */
 const CONTROLS = new Set(["fixed", "increment", "decrement", "randomize"]);
 /** Names that a node's only value goes by. */
 const CONSTANTS = new Set(["value", "number", "int", "float", "integer"]);
@@ -91,12 +91,15 @@ function readNumber(search, node, name) {
 }
 
 /**
- * The value of an output, or of a subgraph's input, which stands on the subgraph's node.
+ * The value of an output, or of a subgraph's input, which is a widget of the subgraph's node.
  * @param {Search} search
- * @param {Place} place
+ * @param {Port} port
  */
 function outputValue(search, { node, slot, border }) {
-  if (border) return widgetOf(node, node.inputs?.[slot]?.name ?? "")?.value;
+  if (border) {
+    const input = node.inputs?.[slot];
+    return widgetOf(node, input?.widget?.name ?? input?.name ?? "")?.value;
+  }
   const compute = OUTPUTS.get(node.type);
   if (compute) return compute(search, node, slot);
   const name = ownWidget(node, slot);
