@@ -20,6 +20,29 @@ MOVE = """async ([name, value]) => {
     return [panel.innerText, panel.innerText !== before]
 }"""
 
+# Link an output of a new node to an input of the latent's node, and wait for the panel; -> the panel's text.
+LINK = """async ([type, values, output, input, wanted]) => {
+    const latent = app.graph.nodes.find((each) => each.type === "EmptyHunyuanLatentVideo")
+    const source = LiteGraph.createNode(type)
+    app.graph.add(source)
+    for (const [name, value] of Object.entries(values)) source.widgets.find((each) => each.name === name).value = value
+    source.connect(source.outputs.findIndex((each) => each.name === output), latent, latent.findInputSlot(input))
+    const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
+    const panel = node.widgets.find((each) => each.name === "ropeslr_panel").element
+    for (let i = 0; i < 300 && !panel.innerText.includes(wanted); i++) {
+        await new Promise((done) => requestAnimationFrame(done))
+    }
+    return panel.innerText
+}"""
+# What the server would send after a run, from anywhere; -> the panel's text two frames later.
+REPORT = """async (detail) => {
+    const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
+    const whole = { node: String(node.id), sparsity: 0.9, sparse_calls: 4, dense_calls: {}, ...detail }
+    app.api.dispatchEvent(new CustomEvent("ropeslr.report", { detail: whole }))
+    for (let i = 0; i < 2; i++) await new Promise((done) => requestAnimationFrame(done))
+    return node.widgets.find((each) => each.name === "ropeslr_panel").element.innerText
+}"""
+
 
 def test_it_follows_the_slider_and_asks_nobody(shown):
     shown.drop("wan2.1_t2v", load("wan2.1_t2v"))
@@ -60,6 +83,36 @@ def test_a_report_finds_its_workflow_though_another_is_open(shown, server):
         shown.open()
         shown.drop("mine", small)
         assert "Last run" in shown.page.evaluate(PANEL) and "with other settings" not in shown.page.evaluate(PANEL)
+
+
+def test_a_linked_size_is_that_of_the_very_output(shown):
+    """With the frontend's own nodes, whose widgets and outputs have the names that a release gives them."""
+    shown.drop("wan2.1_t2v", fresh(load("wan2.1_t2v")))
+    camera = {"width": 1280, "height": 720, "length": 33}
+    for name, text in (("length", "832 × 480, 33 frames"), ("width", "1280 × 480, 33 frames")):
+        assert text in shown.page.evaluate(LINK, ["WanCameraEmbedding", camera, name, name, text])
+    text = "1280 × 480, 5 frames"
+    assert text in shown.page.evaluate(LINK, ["PrimitiveInt", {"value": 5}, "INT", "length", text])
+    text, math = "1280 × 480, 81 frames", {"expression": "5 * 16 + 1"}
+    assert text in shown.page.evaluate(LINK, ["ComfyMathExpression", math, "INT", "length", text])
+
+
+def test_an_unknown_size_is_asked_for_then_that_of_the_last_run(shown):
+    workflow = fresh(load("wan2.1_t2v"))
+    shown.drop("wan2.1_t2v", workflow)
+    asked = "does not say how large the video is"
+    assert asked in shown.page.evaluate(LINK, ["GetImageSize", {}, "width", "width", asked])
+    assert "Last run" in shown.page.evaluate(REPORT, {"workflow": workflow["id"], "tokens": 32760})
+    text, _ = shown.page.evaluate(MOVE, ["sparsity", 0.5])
+    assert "32,760 tokens, as in the last run" in text and "Keeps 256 of 512 blocks" in text
+
+
+def test_a_report_of_nobody_or_of_a_workflow_elsewhere_is_not_shown(shown):
+    workflow = fresh(load("wan2.1_t2v"))
+    shown.drop("wan2.1_t2v", workflow)
+    for foreign in ({}, {"workflow": None}, {"workflow": "00000000-1111-2222-3333-444444444444"}):
+        assert "Last run" not in shown.page.evaluate(REPORT, foreign)
+    assert "Last run" in shown.page.evaluate(REPORT, {"workflow": workflow["id"]})
 
 
 def test_the_help_page_is_shown_with_its_picture(shown):

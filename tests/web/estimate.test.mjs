@@ -2,10 +2,9 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import {
-  attentionCost, blockDensity, countLayers, estimate, firstFrameBlocks, keptBlocks, MODELS, resolve, sparseSteps,
-  tokenGrid,
-} from "../../web/js/estimate.js";
+import { attentionCost, blockDensity, firstFrameBlocks, keptBlocks } from "../../web/js/costs.js";
+import { estimate, readLayers, resolve, sparseSteps } from "../../web/js/estimate.js";
+import { MODELS, tokenGrid } from "../../web/js/models.js";
 
 const SETTINGS = {
   method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
@@ -35,7 +34,7 @@ test("kept blocks round down, never below one, and 1 - 0.9 counts as a tenth", (
   assert.equal(keptBlocks(0.98, 3), 1);
 });
 
-test("forced blocks come on top of those kept by score", () => {
+test("required blocks are added to those kept by score", () => {
   const options = { sparsity: 0.9, order: "raster", keepDiagonal: true, keepFirstFrame: false };
   const { keys, kept } = blockDensity([1, 64, 64], 0, options);
   assert.deepEqual([keys, kept], [64, 7]);
@@ -74,18 +73,33 @@ test("two experts share one schedule's first and last steps", () => {
   assert.deepEqual([high, low].map((steps) => sparseSteps(steps, "adaspa", 0, 0)), [5, 9]);
 });
 
-test("dense layers count once, within the model, and unreadable ones not at all", () => {
-  assert.equal(countLayers("0, 1, 38-39, 39", 40), 4);
-  assert.equal(countLayers("38-45", 40), 2);
-  assert.equal(countLayers("abc, -, 7x, 1-2-3", 40), 0);
-  assert.equal(countLayers("", 40), 0);
+test("dense layers count once, within the model, and none in a text that cannot be read", () => {
+  const counted = (text) => readLayers(text, 40).count;
+  assert.deepEqual(["0, 1, 38-39, 39", "38-45", "", " 0, 2 - 5,"].map(counted), [4, 2, 0, 5]);
+  assert.deepEqual(["abc, -, 7x, 1-2-3", "0, 5-4"].map(counted), [0, 0]);
 });
 
 test("dense layers that cannot be read, or that the model lacks, are named", () => {
-  const amiss = (text) => estimate({ ...SETTINGS, dense_layers: text }, "wan-1.3b", SIZE_480).amiss;
-  assert.match(amiss("0, abc"), /“abc” cannot be read, so the run will be refused/);
-  assert.match(amiss("0, 28-99"), /28-99 is more than the model has \(0–29\)/);
-  assert.equal(amiss(" 0, 2 - 5,"), "");
+  const warning = (text) => estimate({ ...SETTINGS, dense_layers: text }, "wan-1.3b", SIZE_480).warning;
+  assert.match(warning("0, abc"), /cannot read “abc”; the run will be refused/);
+  assert.match(warning("0, 28-99"), /28-99 is more than this model has \(0–29\)/);
+  assert.equal(warning(" 0, 2 - 5,"), "");
+});
+
+test("dense layers of more than 1000 characters are refused in the plan's words, whatever they hold", () => {
+  const warning = (text) => estimate({ ...SETTINGS, dense_layers: text }, "wan-14b", SIZE_480).warning;
+  assert.equal(warning("0-9999,".repeat(500)), "dense_layers is 3500 characters long; at most 1000 are read.");
+  assert.equal(warning(`${"0,".repeat(500)}`), "");
+  assert.match(warning(`${"0,".repeat(500)}1`), /is 1001 characters long/);
+  const started = performance.now();
+  for (let i = 0; i < 20; i++) warning("0-9999,".repeat(20_000));
+  assert.ok(performance.now() - started < 1000, "140,000 characters took most of two seconds each");
+});
+
+test("a range costs what the model has of it", () => {
+  const started = performance.now();
+  for (let i = 0; i < 200; i++) readLayers("0-9999,".repeat(142), 40);
+  assert.ok(performance.now() - started < 1000, "each took 20 ms or more");
 });
 
 test("the paper's own case: 90 % and rank 64 are ten times fewer FLOPs", () => {
@@ -106,7 +120,7 @@ test("higher sparsity and lower rank never cost more; a step gains less than its
   assert.ok(rank(16) > rank(64) && rank(64) > rank(0));
 });
 
-test("methods are told apart by their background", () => {
+test("methods differ in what replaces dropped blocks", () => {
   const total = (method, trained = false) => attentionCost([21, 30, 52], 0, 128, 12, {
     method, trained, order: "cube", rank: 0, sparsity: 0.9, slaVariant: "released",
   }).total;
@@ -126,11 +140,11 @@ test("text tokens of HunyuanVideo are kept whole", () => {
 
 for (const [name, change, size, words] of [
   ["backend dense", { backend: "dense" }, SIZE_480, /backend is set to dense/],
-  ["sparsity 0", { sparsity: 0 }, SIZE_480, /sparsity 0/],
-  ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, fewer than min tokens \(4,096\)\. Make it larger/],
-  ["nothing to leave out", { sparsity: 0.01, min_tokens: 0 }, { width: 64, height: 64, length: 1 }, /no block out/],
+  ["sparsity 0", { sparsity: 0 }, SIZE_480, /sparsity 0 drops/],
+  ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, fewer than min tokens \(4,096\)\./],
+  ["nothing to drop", { sparsity: 0.01, min_tokens: 0 }, { width: 64, height: 64, length: 1 }, /drops no block/],
   ["every layer dense", { dense_layers: "0-29" }, SIZE_480, /every layer/],
-  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /start percent is behind end percent/],
+  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /start percent is greater than end percent/],
 ]) {
   test(`said plainly instead of numbers: ${name}`, () => {
     const numbers = estimate({ ...SETTINGS, ...change }, "wan-1.3b", size);
@@ -138,6 +152,16 @@ for (const [name, change, size, words] of [
     assert.equal(numbers.attention, undefined);
   });
 }
+
+test("a mere number of tokens is estimated like the size that has as many", () => {
+  for (const model of ["wan-14b", "hunyuan"]) {
+    const known = estimate(SETTINGS, model, SIZE_720);
+    const text = model === "hunyuan" ? 256 : 0; // which the report counts too
+    const counted = estimate({ ...SETTINGS, keep_first_frame: true }, model, { tokens: known.tokens + text });
+    assert.deepEqual([counted.tokens, counted.attention, counted.step], [known.tokens, known.attention, known.step]);
+  }
+  assert.equal(estimate({ ...SETTINGS, min_tokens: 0 }, "hunyuan", { tokens: 100 }).tokens, 1);
+});
 
 test("dense layers take their share of what is saved", () => {
   const all = estimate(SETTINGS, "wan-1.3b", SIZE_480);

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import math
+import os
 import random
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +20,16 @@ from support import needs
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
 TESTS = sorted(Path(__file__).parent.glob("*.test.mjs"))
-PANEL = "ropeslr_panel.js"
-ENTRIES = (PANEL, "ropeslr_results.js")
-NODE = shutil.which("node")
+PANEL, STATE = "ropeslr_panel.js", "panel_state.js"
+ENTRIES = (PANEL, "result_nodes.js")
+NODE, TSC = shutil.which("node"), os.environ.get("ROPESLR_TSC")
 needs_node = pytest.mark.skipif(NODE is None, reason=str(needs.why_not(needs.NODE)))
 
 accounting, planning = load(".attention.accounting"), load(".attention.plan")
 adaspa, calibration = load(".attention.methods.adaspa"), load(".attention.methods.calibration")
-schedule, running, layouts = load(".attention.schedule"), load(".attention.run"), load(".attention.layout")
+schedule, running, calls, layouts = (
+    load(f".attention.{name}") for name in ("schedule", "run", "call", "block_layout")
+)
 
 METHODS = ("ropeslr", "ropeslr with weights", "rola", "sla", "sla paper", "adaspa", "top-k", "top-k plain")
 GRIDS = ((21, 30, 52), (21, 45, 80), (31, 22, 40), (9, 30, 52), (5, 13, 7), (1, 64, 64), (33, 27, 31))
@@ -32,7 +37,7 @@ RELEASED_RANK = 64                          # of the weights that the panel assu
 
 
 def evaluate(calls):
-    """Answers of estimate.js to a list of [function, *arguments]."""
+    """Answers of the panel's arithmetic to a list of [function, *arguments]."""
     script = Path(__file__).with_name("evaluate.mjs")
     done = subprocess.run([NODE, str(script)], input=json.dumps(calls), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -52,7 +57,7 @@ def draw_cases(count=64):
 
 
 def in_script(case):
-    """The call of estimate.js for a case."""
+    """The script's call for a case."""
     method = case["method"].split()[0] if case["method"].startswith(("ropeslr", "sla")) else case["method"]
     return ["attentionCost", case["grid"], case["extra"], case["width"], case["heads"], {
         "method": method, "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
@@ -64,16 +69,16 @@ def in_script(case):
 
 def in_python(case):
     """The same from the pack: its layout, its plan, its accounting, put together as AttentionRun does."""
-    width, heads, rank = case["width"], case["heads"], case["rank"]
+    head_dim, heads, rank = case["width"], case["heads"], case["rank"]
     layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
-    tables = layout.tables(case["diagonal"], case["first"])
-    n_q, n_k = tables.video.shape[0], tables.keys.shape[0]
-    keep = planning.SparsePlan(sparsity=case["sparsity"]).kept_blocks(n_q)
+    blocks = layout.blocks(case["diagonal"], case["first"])
+    n_q, n_k = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
+    topk = planning.topk_of(case["sparsity"], n_q)
     share = layout.video_tokens / layout.tokens
-    density = 1.0 - (1.0 - tables.density(keep)) * share
-    place = (layout.video_tokens, width, heads)
+    density = 1.0 - (1.0 - blocks.density(topk)) * share
+    place = (layout.video_tokens, head_dim, heads)
     features = rank if 0 < rank < RELEASED_RANK else RELEASED_RANK
-    channels = first_order_channels(width, rank)
+    channels = first_order_channels(head_dim, rank)
     background = {
         "ropeslr": lambda: accounting.first_order_flops(*place, channels),
         "ropeslr with weights": lambda: (
@@ -83,25 +88,26 @@ def in_python(case):
         "sla": lambda: accounting.linear_flops(*place),
         "sla paper": lambda: accounting.marginal_flops(*place, n_q, n_k),
         "adaspa": lambda: 0.0,
-        "top-k": lambda: accounting.pooled_tail_flops(*place, n_k),
+        "top-k": lambda: accounting.pooled_flops(*place, n_k),
         "top-k plain": lambda: 0.0,
     }[case["method"]]()
-    routing = accounting.routing_flops(layout.tokens, width, heads, n_q, n_k) if case["method"] != "adaspa" else 0.0
+    routing = accounting.routing_flops(layout.tokens, head_dim, heads, n_q, n_k) if case["method"] != "adaspa" else 0.0
     cost = accounting.AttentionCost(
-        density, accounting.dense_flops(layout.tokens, width, heads),
-        accounting.sparse_flops(layout.tokens, width, heads, density), routing, background,
+        density, accounting.dense_flops(layout.tokens, head_dim, heads),
+        accounting.sparse_flops(layout.tokens, head_dim, heads, density), routing, background,
     )
     return {
-        "keep": keep, "queries": n_q, "keys": n_k, "density": cost.density, "dense": cost.dense, "sparse": cost.sparse,
+        "keep": topk, "queries": n_q, "keys": n_k, "density": cost.density, "dense": cost.dense, "sparse": cost.sparse,
         "routing": cost.routing, "background": cost.background, "total": cost.total,
     }
 
 
-def first_order_channels(width, rank):
+def first_order_channels(head_dim, rank):
     """How many channels the first-order background really takes."""
-    cov = torch.eye(width)[None, None]
-    features = calibration.strongest(calibration.untrained(cov, 1.0), cov, rank).features
-    return width if features is None else features.shape[-1]
+    cov = torch.eye(head_dim)[None, None]
+    state = calibration.State(torch.zeros(1, 1, head_dim), cov, 1.0)
+    channel_ids = calibration.strongest(calibration.untrained(state), cov, rank).channel_ids
+    return head_dim if channel_ids is None else channel_ids.shape[-1]
 
 
 @needs_node
@@ -129,8 +135,8 @@ def test_the_first_frames_blocks_are_those_of_the_layout():
         for _ in range(300)
     ]
     for (grid, order), found in zip(cases, evaluate([["firstFrameBlocks", *case] for case in cases]), strict=True):
-        counts = layouts.TokenLayout(tuple(grid), order=order).tables(False, True).forced_counts
-        assert found == counts[0], (grid, order)
+        required = layouts.TokenLayout(tuple(grid), order=order).blocks(False, True).required
+        assert found == required.counts[0], (grid, order)
 
 
 @needs_node
@@ -139,17 +145,22 @@ def test_costs_are_those_of_a_real_call(method):
     """A call between two calibrations, counted by AttentionRun itself."""
     grid, before, heads, width = (3, 10, 12), 70, 2, 32
     plan = planning.SparsePlan(method=method, sparsity=0.5, rank=9, calibrate="off", backend="pytorch")
-    run = running.AttentionRun(plan)
+    run = running.AttentionRun(plan.resolve())
     layout = layouts.TokenLayout(grid, before, 0, run.plan.block_order)
     q, k, v = torch.randn(3, 1, heads, layout.tokens, width, generator=torch.Generator().manual_seed(0))
     for step in range(2):                   # the first call of a run makes its state from all channels
-        _, cost = run.attend(q, k, v, layout, step=step, steps=2)
+        _, cost = run.attend(q, k, v, calls.AttentionCall(layout, step=step, num_steps=2))
     (found,) = evaluate([["attentionCost", grid, before, width, heads, {
         "method": method, "trained": False, "order": run.plan.block_order, "rank": 9, "sparsity": 0.5,
     }]])
     assert cost.density < 1
     for name in ("density", "dense", "sparse", "routing", "background", "total"):
         assert found[name] == pytest.approx(getattr(cost, name), rel=1e-9), name
+
+
+def an_adapter(method, block_order):
+    """What a plan asks of an adapter."""
+    return SimpleNamespace(info=SimpleNamespace(method=method, block_order=block_order), use_rank=0)
 
 
 @needs_node
@@ -166,7 +177,7 @@ def test_auto_means_what_it_means_in_the_plan():
     for (method, adapter, order, first), answer in zip(cases, found, strict=True):
         trained_order = "raster" if adapter in ("rola", "sla") else "cube"
         plan = planning.SparsePlan(method=method, block_order=order, dense_first_steps=first)
-        plan = plan.resolve(adapter or None, trained_order)
+        plan = plan.resolve(an_adapter(adapter, trained_order) if adapter else None)
         expected = {"method": plan.method, "order": plan.block_order, "first": plan.dense_first_steps}
         assert answer == {**expected, "trained": plan.method == adapter}, (method, adapter)
 
@@ -186,11 +197,74 @@ def test_sparse_steps_are_those_of_the_schedule():
         assert answer == len(sparse), (total, begin, end, method, first, last)
 
 
+def layer_texts(count=400):
+    """Lists of layers as a person may write them, many with a mistake."""
+    dice = random.Random(3)
+    yield from ("", "0, 1, 38-39", "3-5,4", "7", " 0 ,2 - 5,", "5-4", "12345", "1-2-3", "-1", "+1", "1.5", "\t3\n")
+    for _ in range(count):
+        pieces = ("0", "1", "7", "38", ",", ", ", "-", " - ", " ", "x")
+        yield "".join(dice.choice(pieces) for _ in range(dice.randint(1, 9)))
+
+
+def layers_in_python(text):
+    """How many layers the plan reads; None where it refuses the text."""
+    try:
+        return len(planning.parse_layers(text))
+    except ValueError:
+        return None
+
+
 @needs_node
-@pytest.mark.parametrize("text", ["", "0, 1, 38-39", "3-5,4", "7"])
-def test_dense_layers_are_read_as_the_plan_reads_them(text):
-    (found,) = evaluate([["countLayers", text, 40]])
-    assert found == len(planning.parse_layers(text))
+def test_dense_layers_are_read_as_the_plan_reads_them():
+    texts = list(layer_texts())
+    expected = [layers_in_python(text) for text in texts]
+    assert 50 < expected.count(None) < len(texts) - 50
+    found = evaluate([["readLayers", text, 10_000] for text in texts])
+    for text, count, answer in zip(texts, expected, found, strict=True):
+        assert answer["count"] == (count or 0), text
+        assert ("cannot read" in answer["warning"]) == (count is None), text
+
+
+def python_value(text, names):
+    """What ComfyUI's Math Expression computes, by the library that it uses; None where it fails."""
+    simpleeval = pytest.importorskip("simpleeval", reason="simpleeval, which ComfyUI brings, is not installed")
+    functions = {"min": min, "max": max, "abs": abs, "round": round, "ceil": math.ceil, "floor": math.floor, "int": int}
+    try:
+        value = simpleeval.simple_eval(text, names=names, functions=functions)
+        return float(value) if math.isfinite(value) else None
+    except Exception:
+        return None
+
+
+def expressions(count=600):
+    """Well-formed expressions of numbers, names, operators and functions."""
+    dice = random.Random(11)
+
+    def draw(depth):
+        kind = dice.randint(0, 7) if depth else 0
+        if kind < 2:
+            return dice.choice(("a", "b", "c", "1", "2", "16", "0.5", "81"))
+        if kind < 5:
+            operator = dice.choice(("+", "-", "*", "/", "//", "%", "** 2 -", "and", "or", "&", "|", "^"))
+            return f"{draw(depth - 1)} {operator} {draw(depth - 1)}"
+        if kind == 5:
+            return f"({draw(depth - 1)} {dice.choice(('<', '>', '<=', '>=', '==', '!='))} {draw(depth - 1)})"
+        if kind == 6:
+            return f"{dice.choice(('abs', 'round', 'ceil', 'floor', 'int', '-', '+', 'not '))}({draw(depth - 1)})"
+        return f"({draw(depth - 1)} if {draw(depth - 1)} else max({draw(depth - 1)}, {draw(depth - 1)}))"
+
+    return [draw(3) for _ in range(count)]
+
+
+@needs_node
+def test_math_expressions_are_those_of_comfyui():
+    texts, names = expressions(), {"a": 5, "b": 16.5, "c": -7}
+    expected = [python_value(text, names) for text in texts]
+    found = evaluate([["expression", text, names] for text in texts])
+    known = [(text, one, other) for text, one, other in zip(texts, expected, found, strict=True) if one is not None]
+    assert len(known) > 300
+    for text, one, other in known:
+        assert other == pytest.approx(one, rel=1e-9, abs=1e-9), text
 
 
 def read(name):
@@ -200,7 +274,7 @@ def read(name):
 def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     node = (ROOT / "nodes" / "sparse_attention.py").read_text(encoding="utf-8")
     widgets = set(re.findall(r'io\.(?:Combo|Float|Int|String|Boolean)\.Input\(\s*"(\w+)"', node))
-    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(PANEL), re.S)[1]
+    settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(STATE), re.S)[1]
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
     assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
@@ -212,8 +286,8 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_safe_and_portable(path):
     text = path.read_text(encoding="utf-8")
-    first, *_ = lines = text.splitlines()
-    assert first.startswith("// ") and len(first) > 20
+    first, second, *_ = lines = text.splitlines()
+    assert first.startswith("// ") and len(first) > 20 and second == "// @ts-check"
     assert all(len(line) <= 120 for line in lines) and len(lines) <= 300
     for banned in (
         "/extensions/", "ComfyUI-RoPeSLR", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
@@ -237,6 +311,21 @@ def test_only_the_entry_touches_comfyui(path):
             [NODE, "--input-type=module", "--eval", code], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+def test_nothing_registers_twice():
+    names = [name for entry in ENTRIES for name in re.findall(r'registerExtension\(\{\s*name: "(.+?)"', read(entry))]
+    assert len(names) == len(set(names)) == len(ENTRIES)
+
+
+@pytest.mark.skipif(not TSC, reason="ROPESLR_TSC names no TypeScript compiler; `python dev.py test` sets it")
+def test_types_are_sound():
+    """Every script is checked, and nothing is found."""
+    command = [TSC, "-p", str(ROOT / "web" / "jsconfig.json")]
+    listed = subprocess.run([*command, "--listFilesOnly"], capture_output=True, text=True, timeout=300)
+    assert {path.name for path in SCRIPTS} <= {Path(line).name for line in listed.stdout.splitlines()}, listed.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_there_are_scripts_and_tests():

@@ -1,28 +1,91 @@
 // The map of a run, layers down and steps across: one cell for the share of blocks that a layer kept at a step.
+// @ts-check
 
-import { mapWords, percent, sparseRange } from "./words.js";
+import { count, percent, plural } from "./format.js";
+
+/** @typedef {[number, number]} Range the smallest and the largest density of sparse cells */
 
 const HEIGHT = 64;
-const DENSE = [214, 137, 16]; // told from the blues by brightness too, not by hue alone
+const DENSE = [214, 137, 16]; // differs from the blues in brightness too, not in hue alone
 const FEWEST = [174, 214, 241];
 const MOST = [31, 97, 141];
 
+/**
+ * Whether a report's map can be drawn.
+ * @param {RoPeSLR.DensityMap | null | undefined} map
+ * @returns {map is RoPeSLR.DensityMap}
+ */
+export function isMap(map) {
+  return Boolean(map && map.layers > 0 && map.steps?.length && map.density?.length === map.steps.length);
+}
+
+/**
+ * Densities of the cells that ran.
+ * @param {(number | null)[]} cells
+ */
+function ran(cells) {
+  return cells.flatMap((value) => (typeof value === "number" ? [value] : []));
+}
+
+/**
+ * The smallest and the largest density of sparse cells; [0, 0] where nothing ran sparse.
+ * @param {RoPeSLR.DensityMap} map
+ * @returns {Range}
+ */
+export function sparseRange(map) {
+  const sparse = ran(map.density.flat()).filter((value) => value < 1).sort((one, other) => one - other);
+  return sparse.length ? [sparse[0], sparse[sparse.length - 1]] : [0, 0];
+}
+
+/**
+ * What the map shows, for those who cannot see it.
+ * @param {RoPeSLR.DensityMap} map
+ */
+export function mapText(map) {
+  const cells = ran(map.density.flat());
+  const sparse = cells.filter((value) => value < 1);
+  const title = `Map of kept blocks, ${plural(map.steps.length, "step")} by ${plural(map.layers, "layer")}`;
+  if (!sparse.length) return `${title}: every cell is dense.`;
+  const [least, most] = sparseRange(map);
+  const mean = sparse.reduce((sum, value) => sum + value, 0) / sparse.length;
+  const dense = map.steps.filter((_, row) => isDense(map.density[row])).map((step) => count(step + 1));
+  const range = `from ${percent(least)} to ${percent(most)}, mean ${percent(mean)}`;
+  const steps = dense.length ? ` Dense steps: ${dense.join(", ")}.` : "";
+  return `${title}: ${count(sparse.length)} of ${plural(cells.length, "cell")} sparse, ${range}.${steps}`;
+}
+
+/** @param {(number | null)[]} row */
+function isDense(row) {
+  const cells = ran(row);
+  return cells.length > 0 && cells.every((value) => value >= 1);
+}
+
+/**
+ * @param {number} value
+ * @param {Range} range
+ */
 function colour(value, [least, most]) {
   if (value >= 1) return `rgb(${DENSE.join(",")})`;
-  const place = most > least ? (value - least) / (most - least) : 0.5;
-  const mix = FEWEST.map((low, channel) => Math.round(low + (MOST[channel] - low) * place));
+  const position = most > least ? (value - least) / (most - least) : 0.5;
+  const mix = FEWEST.map((low, channel) => Math.round(low + (MOST[channel] - low) * position));
   return `rgb(${mix.join(",")})`;
 }
 
-/** Draw the map into a canvas of the width that it has on the page, sharp at every zoom of the browser. */
+/**
+ * Draw the map into a canvas of the width that it has on the page, sharp at every zoom of the browser.
+ * @param {HTMLCanvasElement} canvas
+ * @param {RoPeSLR.DensityMap} map
+ */
 export function draw(canvas, map) {
   const ratio = globalThis.devicePixelRatio || 1;
   const width = canvas.clientWidth || 280;
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(HEIGHT * ratio);
   const context = canvas.getContext("2d");
+  if (!context) return;
   const range = sparseRange(map);
-  const edge = (place, count, size) => Math.round((place * size) / count);
+  /** @type {(cell: number, cells: number, size: number) => number} */
+  const edge = (cell, cells, size) => Math.round((cell * size) / cells);
   map.steps.forEach((_, column) => {
     const left = edge(column, map.steps.length, canvas.width);
     const right = edge(column + 1, map.steps.length, canvas.width);
@@ -36,10 +99,21 @@ export function draw(canvas, map) {
   });
 }
 
+/**
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Document} document
+ * @param {Tag} tag
+ * @param {string} name
+ */
 function make(document, tag, name, text = "") {
   return Object.assign(document.createElement(tag), { className: name, textContent: text });
 }
 
+/**
+ * @param {Document} document
+ * @param {string} background
+ * @param {string} text
+ */
 function swatch(document, background, text) {
   const key = make(document, "span", "ropeslr-key", text);
   const sample = make(document, "i", "ropeslr-swatch");
@@ -48,6 +122,10 @@ function swatch(document, background, text) {
   return key;
 }
 
+/**
+ * @param {Document} document
+ * @param {RoPeSLR.DensityMap} map
+ */
 function legend(document, map) {
   const [least, most] = sparseRange(map);
   const element = make(document, "figcaption", "ropeslr-legend");
@@ -59,19 +137,23 @@ function legend(document, map) {
     const range = low === high ? low : `${low} – ${high}`;
     keys.append(swatch(document, `linear-gradient(90deg, ${ends})`, `${range} kept`));
   }
-  if (map.density.flat().some((value) => value >= 1)) keys.append(swatch(document, colour(1, [0, 0]), "dense"));
+  if (ran(map.density.flat()).some((value) => value >= 1)) keys.append(swatch(document, colour(1, [0, 0]), "dense"));
   element.append(make(document, "span", "ropeslr-axes", `${steps}, layers 0–${map.layers - 1} ↓`), keys);
   return element;
 }
 
-/** The map with its legend: {element, canvas}; to be drawn once it is on the page. */
+/**
+ * The map with its legend; `draw` fills the canvas once it is on the page.
+ * @param {Document} document
+ * @param {RoPeSLR.DensityMap} map
+ */
 export function heatMap(document, map) {
   const element = make(document, "figure", "ropeslr-map");
   const canvas = make(document, "canvas", "ropeslr-cells");
   canvas.style.height = `${HEIGHT}px`;
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", mapWords(map));
-  canvas.title = mapWords(map);
+  canvas.setAttribute("aria-label", mapText(map));
+  canvas.title = mapText(map);
   element.append(canvas, legend(document, map));
   return { element, canvas };
 }

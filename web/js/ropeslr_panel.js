@@ -1,32 +1,66 @@
 // The live panel on RoPeSLR Sparse Attention: an estimate before the run, and what happened after it.
+// @ts-check
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { estimate, MODELS } from "./estimate.js";
-import { isMeant, valueOf } from "./graph.js";
-import { surroundings, whyIdle } from "./surroundings.js";
-import { createView, STYLE } from "./view.js";
+import { CHOSEN, panelState } from "./panel_state.js";
+import { PanelView, STYLE } from "./panel_view.js";
+import { Reports } from "./reports.js";
 
 const NODE = "RoPeSLRSparseAttention";
 const EVENT = "ropeslr.report";
-const STORE = "ropeslr.reports"; // in the session's storage
 const MARGIN = 6; // of the classic renderer around the element
 const WIDTH = 340; // of a new node: the figures stand side by side
-const PADDING = 4; // of the element above and below its body
+const PADDING = 4; // pixels that the element adds to the height of its body
 const LOOK_AROUND_MS = 500; // how often a visible panel looks whether other nodes changed
-const CHOSEN = { model: "ropeslr_model", size: "ropeslr_size" }; // node.properties
-const NAMES = Object.fromEntries(Object.entries(MODELS).map(([key, model]) => [key, model.name]));
-const DEFAULTS = {
-  method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
-  dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
-  keep_first_frame: false, sla_variant: "released",
-};
 
-/** Let the wheel and the middle button over an element of the classic renderer move the canvas below it. */
+const reports = new Reports(sessionStorage);
+/** Those on the page. @type {Set<Panel>} */
+const panels = new Set();
+
+/**
+ * A function that never throws into the graph.
+ * @template {unknown[]} Given
+ * @param {(...given: Given) => void} run
+ */
+function safely(run) {
+  return (/** @type {Given} */ ...given) => {
+    try {
+      run(...given);
+    } catch (error) {
+      console.debug("RoPeSLR panel:", error);
+    }
+  };
+}
+
+/**
+ * Run `then` after a node's or widget's own callback, whose answer stays.
+ * @param {object} owner
+ * @param {string} name
+ * @param {() => void} then
+ */
+function chain(owner, name, then) {
+  const methods = /** @type {Record<string, unknown>} */ (owner);
+  const before = methods[name];
+  /** @this {unknown} @param {unknown[]} given */
+  methods[name] = function (...given) {
+    const answer = typeof before === "function" ? before.apply(this, given) : undefined;
+    then();
+    return answer;
+  };
+}
+
+/**
+ * Let the wheel and the middle button over an element of the classic renderer move the canvas under it.
+ * @param {HTMLElement} element
+ */
 function passToCanvas(element) {
+  /** @type {(name: keyof Comfy.Canvas, isMeant: (event: PointerEvent) => boolean) => (event: Event) => void} */
   const pass = (name, isMeant) => safely((event) => {
-    if (!globalThis.LiteGraph?.vueNodesMode && isMeant(event)) app.canvas?.[name]?.(event);
+    if (globalThis.LiteGraph?.vueNodesMode) return;
+    if (isMeant(/** @type {PointerEvent} */ (event))) app.canvas?.[name]?.(event);
   });
+  /** @param {PointerEvent} event */
   const middle = (event) => event.button === 1 || (event.buttons & 4) !== 0;
   element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: false });
   element.addEventListener("pointerdown", pass("processMouseDown", middle));
@@ -34,97 +68,19 @@ function passToCanvas(element) {
   element.addEventListener("pointerup", pass("processMouseUp", middle));
 }
 
-/** A function that never throws into the graph. */
-function safely(run) {
-  return function (...given) {
-    try {
-      return run.apply(this, given);
-    } catch (error) {
-      console.debug("RoPeSLR panel:", error);
-      return undefined;
-    }
-  };
-}
-
-/** Run `then` after a node's or widget's own callback, whose answer stays. */
-function chain(owner, name, then) {
-  const before = owner[name];
-  owner[name] = function (...given) {
-    const answer = before?.apply(this, given);
-    then();
-    return answer;
-  };
-}
-
 function rootGraph() {
   return app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
 }
 
-function settingsOf(node) {
-  const entries = Object.entries(DEFAULTS).map(([name, initial]) => {
-    const value = valueOf(rootGraph(), node, name);
-    return [name, typeof value === typeof initial ? value : initial];
-  });
-  return Object.fromEntries(entries);
-}
-
-function chosenSize(node) {
-  const size = node.properties?.[CHOSEN.size];
-  return size && [size.width, size.height, size.length].every((side) => side > 0) ? size : null;
-}
-
-/** Everything that the view shows, read anew. */
-function stateOf(node, report) {
-  const around = surroundings(rootGraph(), node);
-  const chosenModel = node.properties?.[CHOSEN.model];
-  const model = around.model || (chosenModel in MODELS ? chosenModel : "");
-  const size = around.size ?? chosenSize(node);
-  const settings = settingsOf(node);
-  const idle = whyIdle(node);
-  let numbers = idle ? { why: idle } : null;
-  if (!idle && model && size) numbers = estimate(settings, model, size, around.adapter, around.steps);
-  const found = { model: Boolean(around.model), size: Boolean(around.size) };
-  const basis = JSON.stringify([settings, model, size, around.adapter, around.steps, idle]);
-  return { models: NAMES, model, size, found, numbers, basis, idle: idle && "before it was switched off",
-    report: report?.detail ?? null, fresh: report?.basis === basis };
-}
-
-const KEPT = 30; // workflows whose last reports are kept
-// workflow's id -> Map of execution id -> {detail, number, basis}: a node is made anew whenever its tab is opened.
-const reports = new Map();
-const panels = new Set(); // those on the page
-
-/** Keep a report for its workflow, which may not be the one that is open, and show it where it is. */
-const receive = safely(({ detail }) => {
-  if (!detail) return;
-  const workflow = detail.workflow ?? rootGraph()?.id;
-  const ofWorkflow = reports.get(workflow) ?? new Map();
-  reports.delete(workflow); // and to the end, as the latest
-  reports.set(workflow, ofWorkflow);
-  if (reports.size > KEPT) reports.delete(reports.keys().next().value);
-  const number = (ofWorkflow.get(detail.node)?.number ?? 0) + 1;
-  ofWorkflow.set(detail.node, { detail, number, basis: null });
-  for (const panel of panels) panel.update();
+/** Keep a report and show it where its node is on the page. @type {(event: Event) => void} */
+const receive = safely((event) => {
+  reports.open(rootGraph()?.id);
+  const { detail } = /** @type {CustomEvent<RoPeSLR.Report>} */ (event);
+  if (reports.receive(detail)) for (const panel of panels) panel.update();
 });
-
-/** Reports outlive a reload of the page, as long as its tab of the browser is open. */
-const remember = safely(() => {
-  sessionStorage.setItem(STORE, JSON.stringify([...reports].map(([id, ofWorkflow]) => [id, [...ofWorkflow]])));
-});
-
-const recall = safely(() => {
-  const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "[]");
-  for (const [id, ofWorkflow] of kept) reports.set(id, new Map(ofWorkflow));
-});
-
-/** The last report of a node; undefined before the first. */
-function reportOf(node) {
-  const root = rootGraph();
-  for (const [id, report] of reports.get(root?.id) ?? []) if (isMeant(root, node, id)) return report;
-  return undefined;
-}
 
 class Panel {
+  /** @param {Comfy.CanvasNode} node */
   constructor(node) {
     this.node = node;
     this.shown = "";
@@ -132,8 +88,12 @@ class Panel {
     this.loose = false;
     this.pending = false;
     this.visible = true;
+    /** @type {ReturnType<typeof setInterval> | undefined} */
+    this.timer = undefined;
     this.update = safely(() => this.refresh());
-    this.view = createView(document, safely((kind, value) => this.choose(kind, value)));
+    this.view = new PanelView(safely((kind, value) => this.choose(kind, value)));
+    this.resized = new ResizeObserver(safely(() => this.fit()));
+    this.seen = new IntersectionObserver(([entry]) => { this.visible = entry.isIntersecting; });
     this.widget = node.addDOMWidget("ropeslr_panel", "ROPESLR_PANEL", this.view.element, {
       serialize: false, hideOnZoom: false, margin: MARGIN,
       getMinHeight: () => this.height + 2 * MARGIN, getMaxHeight: () => this.height + 2 * MARGIN,
@@ -151,8 +111,6 @@ class Panel {
     for (const widget of node.widgets ?? []) if (widget !== this.widget) chain(widget, "callback", later);
     for (const name of ["onConnectionsChange", "onConfigure", "onAdded"]) chain(node, name, later);
     chain(node, "onRemoved", safely(() => this.stop()));
-    this.resized = new ResizeObserver(safely(() => this.fit()));
-    this.seen = new IntersectionObserver(([entry]) => { this.visible = entry.isIntersecting; });
     this.start();
   }
 
@@ -169,7 +127,7 @@ class Panel {
     this.resized.disconnect();
     this.seen.disconnect();
     clearInterval(this.timer);
-    this.timer = null;
+    this.timer = undefined;
   }
 
   /** Refresh once after all that is going on now: a widget's callback may run before its value is set. */
@@ -184,15 +142,12 @@ class Panel {
   }
 
   refresh() {
-    if (!this.node.graph) return;
-    const report = reportOf(this.node);
-    let state = stateOf(this.node, report);
-    if (report?.basis === null) {
-      // Sliders may have moved while the run went on.
-      report.basis = Math.abs(settingsOf(this.node).sparsity - report.detail.sparsity) < 1e-6 ? state.basis : "";
-      state = stateOf(this.node, report);
-    }
-    const shown = JSON.stringify([state.basis, state.found, state.fresh, report?.number]);
+    const root = rootGraph();
+    if (!root || !this.node.graph) return;
+    reports.open(root.id);
+    const report = reports.of(root, this.node);
+    const state = panelState(root, this.node, report);
+    const shown = JSON.stringify([state.basis, state.found, state.status, report?.number]);
     if (shown === this.shown) return;
     this.shown = shown;
     this.view.render(state); // the observer of its size calls fit, before the browser paints
@@ -224,11 +179,13 @@ class Panel {
       const shown = this.view.element.closest("[data-node-id]");
       if (node.size[1] > 0) return;
       this.loose = false; // a height that is set holds the node up from now on
-      const height = shown ? shown.offsetHeight - globalThis.LiteGraph.NODE_TITLE_HEIGHT : this.height + 2 * MARGIN;
+      const title = globalThis.LiteGraph?.NODE_TITLE_HEIGHT ?? 0;
+      const height = shown instanceof HTMLElement ? shown.offsetHeight - title : this.height + 2 * MARGIN;
       node.setSize([node.size[0], height]);
     })));
   }
 
+  /** @param {"model" | "size"} kind @param {string} value */
   choose(kind, value) {
     const { properties } = this.node;
     if (value) properties[CHOSEN[kind]] = kind === "size" ? JSON.parse(value) : value;
@@ -240,12 +197,12 @@ class Panel {
 app.registerExtension({
   name: "ropeslr.panel",
   setup() {
-    recall();
-    addEventListener("pagehide", remember);
+    safely(() => reports.load())();
+    addEventListener("pagehide", safely(() => reports.save()));
     api.addEventListener(EVENT, receive);
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
   },
   nodeCreated: safely((node) => {
-    if (node.comfyClass === NODE) node.ropeslrPanel = new Panel(node);
+    if (node.comfyClass === NODE) new Panel(node);
   }),
 });

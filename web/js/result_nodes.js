@@ -1,8 +1,10 @@
-// Room for what RoPeSLR Report and RoPeSLR Doctor tell, on the nodes themselves.
+// Room on RoPeSLR Report and RoPeSLR Doctor for their results.
+// @ts-check
 
 import { app } from "../../../scripts/app.js";
 
-const REPORT_SIZE = [620, 560]; // its picture can be read then
+/** Large enough to read the report's picture. @type {[number, number]} */
+const REPORT_SIZE = [620, 560];
 const DOCTOR_WIDTH = 520;
 const TEXT_HEIGHT = 260;
 const LOOK = "box-sizing: border-box; width: 100%; height: 100%; margin: 0; padding: 8px 10px; overflow: auto; " +
@@ -10,14 +12,18 @@ const LOOK = "box-sizing: border-box; width: 100%; height: 100%; margin: 0; padd
   "color: var(--fg-color, #ddd); background: var(--comfy-menu-bg, #222); " +
   "border: 1px solid var(--border-color, #4e4e4e);";
 
-/** A node's text, read only; it stands in neither widgets_values nor the prompt. */
+/**
+ * A read-only text on a node; it is in neither widgets_values nor the prompt.
+ * @param {Comfy.CanvasNode} node
+ */
 function addText(node) {
-  const element = Object.assign(document.createElement("pre"), { textContent: "Queue to examine this machine." });
+  const element = document.createElement("pre");
+  element.textContent = "Run the workflow to test this machine.";
   element.style.cssText = LOOK;
   element.tabIndex = 0; // so that a keyboard can scroll it
   element.setAttribute("role", "log");
-  element.setAttribute("aria-label", "RoPeSLR Doctor: what it found");
-  // The wheel turns the text's pages while there are any.
+  element.setAttribute("aria-label", "RoPeSLR Doctor: results");
+  // The wheel scrolls a long text; over a short one it zooms the canvas.
   element.addEventListener("wheel", (event) => {
     if (element.scrollHeight > element.clientHeight) event.stopPropagation();
   }, { passive: true });

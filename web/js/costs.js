@@ -1,0 +1,131 @@
+// What attention costs, in FLOPs and blocks: the same arithmetic as attention/accounting.py and attention/layout.py.
+// @ts-check
+
+export const BLOCK = 64;
+const TILE = 4; // the sides of a cube of 64 tokens; see attention/layout.py
+const WAN_TEXT = 512; // Wan pads its prompt to this many tokens
+const DEFAULT_RANK = 64; // of the released RoLA checkpoints; a file's own rank is not known before the run
+
+/**
+ * Key blocks that each query block keeps by score: at least one.
+ * @param {number} sparsity
+ * @param {number} blocks
+ */
+export function keptBlocks(sparsity, blocks) {
+  return Math.max(1, Math.floor((1.0 - sparsity) * blocks + 1e-6));
+}
+
+/**
+ * Blocks of a video that hold tokens of its first frame. They come first in either order.
+ * @param {RoPeSLR.Grid} grid
+ * @param {string} order
+ */
+export function firstFrameBlocks([frames, height, width], order) {
+  if (order === "raster") return Math.ceil((height * width) / BLOCK);
+  const depth = Math.floor(frames / Math.ceil(frames / TILE)); // frames in the first layer of tiles
+  const bands = Math.ceil(height / TILE);
+  const lastBand = height - Math.floor((height * (bands - 1)) / bands);
+  const lastOfFirst = depth * height * width - depth * lastBand + lastBand - 1; // in the last column of the last band
+  return Math.floor(lastOfFirst / BLOCK) + 1;
+}
+
+/**
+ * Blocks of a layout and the share of key blocks that the video's queries keep, required blocks included.
+ * @param {RoPeSLR.Grid} grid
+ * @param {number} extra
+ * @param {RoPeSLR.BlockSettings} settings
+ * @returns {RoPeSLR.BlockCounts}
+ */
+export function blockDensity(grid, extra, { sparsity, order, keepDiagonal, keepFirstFrame }) {
+  const queries = Math.ceil((grid[0] * grid[1] * grid[2]) / BLOCK);
+  const extraBlocks = Math.ceil(extra / BLOCK);
+  const keys = queries + extraBlocks;
+  const keep = keptBlocks(sparsity, queries);
+  const first = keepFirstFrame ? firstFrameBlocks(grid, order) : 0;
+  /** @param {number} diagonal */
+  const keptBy = (diagonal) => Math.min(keys, extraBlocks + first + diagonal + keep);
+  // A query block of the first frame finds its diagonal among the first frame's blocks already.
+  const mean = (first * keptBy(0) + (queries - first) * keptBy(keepDiagonal ? 1 : 0)) / queries;
+  return { queries, keys, keep, kept: mean, density: mean / keys };
+}
+
+/**
+ * @param {number} tokens
+ * @param {number} headDim
+ * @param {number} heads
+ */
+export function denseFlops(tokens, headDim, heads) {
+  return 4.0 * tokens * tokens * headDim * heads;
+}
+
+/**
+ * @param {number} tokens
+ * @param {number} headDim
+ * @param {number} heads
+ * @param {number} queries
+ * @param {number} keys
+ */
+export function routingFlops(tokens, headDim, heads, queries, keys) {
+  return (2.0 * queries * keys * headDim + 2.0 * tokens * headDim) * heads;
+}
+
+/**
+ * FLOPs of what replaces the dropped blocks, for the video's queries.
+ * @param {{ method: RoPeSLR.Method, trained: boolean, slaVariant?: string }} plan
+ * @param {number} rank the plan's; 0 = all
+ * @param {number} tokens
+ * @param {number} headDim
+ * @param {number} heads
+ * @param {number} queries
+ * @param {number} keys
+ */
+export function backgroundFlops({ method, trained, slaVariant }, rank, tokens, headDim, heads, queries, keys) {
+  /** Channels and features are dropped in pairs. @param {number} number */
+  const pairs = (number) => 2 * Math.floor((number + 1) / 2);
+  const features = rank > 0 && rank < DEFAULT_RANK ? rank : DEFAULT_RANK;
+  if (method === "top-k") return 4.0 * tokens * keys * headDim * heads;
+  if (method === "ropeslr") {
+    const firstOrder = 4.0 * tokens * (rank > 0 && rank < headDim ? pairs(rank) : headDim) * headDim * heads;
+    return firstOrder + (trained ? 8.0 * tokens * features * headDim * heads : 0.0);
+  }
+  if (!trained) return 0.0; // without their weights, rola and sla are block-sparse attention alone
+  if (method === "rola") return 8.0 * tokens * pairs(features) * headDim * heads;
+  if (method !== "sla") return 0.0;
+  return slaVariant === "paper"
+    ? (6.0 * tokens + 2.0 * queries * keys) * headDim * headDim * heads
+    : 4.0 * tokens * headDim * headDim * heads;
+}
+
+/**
+ * FLOPs of one self-attention call between two calibrations.
+ * @param {RoPeSLR.Grid} grid
+ * @param {number} extra
+ * @param {number} headDim
+ * @param {number} heads
+ * @param {RoPeSLR.CallSettings} settings
+ * @returns {RoPeSLR.CallCost}
+ */
+export function attentionCost(grid, extra, headDim, heads, settings) {
+  const video = grid[0] * grid[1] * grid[2];
+  const tokens = video + extra;
+  const blocks = blockDensity(grid, extra, settings);
+  const density = 1.0 - (1.0 - blocks.density) * (video / tokens); // tokens that are not video attend to everything
+  const dense = denseFlops(tokens, headDim, heads);
+  const sparse = dense * density;
+  const routes = settings.method !== "adaspa";
+  const routing = routes ? routingFlops(tokens, headDim, heads, blocks.queries, blocks.keys) : 0.0;
+  const background = backgroundFlops(settings, settings.rank, video, headDim, heads, blocks.queries, blocks.keys);
+  return { ...blocks, tokens, density, dense, sparse, routing, background, total: sparse + routing + background };
+}
+
+/**
+ * FLOPs of everything in a layer but self-attention: projections, feed-forward, and Wan's cross-attention.
+ * @param {RoPeSLR.Model} model
+ * @param {number} tokens
+ */
+export function linearFlops(model, tokens) {
+  const { dim, ffn, family } = model;
+  if (family === "hunyuan") return tokens * (8.0 * dim * dim + 4.0 * dim * ffn);
+  const crossAttention = tokens * 4.0 * dim * dim + WAN_TEXT * 4.0 * dim * dim + 4.0 * tokens * WAN_TEXT * dim;
+  return tokens * (8.0 * dim * dim + 4.0 * dim * ffn) + crossAttention;
+}

@@ -1,0 +1,228 @@
+// What the graph says about our node: the size of the latent that its model samples, the model, the adapter, the steps.
+// @ts-check
+
+import { BYPASSED, FARTHEST, MUTED, sourceOf, targetsOf } from "./graph.js";
+import { guessModel, guessModelByLatent } from "./models.js";
+import { hasValue, numberOf, valueOf } from "./values.js";
+
+const LENGTHS = ["length", "num_frames", "video_length", "frames"];
+const MODEL_FILE = /\.(safetensors|sft|gguf|pth?|ckpt|bin)$/i;
+const DEEPEST = 20; // nodes that change one output of sigmas, one after the other
+
+/**
+ * @param {{ type?: string } | undefined} slot
+ * @param {...string} kinds
+ */
+function isKind(slot, ...kinds) {
+  return slot?.type === "*" || kinds.includes(slot?.type ?? "");
+}
+
+/**
+ * Samplers that a node's model reaches, nearest first: nodes that take the model, or its guider, and a latent.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {Comfy.Node[]}
+ */
+export function samplersAfter(root, node) {
+  /** @type {Set<Comfy.Node>} */
+  const seen = new Set();
+  const samplers = [];
+  let ports = outputsOf(node, "MODEL");
+  while (ports.length && seen.size < FARTHEST) {
+    const reached = ports.flatMap((port) => targetsOf(root, port.node, port.slot));
+    ports = [];
+    for (const { node: target } of reached) {
+      if (seen.has(target) || target.mode === MUTED) continue;
+      seen.add(target);
+      const takesLatent = target.inputs?.some((input) => input.type === "LATENT");
+      if (takesLatent && target.mode !== BYPASSED) samplers.push(target);
+      ports.push(...outputsOf(target, "MODEL", "GUIDER"));
+    }
+  }
+  return samplers;
+}
+
+/**
+ * @param {Comfy.Node} node
+ * @param {...string} kinds
+ */
+function outputsOf(node, ...kinds) {
+  return (node.outputs ?? []).flatMap((output, slot) => (isKind(output, ...kinds) ? [{ node, slot }] : []));
+}
+
+/**
+ * The size of the latent that enters a node; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.LatentSize | null}
+ */
+export function latentSize(root, node) {
+  /** @type {Set<Comfy.Node>} */
+  const seen = new Set();
+  /** The first size found upstream. @type {(each: Comfy.Node) => RoPeSLR.LatentSize | null} */
+  const upstream = (each) => {
+    for (const input of each.inputs ?? []) {
+      const source = isKind(input, "LATENT") ? sourceOf(root, each, input) : null;
+      const found = source && !source.border ? sizeFrom(source.node) : null;
+      if (found) return found;
+    }
+    return null;
+  };
+  /** @type {(each: Comfy.Node) => RoPeSLR.LatentSize | null} */
+  const sizeFrom = (each) => {
+    if (seen.has(each) || seen.size > FARTHEST) return null;
+    seen.add(each);
+    const made = madeSize(root, each);
+    if (made) return made;
+    const before = upstream(each);
+    return before && rescaled(root, each, before);
+  };
+  return upstream(node);
+}
+
+/**
+ * The size of the latent that a node makes; null where it makes none or its size is not known.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ */
+function madeSize(root, node) {
+  const [width, height, ...lengths] = ["width", "height", ...LENGTHS].map((name) => numberOf(root, node, name) ?? 0);
+  const length = lengths.find((each) => each > 0) ?? 0;
+  return width > 0 && height > 0 && length > 0 ? { width, height, length, type: node.type } : null;
+}
+
+/**
+ * The size of a latent after a node that may scale it.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @param {RoPeSLR.LatentSize} size
+ * @returns {RoPeSLR.LatentSize | null} null where it is scaled by what is not known
+ */
+function rescaled(root, node, size) {
+  let { width, height } = size;
+  if (hasValue(node, "scale_by")) {
+    const by = numberOf(root, node, "scale_by") ?? 0;
+    [width, height] = [width * by, height * by];
+  }
+  if (hasValue(node, "width") && hasValue(node, "height")) {
+    [width, height] = [numberOf(root, node, "width") ?? 0, numberOf(root, node, "height") ?? 0];
+  }
+  return width > 0 && height > 0 ? { ...size, width, height } : null;
+}
+
+/**
+ * Names of files in the widgets of the node at the upper end of an input's chain of models.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {string[]}
+ */
+export function loaderFiles(root, node, input = "model") {
+  let at = node;
+  let slot = at.inputs?.find((each) => each.name === input);
+  const kind = slot?.type ?? "";
+  for (let steps = 0; slot && steps < FARTHEST; steps++) {
+    const source = sourceOf(root, at, slot);
+    if (!source) break;
+    at = source.node;
+    slot = at.inputs?.find((each) => isKind(each, kind));
+  }
+  if (at === node) return [];
+  const values = (at.widgets ?? []).map(({ value }) => (typeof value === "string" ? value : ""));
+  return values.filter((value) => MODEL_FILE.test(value));
+}
+
+/**
+ * The method that the connected adapter was trained for, by its file's name.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.AdapterMethod}
+ */
+export function adapterMethod(root, node) {
+  const input = node.inputs?.find((each) => each.name === "adapter");
+  const source = input && sourceOf(root, node, input);
+  if (!source || source.border) return "";
+  const [file] = loaderFiles(root, node, "adapter");
+  if (!file) return "";
+  if (/turbo|sla/i.test(file)) return "sla";
+  if (/spark|rola/i.test(file)) return "rola";
+  return /ropeslr/i.test(file) ? "ropeslr" : "unknown";
+}
+
+/**
+ * The steps that an output of sigmas makes; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {import("./graph.js").Port} port
+ * @returns {RoPeSLR.Steps | null}
+ */
+function stepsOfSigmas(root, { node, slot }, depth = 0) {
+  const input = node.inputs?.find((each) => isKind(each, "SIGMAS"));
+  if (!input) {
+    const total = numberOf(root, node, "steps") ?? presetSteps(valueOf(root, node, "preset")) ?? 0;
+    return total > 0 ? { total, from: 0, to: total } : null;
+  }
+  const source = depth < DEEPEST ? sourceOf(root, node, input) : null;
+  const whole = source && stepsOfSigmas(root, source, depth + 1);
+  const border = numberOf(root, node, "step"); // of SplitSigmas: high, low. Other nodes may change the number of steps.
+  if (!whole || border === undefined) return null;
+  const step = Math.min(whole.from + border, whole.to);
+  return slot === 0 ? { ...whole, to: step } : { ...whole, from: step };
+}
+
+/**
+ * "SparkWan 2.1, 4 steps" of Few-Step Sigmas -> 4. The experts' presets are parts of a schedule that is not named.
+ * @param {unknown} preset
+ */
+function presetSteps(preset) {
+  const found = typeof preset === "string" && !/ noise/.test(preset) && / (\d+) steps?$/.exec(preset);
+  return found ? Number(found[1]) : undefined;
+}
+
+/**
+ * The steps that a sampler runs, of its schedule's; null where the graph does not say.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} sampler
+ * @returns {RoPeSLR.Steps | null}
+ */
+function stepsOf(root, sampler) {
+  if (hasValue(sampler, "steps")) {
+    const total = numberOf(root, sampler, "steps") ?? 0;
+    const from = hasValue(sampler, "start_at_step") ? numberOf(root, sampler, "start_at_step") : 0;
+    const end = hasValue(sampler, "end_at_step") ? numberOf(root, sampler, "end_at_step") : total;
+    if (total <= 0 || from === undefined || end === undefined) return null;
+    const to = Math.min(end, total);
+    return { total, from: Math.min(from, to), to };
+  }
+  const input = sampler.inputs?.find((each) => each.type === "SIGMAS");
+  const source = input && sourceOf(root, sampler, input);
+  return source ? stepsOfSigmas(root, source) : null;
+}
+
+/**
+ * Why a node does nothing at all; "" where it works.
+ * @param {Comfy.Node} node
+ */
+export function whyOff(node) {
+  if (node.mode === BYPASSED) return "This node is bypassed: the model runs dense.";
+  return node.mode === MUTED ? "This node is muted: nothing after it runs." : "";
+}
+
+/**
+ * All that the panel asks of the graph.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.GraphContext}
+ */
+export function graphContext(root, node) {
+  const samplers = samplersAfter(root, node);
+  let [first] = samplers;
+  /** @type {RoPeSLR.LatentSize | null} */
+  let size = null;
+  for (const sampler of samplers) { // where the nearest one's size is unknown, that of a later pass may be known
+    size = latentSize(root, sampler);
+    if (!size) continue;
+    first = sampler;
+    break;
+  }
+  const model = loaderFiles(root, node).map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
+  return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first) : null };
+}
