@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BLOCK, TRAINED_METHODS
-from ..positions import rope_axes
+from ..rope import rope_axes
 
 T = TypeVar("T")
 FORMAT, VERSION = "ropeslr-adapter", "1"
@@ -36,8 +36,8 @@ LAYER = re.compile(r"^(blocks\.\d+\.self_attn|(?:double|single)_blocks\.\d+)\.(.
 
 SUFFIXES = {
     "ropeslr": {f"ropeslr.{name}": name for name in (
-        "beta", "gate_c", "gate_b", "gate_w", "a_q", "a_k", "pe_q", "pe_k", "eta")},
-    "rola": {"proj_q.weight": "a_q", "proj_k.weight": "a_k", "gate_proj.weight": "gate_w", "gate_bias": "gate_b"},
+        "channel_scale", "gate_slope", "gate_bias", "gate_weight", "proj_q", "proj_k", "pe_q", "pe_k", "low_rank_scale")},
+    "rola": {"proj_q.weight": "proj_q", "proj_k.weight": "proj_k", "gate_proj.weight": "gate_weight", "gate_bias": "gate_bias"},
     "sla": {"attn_op.local_attn.proj_l.weight": "weight", "attn_op.local_attn.proj_l.bias": "bias"},
 }
 
@@ -158,7 +158,7 @@ def _read(name: str, text: str):
 
 @dataclass(frozen=True)
 class Adapter:
-    """Weights by layer and field, e.g. `layers["blocks.0.self_attn"]["a_q"]`, with their facts and the file's name.
+    """Weights by layer and field, e.g. `layers["blocks.0.self_attn"]["proj_q"]`, with their facts and the file's name.
 
     use_rank: features to use where the plan does not say, 0 = all.
     """
@@ -254,22 +254,22 @@ def _needed(info: AdapterInfo, weights: Mapping[str, object]) -> set[str]:
     if info.method != "ropeslr":
         return set(SUFFIXES[info.method].values())
     if info.fusion == "rms":
-        return {"a_q", "a_k", "gate_b", "gate_w"} | ({"pe_q", "pe_k"} if info.pe != "none" else set())
-    part = {"a_q", "a_k", "eta"} | ({"pe_q", "pe_k"} if info.pe != "none" else set())
+        return {"proj_q", "proj_k", "gate_bias", "gate_weight"} | ({"pe_q", "pe_k"} if info.pe != "none" else set())
+    part = {"proj_q", "proj_k", "low_rank_scale"} | ({"pe_q", "pe_k"} if info.pe != "none" else set())
     return part if part & set(weights) else set()
 
 
 def _shapes(info: AdapterInfo) -> dict[str, list[tuple[int, ...]]]:
     h, d, r, bins = info.num_heads, info.head_dim, info.rank, len(info.noise_levels)
     if info.method == "rola":
-        shapes = {"a_q": (r, d), "a_k": (r, d), "gate_w": (1, d), "gate_b": (1, h, 1, 1)}
+        shapes = {"proj_q": (r, d), "proj_k": (r, d), "gate_weight": (1, d), "gate_bias": (1, h, 1, 1)}
         return {name: [shape] for name, shape in shapes.items()}
     if info.method == "sla":
         return {"weight": [(d, d)], "bias": [(d,)]}
     pe = (h, sum(info.pe_grid), r) if info.pe == "table" else (h, r, d)
-    binned = {"beta": (h, d // 2), "gate_c": (h,), "gate_b": (h,)}
+    binned = {"channel_scale": (h, d // 2), "gate_slope": (h,), "gate_bias": (h,)}
     shapes = {name: [shape] + ([(bins, *shape)] if bins else []) for name, shape in binned.items()}
-    fixed = {"gate_w": (d,), "a_q": (h, r, d), "a_k": (h, r, d), "pe_q": pe, "pe_k": pe, "eta": (h,)}
+    fixed = {"gate_weight": (d,), "proj_q": (h, r, d), "proj_k": (h, r, d), "pe_q": pe, "pe_k": pe, "low_rank_scale": (h,)}
     return shapes | {name: [shape] for name, shape in fixed.items()}
 
 

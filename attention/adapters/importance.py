@@ -30,7 +30,7 @@ def order_features(
     name = layer_name(layer)
     weights = dict(adapter.layers[name])
     order = torch.stack([importance_order(*each, adapter.info.act) for each in zip(logits_q, logits_k, v)])
-    axis_of = {"a_q": 1, "a_k": 1, "pe_q": 1, "pe_k": 1}
+    axis_of = {"proj_q": 1, "proj_k": 1, "pe_q": 1, "pe_k": 1}
     if adapter.info.pe == "table":
         axis_of |= {"pe_q": 2, "pe_k": 2}
     for key, axis in axis_of.items():

@@ -6,16 +6,17 @@ import torch
 from pack_loader import load
 from support.data.blocks import tensors
 from support.data.fields import relative_error, smooth_qkv
+from support.data.runs import Call
+from support.data.runs import run_of as run_by
 
 attention = load(".attention")
-accounting = load(".attention.accounting")
 adaspa = load(".attention.methods.adaspa")
 ops = load(".kernels.ops")
 GRID = (8, 14, 18)                          # 2016 tokens, 31.5 blocks
 
 
 def run_of(sparsity=0.8, **plan):
-    return attention.AttentionRun(attention.SparsePlan(method="adaspa", sparsity=sparsity, **plan))
+    return run_by(method="adaspa", sparsity=sparsity, **plan)
 
 
 def masks(bits, blocks):
@@ -28,18 +29,18 @@ def masks(bits, blocks):
 def test_exact_masks_hold_at_least_the_mass_of_top_k(seed, sparsity):
     """Row by row, with as many blocks as the search gave each head."""
     q, k, v = smooth_qkv(GRID, heads=4, seed=seed, sharpness=1.4)
-    tables = attention.TokenLayout(GRID).tables(False, False)
-    mass = block_mass(q, k, ops.dense_attention(q, k, v)[1], tables.video)
+    blocks = attention.TokenLayout(GRID).blocks()
+    mass = block_mass(q, k, ops.dense_attention(q, k, v)[1], blocks.q_blocks.tokens)
     run = run_of(sparsity)
-    _, cost = run.attend(q, k, v, attention.TokenLayout(GRID))
+    _, cost = run.attend(q, k, v, Call(attention.TokenLayout(GRID)))
     (found,) = run.method.memory.values()
-    kept = masks(found.bits, tables.video.shape[0])
-    pooled_q, pooled_k = (ops.block_pool(x, tables.video) for x in (q, k))
+    kept = masks(found.bits, blocks.q_blocks.num_blocks)
+    pooled_q, pooled_k = (ops.block_pool(x, blocks.q_blocks) for x in (q, k))
     by_top_k = torch.zeros(kept.shape[:3])
     for head in range(4):
         part = pooled_q[:, head : head + 1], pooled_k[:, head : head + 1]
-        routed, _, _ = ops.block_select(*part, tables.key_sizes, int(kept[0, head, 0].sum()))
-        by_top_k[:, head] = mass[:, head].gather(-1, routed[:, 0].long()).sum(-1)
+        routed, _ = ops.block_select(*part, blocks, int(kept[0, head, 0].sum()))
+        by_top_k[:, head] = mass[:, head].gather(-1, routed.kv_indices[:, 0].long()).sum(-1)
     by_search = (mass * kept).sum(-1)
     assert (by_search >= by_top_k * (1 - 1e-5)).all() and by_search.sum() > by_top_k.sum()
     recall = (by_search.sum(-1) / mass.sum((-1, -2))).mean()
@@ -77,14 +78,14 @@ def test_the_three_sparsities_and_their_mean():
     q[:, :3] *= 12                          # three sharp heads, whose mass lies in few blocks
     run = run_of(0.8)
     layout = attention.TokenLayout(grid)
-    run.attend(q, k, v, layout)
+    run.attend(q, k, v, Call(layout))
     (found,) = run.method.memory.values()
     kept = masks(found.bits, 50).sum(-1)[0]
     assert (kept == kept[:, :1]).all()                                        # every row of a head alike
     assert sorted(kept[:, 0].tolist()) == [5, 5, 5, 15, 15, 15]
     assert set(kept[:3, 0].tolist()) == {5}
-    assert found.density == pytest.approx(0.2) and found.longest == 15
-    _, cost = run.attend(q, k, v, layout)
+    assert found.density == pytest.approx(0.2) and found.list_width == 15
+    _, cost = run.attend(q, k, v, Call(layout))
     assert cost.density == pytest.approx(0.2)
 
 
@@ -104,7 +105,7 @@ def test_a_run_searches_dense_first_then_once_more_without_a_dense_pass(monkeypa
     dense_calls = []
     real = ops.dense_attention
     monkeypatch.setattr(ops, "dense_attention", lambda *a, **b: dense_calls.append(1) or real(*a, **b))
-    costs = {step: run.attend(q, k, v, layout, step=step, steps=50)[1] for step in range(10, 50)}
+    costs = {step: run.attend(q, k, v, Call(layout, step=step, num_steps=50))[1] for step in range(10, 50)}
     assert len(dense_calls) == 1
     assert [step for step, cost in costs.items() if cost.calibration] == [10, 30]
     assert [step for step, cost in costs.items() if cost.density == 1.0] == [10]
@@ -119,9 +120,10 @@ def test_a_run_that_starts_late_searches_at_once():
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
     dense = ops.dense_attention(q, k, v)[0]
-    out, cost = run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=41, steps=50)
+    layout = attention.TokenLayout((4, 8, 16))
+    out, cost = run.attend(q, k, v, Call(layout, step=41, num_steps=50))
     assert cost.density == 1.0 and relative_error(out, dense) < 1e-5
-    assert run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=42, steps=50)[1].calibration == 0
+    assert run.attend(q, k, v, Call(layout, step=42, num_steps=50))[1].calibration == 0
 
 
 def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
@@ -130,15 +132,15 @@ def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
     run = run_of(0.6)
     seen = [
         dict(conditioning=(("a", 1),)), dict(conditioning=(("b", 1),)), dict(layer=1, conditioning=(("a", 1),)),
-        dict(conditioning=(("a", 1),), part=8),
+        dict(conditioning=(("a", 1),), window=8),
     ]
     for arguments in seen:
-        assert run.attend(q, k, v, layout, **arguments)[1].density == 1.0, arguments
+        assert run.attend(q, k, v, Call(layout, **arguments))[1].density == 1.0, arguments
     for arguments in seen:
-        assert run.attend(q, k, v, layout, **arguments)[1].density < 1.0, arguments
+        assert run.attend(q, k, v, Call(layout, **arguments))[1].density < 1.0, arguments
     other = attention.TokenLayout((8, 8, 8))
-    assert run.attend(q, k, v, other, conditioning=(("a", 1),))[1].density == 1.0
-    assert run_of(0.6).attend(q, k, v, layout, conditioning=(("a", 1),))[1].density == 1.0
+    assert run.attend(q, k, v, Call(other, conditioning=(("a", 1),)))[1].density == 1.0
+    assert run_of(0.6).attend(q, k, v, Call(layout, conditioning=(("a", 1),)))[1].density == 1.0
 
 
 def test_a_conditioning_that_comes_late_is_searched_with_the_others():
@@ -146,11 +148,12 @@ def test_a_conditioning_that_comes_late_is_searched_with_the_others():
     layout = attention.TokenLayout((4, 8, 16))
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
-    run.attend(q, k, v, layout, step=10, steps=50, conditioning=(("a", 1),))
-    run.attend(q, k, v, layout, step=31, steps=50, conditioning=(("b", 1),))
+    run.attend(q, k, v, Call(layout, step=10, num_steps=50, conditioning=(("a", 1),)))
+    run.attend(q, k, v, Call(layout, step=31, num_steps=50, conditioning=(("b", 1),)))
     both = [torch.cat((x, x)) for x in (q, k, v)]
     for step, density in ((32, 1.0), (33, 0.4)):
-        out, cost = run.attend(*both, layout, step=step, steps=50, conditioning=(("b", 1), ("a", 1)))
+        call = Call(layout, step=step, num_steps=50, conditioning=(("b", 1), ("a", 1)))
+        out, cost = run.attend(*both, call)
         assert torch.isfinite(out).all() and cost.density == pytest.approx(density, abs=0.03)
 
 
@@ -161,10 +164,11 @@ def test_windows_that_move_leave_nothing_behind():
     run = run_of(0.6)
     for step in range(10, 20):
         for layer in range(2):
-            for part in (step, 100 + step, 200):                              # two that move and one that stays
-                _, cost = run.attend(q, k, v, layout, layer, step, steps=50, part=(part,))
-                assert (cost.density == 1.0) is (part != 200 or step == 10)
-    assert len(run.method.memory) == len(run.method._used) == 2 * 5
+            for window in (step, 100 + step, 200):  # two that move and one that stays
+                call = Call(layout, layer, step, num_steps=50, window=(window,))
+                _, cost = run.attend(q, k, v, call)
+                assert (cost.density == 1.0) is (window != 200 or step == 10)
+    assert len(run.method.memory) == len(run.method._last_asked) == 2 * 5
 
 
 def test_a_run_that_searches_once_does_no_more_than_that(monkeypatch):
@@ -173,9 +177,9 @@ def test_a_run_that_searches_once_does_no_more_than_that(monkeypatch):
     monkeypatch.setattr(ops, "block_sparse_attention", lambda *a, **b: calls.append(1) or real(*a, **b))
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
-    run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=0, steps=4)
+    run.attend(q, k, v, Call(attention.TokenLayout((4, 8, 16)), step=0, num_steps=4))
     assert not calls
-    run.attend(q, k, v, attention.TokenLayout((4, 8, 16)), step=1, steps=4)
+    run.attend(q, k, v, Call(attention.TokenLayout((4, 8, 16)), step=1, num_steps=4))
     assert len(calls) == 1
 
 
@@ -186,31 +190,32 @@ def test_conditionings_together_and_apart_give_the_same():
     joint, apart = run_of(0.6), run_of(0.6)
     both = (("a", 1), ("b", 1))
     for step in (10, 11):
-        out, _ = joint.attend(*together, layout, step=step, steps=50, conditioning=both)
+        out, _ = joint.attend(*together, Call(layout, step=step, num_steps=50, conditioning=both))
         singles = [
-            apart.attend(*x, layout, step=step, steps=50, conditioning=((key, 1),))[0]
+            apart.attend(*x, Call(layout, step=step, num_steps=50, conditioning=((key, 1),)))[0]
             for x, key in ((a, "a"), (b, "b"))
         ]
         assert relative_error(out, torch.cat(singles)) < 1e-6
-    mixed, _ = joint.attend(*a, layout, step=12, steps=50, conditioning=(("a", 1),))    # found together, used alone
-    alone, _ = apart.attend(*a, layout, step=12, steps=50, conditioning=(("a", 1),))
+    call = Call(layout, step=12, num_steps=50, conditioning=(("a", 1),))
+    mixed, _ = joint.attend(*a, call)  # found together, used alone
+    alone, _ = apart.attend(*a, call)
     assert torch.equal(mixed, alone)
 
 
 @pytest.mark.parametrize("grid, heads", [(GRID, 3), ((5, 8, 9), 2)])
-def test_the_cache_takes_the_memory_that_the_accounting_says(grid, heads):
+def test_masks_are_kept_as_bits_and_ratios_in_half_precision(grid, heads):
     q, k, v = smooth_qkv(grid, heads=heads)
     run, blocks = run_of(0.8), -(-q.shape[2] // 64)
     for step, again in ((10, True), (30, False)):
         for layer in range(2):
             for key in "ab":
-                conditioning = ((key, 1),)
-                run.attend(q, k, v, attention.TokenLayout(grid), layer, step, conditioning, steps=50)
+                layout = attention.TokenLayout(grid)
+                run.attend(q, k, v, Call(layout, layer, step, 50, conditioning=((key, 1),)))
         both = [tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)]
         held = sum(tensor.untyped_storage().nbytes() for tensor in both if tensor is not None)
-        assert held == 4 * accounting.mask_cache_bytes(heads, q.shape[2], blocks, blocks, again)
-    # Wan 14B at 720p: 7.0 MB of bits and 6.0 MB of ratios in each layer and conditioning.
-    assert accounting.mask_cache_bytes(40, 75_600, 1182, 1182) == 40 * (4 * 1182 * 37 + 2 * 75_600)
+        # One bit per block pair, in words of 32; two bytes per token until the last search. At Wan
+        # 14B 720p: 7.0 MB of bits and 6.0 MB of ratios in each layer and conditioning.
+        assert held == 4 * heads * (4 * blocks * -(-blocks // 32) + 2 * q.shape[2] * again)
 
 
 def test_text_is_always_kept_and_text_rows_are_dense():
@@ -218,12 +223,12 @@ def test_text_is_always_kept_and_text_rows_are_dense():
     q, k, v = tensors(*[(1, 2, layout.tokens, 32)] * 3, dtype=torch.float32)
     run = run_of(0.75)
     dense = ops.dense_attention(q, k, v)[0]
-    assert relative_error(run.attend(q, k, v, layout)[0], dense) < 1e-5
-    out, _ = run.attend(q, k, v, layout)
+    assert relative_error(run.attend(q, k, v, Call(layout))[0], dense) < 1e-5
+    out, _ = run.attend(q, k, v, Call(layout))
     assert relative_error(out[:, :, :20], dense[:, :, :20]) < 1e-5
     assert relative_error(out[:, :, -30:], dense[:, :, -30:]) < 1e-5
     (found,) = run.method.memory.values()
-    blocks = run._block_tables(layout, q.device).keys.shape[0]
+    blocks = run.method.blocks(layout, q.device).kv_blocks.num_blocks
     assert masks(found.bits, blocks)[..., 8:].all()                           # the text's own blocks
 
 
@@ -233,6 +238,7 @@ def test_extreme_logits_leave_finite_masks(scale):
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run, layout = run_of(0.6), attention.TokenLayout((4, 8, 16))
     for step in (10, 11, 30, 31):
-        out, cost = run.attend(scale * q, k if step == 10 else -k, v, layout, step=step, steps=50)
+        call = Call(layout, step=step, num_steps=50)
+        out, cost = run.attend(scale * q, k if step == 10 else -k, v, call)
         assert torch.isfinite(out).all()
         assert cost.recall is None or 0 <= cost.recall <= 1

@@ -8,10 +8,11 @@ import torch
 from pack_loader import load
 from support.data.adapters import SHAPES, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
 from support.data.fields import relative_error
+from support.data.runs import Call, run_of
 from support.oracle import transcription as golden
 
 attention = load(".attention")
-positions = load(".attention.positions")
+rope = load(".attention.rope")
 reference = load(".kernels.reference")
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 GRID, HEADS = (4, 5, 8), 2                  # 160 tokens: two blocks and a short one
@@ -44,22 +45,20 @@ class Case:
         self.x_hat = layer_x(tokens, heads * width, dtype)
         self.x = self.x_hat[0].double()
         self.layout = attention.TokenLayout(grid, order=order)
-        table = self.layout.tables(False, False).video
+        table = self.layout.blocks().q_blocks.tokens
         self.blocks = [[int(token) for token in row if token >= 0] for row in table]
-        rope = positions.Positions(*(part.float() for part in (self.angles.cos(), self.angles.sin())))
-        self.inputs = attention.LayerInputs(self.x_hat, rope)
+        turns = rope.RopeTable(*(part.float() for part in (self.angles.cos(), self.angles.sin())))
+        self.inputs = attention.LayerInputs(self.x_hat, turns)
 
     @property
     def tensors(self):
         """What every function of the transcription takes first."""
         return self.q, self.k, self.v
 
-    def attend(self, adapter=None, noise=None, **plan):
-        run = attention.AttentionRun(attention.SparsePlan(**plan), adapter)
-        out, cost = run.attend(
-            self.q_hat, self.k_hat, self.v_hat, self.layout, inputs=self.inputs if adapter else attention.LayerInputs(),
-            noise=noise,
-        )
+    def attend(self, adapter=None, sigma=None, **plan):
+        inputs = self.inputs if adapter else attention.LayerInputs()
+        call = Call(self.layout, inputs=inputs, sigma=sigma)
+        out, cost = run_of(adapter, **plan).attend(self.q_hat, self.k_hat, self.v_hat, call)
         assert out.dtype == self.dtype
         return out[0].double(), cost
 
@@ -93,12 +92,12 @@ def test_ropeslr_calibrated(dtype, order):
     case = Case(dtype, order=order)
     tokens, width = case.q.shape[1:]
     start = {
-        "gate_c": torch.ones(HEADS), "gate_b": torch.zeros(HEADS), "gate_x": None, "branch": None,
-        "beta": torch.full((HEADS, width // 2), width**-0.5),
+        "gate_slope": torch.ones(HEADS), "gate_bias": torch.zeros(HEADS), "gate_logits": None, "branch": None,
+        "channel_scale": torch.full((HEADS, width // 2), width**-0.5),
     }
     rows = list(range(tokens))
     values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, rows, start)
-    assert values["beta"].abs().max() < 4 * width**-0.5                       # beyond that the method clamps
+    assert values["channel_scale"].abs().max() < 4 * width**-0.5                       # beyond that the method clamps
     found, cost = case.attend(method="ropeslr", sparsity=0.5, calibrate_rows=tokens)
     assert cost.calibration > 0
     case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, values))
@@ -121,8 +120,8 @@ def test_ropeslr_trained(dtype, width, act, pe, rank):
 
 @pytest.mark.parametrize("missing", SHAPES)
 def test_ropeslr_without_one_of_its_tensors_uses_the_initial_value(missing):
-    if missing in ("a_q", "a_k", "eta", "pe_q", "pe_k"):
-        missing = {"a_q", "a_k", "eta", "pe_q", "pe_k"}
+    if missing in ("proj_q", "proj_k", "low_rank_scale", "pe_q", "pe_k"):
+        missing = {"proj_q", "proj_k", "low_rank_scale", "pe_q", "pe_k"}
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe="none", without=missing)
     case = Case(torch.float32)
     found, _ = case.attend(adapter, sparsity=0.5)
@@ -137,10 +136,10 @@ def test_noise_bins_are_interpolated(noise):
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe="none", noise_levels=levels)
     case = Case(torch.float32)
     weights = dict(single(adapter))
-    for name in ("beta", "gate_c", "gate_b"):
+    for name in ("channel_scale", "gate_slope", "gate_bias"):
         assert weights[name].shape[0] == 3
         weights[name] = golden.interpolate_noise(weights[name].double(), list(levels), noise)
-    found, _ = case.attend(adapter, noise=noise, sparsity=0.5)
+    found, _ = case.attend(adapter, sigma=noise, sparsity=0.5)
     case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, weights))
 
 
@@ -151,14 +150,14 @@ def test_calibration_on_top_of_an_adapter(dtype, pe):
     tokens = case.q.shape[1]
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe=pe)
     weights = single(adapter)
-    term = (case.x.view(tokens, HEADS, 128) @ weights["gate_w"].double()).T
+    term = (case.x.view(tokens, HEADS, 128) @ weights["gate_weight"].double()).T
     branch = golden.low_rank_branch(*case.tensors, case.angles, GRID, weights, "softmax", pe, None, 0)
-    start = {name: weights[name].double() for name in ("gate_c", "gate_b", "beta")} | {"gate_x": term, "branch": branch}
+    start = {name: weights[name].double() for name in ("gate_slope", "gate_bias", "channel_scale")} | {"gate_logits": term, "branch": branch}
     values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, list(range(tokens)), start)
     expected = golden.ropeslr(
         *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {**weights, **values}, pe=pe
     )
-    found, cost = case.attend(adapter, sparsity=0.5, calibrate="on top", calibrate_rows=tokens)
+    found, cost = case.attend(adapter, sparsity=0.5, calibrate="refine", calibrate_rows=tokens)
     assert cost.calibration > 0
     case.check(found, expected)
     assert relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3       # it is not the adapter alone
@@ -173,8 +172,8 @@ def test_rola(dtype, width, rank):
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=0.5)
     case.check(found, golden.rola(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
-        weights["gate_b"].flatten(), dtype,
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
+        weights["gate_bias"].flatten(), dtype,
     ))
 
 
@@ -185,8 +184,8 @@ def test_rola_on_less_than_a_block_is_its_low_rank_alone(dtype):
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=0.5)
     case.check(found, golden.rola(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
-        weights["gate_b"].flatten(), dtype,
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
+        weights["gate_bias"].flatten(), dtype,
     ))
 
 
@@ -196,14 +195,14 @@ def test_rola_rounds_its_angles_as_the_training_did():
     adapter = rola_adapter(1, 1, 128, gate=3.0)
     weights = single(adapter)
     arguments = (
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["a_q"], weights["a_k"], weights["gate_w"],
-        weights["gate_b"].flatten(),
+        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
+        weights["gate_bias"].flatten(),
     )
     rounded = golden.rola(*arguments, torch.bfloat16)
     found, _ = case.attend(adapter, sparsity=0.5)
     assert relative_error(found, rounded) < 1e-2
-    exact = positions.rounded_angles(case.inputs.positions, case.grid, torch.float32)
-    half = positions.rounded_angles(case.inputs.positions, case.grid, torch.bfloat16)
+    exact = rope.rounded_angles(case.inputs.rope, case.grid, torch.float32)
+    half = rope.rounded_angles(case.inputs.rope, case.grid, torch.bfloat16)
     torch.testing.assert_close(half, case.angles.to(torch.bfloat16).float(), rtol=0, atol=0)
     torch.testing.assert_close(exact.cos(), case.angles.cos().float(), rtol=0, atol=1e-5)
     assert (half - case.angles).abs().max() > 0.1
@@ -241,11 +240,12 @@ def test_adaspa(dtype, sparsity):
     case = Case(dtype, grid=(4, 9, 10))
     dense, lse = golden.dense(*case.tensors, case.angles)
     masks, _, _ = golden.adaspa_masks(golden.block_mass(case.q, case.k, case.angles, case.blocks, lse), sparsity)
-    run = attention.AttentionRun(attention.SparsePlan(method="adaspa", sparsity=sparsity))
-    first, cost = run.attend(case.q_hat, case.k_hat, case.v_hat, case.layout, step=10, steps=50)
+    run = run_of(method="adaspa", sparsity=sparsity)
+    given = (case.q_hat, case.k_hat, case.v_hat)
+    first, cost = run.attend(*given, Call(case.layout, step=10, num_steps=50))
     case.check(first[0].double(), dense)
     assert cost.density == 1.0 and cost.recall is not None
-    second, _ = run.attend(case.q_hat, case.k_hat, case.v_hat, case.layout, step=11, steps=50)
+    second, _ = run.attend(*given, Call(case.layout, step=11, num_steps=50))
     case.check(second[0].double(), golden.sparse(*case.tensors, case.angles, case.blocks, masks)[0])
 
 
@@ -270,11 +270,11 @@ def attend_with_text(adapter, case, before, after, x, **plan):
         parts = (text[:, :, :before], video, text[:, :, before:])
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous().transpose(1, 2)
 
-    run = attention.AttentionRun(attention.SparsePlan(**({"sparsity": 0.5} | plan)), adapter)
+    run = run_of(adapter, **({"sparsity": 0.5} | plan))
     layout = attention.TokenLayout(GRID, before, after, run.plan.block_order)
     inputs = case.inputs._replace(x=torch.cat((x[:, :before] * 0 + 7, x, x[:, :after] * 0 - 7), dim=1))
     q, k, v = (around(video) for video in (case.q_hat, case.k_hat, case.v_hat))
-    out, _ = run.attend(q, k, v, layout, inputs=inputs)
+    out, _ = run.attend(q, k, v, Call(layout, inputs=inputs))
     return out[:, :, before : before + case.layout.tokens], out, (q, k, v)
 
 
@@ -297,37 +297,38 @@ def test_a_batch_of_two_conditionings_gives_what_each_gives(kind):
     a, b = Case(torch.float32, width=32), Case(torch.float32, width=32, seed=1)
     adapter = KINDS[kind]()
     b.x_hat = layer_x(a.layout.tokens, HEADS * 32, torch.float32, seed=8)
-    run = attention.AttentionRun(attention.SparsePlan(sparsity=0.5), adapter)
+    run = run_of(adapter, sparsity=0.5)
     layout = attention.TokenLayout(GRID, order=run.plan.block_order)
     both = [torch.cat(pair) for pair in ((a.q_hat, b.q_hat), (a.k_hat, b.k_hat), (a.v_hat, b.v_hat))]
     inputs = a.inputs._replace(x=torch.cat((a.x_hat, b.x_hat)))
-    together, _ = run.attend(*both, layout, conditioning=(("a", 1), ("b", 1)), inputs=inputs)
+    together, _ = run.attend(*both, Call(layout, conditioning=(("a", 1), ("b", 1)), inputs=inputs))
     for i, case in enumerate((a, b)):
-        alone = attention.AttentionRun(attention.SparsePlan(sparsity=0.5), adapter)
+        alone = run_of(adapter, sparsity=0.5)
         own = case.inputs._replace(x=case.x_hat)
         if kind == "rola, lower rank":      # features are chosen once per layer, on the first call
             alone.method._kept = run.method._kept
-        found, _ = alone.attend(case.q_hat, case.k_hat, case.v_hat, layout, inputs=own)
+        found, _ = alone.attend(case.q_hat, case.k_hat, case.v_hat, Call(layout, inputs=own))
         assert relative_error(together[i : i + 1], found) < 1e-5
     assert relative_error(together[:1], together[1:]) > 0.1
 
 
-def test_on_top_begins_again_from_the_adapter_at_the_present_noise():
+def test_refining_begins_again_from_the_adapter_at_the_present_noise():
     """Every five steps; between them, and for every noise, the values follow what was asked for."""
     case = Case(torch.float32)
     adapter = ropeslr_adapter(1, HEADS, 128, pe="none", noise_levels=(0.1, 0.9))
-    run = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
+    run = run_of(adapter, sparsity=0.5, calibrate="refine")
+    given = (case.q_hat, case.k_hat, case.v_hat)
+
+    def call(step):
+        return Call(case.layout, step=step, inputs=case.inputs, sigma=1 - step / 12)
+
     made = []
     for step in range(12):
-        _, cost = run.attend(
-            case.q_hat, case.k_hat, case.v_hat, case.layout, step=step, inputs=case.inputs, noise=1 - step / 12
-        )
+        _, cost = run.attend(*given, call(step))
         made += [step] if cost.calibration else []
     assert made == [0, 5, 10]
-    late = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
-    arguments = (case.q_hat, case.k_hat, case.v_hat, case.layout)
-    fresh, _ = late.attend(*arguments, step=10, inputs=case.inputs, noise=1 - 10 / 12)
-    again = attention.AttentionRun(attention.SparsePlan(sparsity=0.5, calibrate="on top"), adapter)
-    again.attend(*arguments, step=0, inputs=case.inputs, noise=1.0)
-    found, _ = again.attend(*arguments, step=10, inputs=case.inputs, noise=1 - 10 / 12)
+    fresh, _ = run_of(adapter, sparsity=0.5, calibrate="refine").attend(*given, call(10))
+    again = run_of(adapter, sparsity=0.5, calibrate="refine")
+    again.attend(*given, call(0))
+    found, _ = again.attend(*given, call(10))
     assert torch.equal(found, fresh)

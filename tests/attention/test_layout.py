@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from pack_loader import load
 from support.data.fields import smooth_qkv
 
-layout = load(".attention.layout")
-reference = load(".kernels.reference")
+layout = load(".attention.block_layout")
 # A busy machine is slow to draw examples; that says nothing about the code.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 grids = st.tuples(st.integers(1, 13), st.integers(1, 19), st.integers(1, 19))
@@ -21,44 +20,63 @@ grids = st.tuples(st.integers(1, 13), st.integers(1, 19), st.integers(1, 19))
 @given(grids, st.integers(0, 150), st.integers(0, 150), st.sampled_from(["raster", "cube"]))
 def test_every_token_is_in_exactly_one_block(grid, before, after, order):
     tokens = layout.TokenLayout(grid, before, after, order)
-    tables = tokens.tables(False, False)
-    filled = tables.keys[tables.keys >= 0]
-    assert torch.equal(filled.sort().values, torch.arange(tokens.tokens))
-    video = tables.video[tables.video >= 0]
-    assert torch.equal(video.sort().values, torch.arange(math.prod(grid)))
-    assert torch.equal(tables.key_sizes, (tables.keys >= 0).sum(dim=1))
-    assert (tables.key_sizes > 0).all()
-    assert (tables.key_sizes[: tables.video.shape[0] - 1] == 64).all()        # only the last video block may be short
+    blocks = tokens.blocks()
+    keys, video = blocks.kv_blocks, blocks.q_blocks
+    assert torch.equal(keys.tokens[keys.tokens >= 0].sort().values, torch.arange(tokens.tokens))
+    assert torch.equal(video.tokens[video.tokens >= 0].sort().values, torch.arange(math.prod(grid)))
+    assert torch.equal(keys.sizes, (keys.tokens >= 0).sum(dim=1))
+    assert (keys.sizes > 0).all()
+    assert (keys.sizes[: video.num_blocks - 1] == 64).all()  # only the last video block may be short
+    own = blocks.kv_of_queries
+    assert torch.equal(own.tokens, torch.where(video.empty, -1, video.tokens + before))
+    assert own.num_listed == video.num_listed
 
 
 @patient
 @given(grids, st.integers(0, 100), st.integers(0, 100))
 def test_text_has_blocks_of_its_own_that_every_query_keeps(grid, before, after):
     tokens = layout.TokenLayout(grid, before, after, "cube")
-    tables = tokens.tables(False, False)
-    n_q = tables.video.shape[0]
-    in_video = (tables.keys >= before) & (tables.keys < before + math.prod(grid))
+    blocks = tokens.blocks()
+    n_q, keys = blocks.q_blocks.num_blocks, blocks.kv_blocks.tokens
+    in_video = (keys >= before) & (keys < before + math.prod(grid))
     assert in_video[:n_q].sum() == math.prod(grid) and not in_video[n_q:].any()
     if before + after:
-        assert tables.forced[:, n_q:].all() and not tables.forced[:, :n_q].any()
+        assert blocks.required.mask[:, n_q:].all() and not blocks.required.mask[:, :n_q].any()
     else:
-        assert tables.forced is None
+        assert blocks.required is None
 
 
-def test_diagonal_and_first_frame_are_forced_on_request():
-    tables = layout.TokenLayout((6, 8, 8), order="cube").tables(True, True)
-    assert tables.forced.diagonal().all()
-    first = ((tables.video >= 0) & (tables.video < 64)).any(dim=1)
-    assert tables.forced[:, first].all()
-    elsewhere = tables.forced & ~torch.eye(len(first), dtype=torch.bool)
+@patient
+@given(grids, st.integers(1, 100), st.integers(0, 100), st.data())
+def test_hidden_tokens_are_in_no_block_and_change_no_other(grid, before, after, data):
+    """Blocks are those of a sequence without them, and every other token keeps its number."""
+    start = data.draw(st.integers(0, before - 1))
+    stop = data.draw(st.integers(start + 1, before))
+    tokens = layout.TokenLayout(grid, before, after, hidden=((start, stop),))
+    keys = tokens.blocks().kv_blocks
+    left = before - (stop - start)
+    shorter = layout.TokenLayout(grid, left, after).blocks().kv_blocks
+    seen = torch.cat((torch.arange(start), torch.arange(stop, tokens.tokens)))
+    expected = torch.where(shorter.empty, -1, seen[shorter.slots].view(shorter.tokens.shape))
+    assert torch.equal(keys.tokens, expected.int())
+    assert keys.num_listed == tokens.attended_tokens == tokens.tokens - (stop - start)
+
+
+def test_diagonal_and_first_frame_are_required_on_request():
+    blocks = layout.TokenLayout((6, 8, 8), order="cube").blocks(True, True)
+    required, tokens = blocks.required.mask, blocks.q_blocks.tokens
+    assert required.diagonal().all()
+    first = ((tokens >= 0) & (tokens < 64)).any(dim=1)
+    assert required[:, first].all()
+    elsewhere = required & ~torch.eye(len(first), dtype=torch.bool)
     assert not elsewhere[:, ~first].any()
-    assert torch.equal(tables.forced_counts, tables.forced.sum(dim=1))
+    assert torch.equal(blocks.required.counts, required.sum(dim=1))
 
 
 @pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (9, 17, 23)])
 def test_cube_blocks_are_compact(grid):
     """Every full block lies within two bars across and a few columns, those on a turn of the walk included."""
-    table = layout.TokenLayout(grid, order="cube").tables(False, False).video
+    table = layout.TokenLayout(grid, order="cube").blocks().q_blocks.tokens
     full = table[(table >= 0).all(dim=1)]
     t, h, w = full // (grid[1] * grid[2]), full // grid[2] % grid[1], full % grid[2]
     frames, rows, columns = (x.amax(dim=1) - x.amin(dim=1) + 1 for x in (t, h, w))
@@ -74,19 +92,21 @@ def test_cube_blocks_hold_more_of_the_attention_than_raster_blocks(grid):
     q, k, v = smooth_qkv(grid, heads=2, width=64, sharpness=1.5)
     recall = {}
     for order in ("raster", "cube"):
-        table = layout.TokenLayout(grid, order=order).tables(False, False).video
-        owner = reference.token_to_block(table)
+        blocks = layout.TokenLayout(grid, order=order).blocks().q_blocks
         weights = torch.softmax(q @ k.mT / 8, dim=-1)
-        member = torch.nn.functional.one_hot(owner).float()
+        member = torch.nn.functional.one_hot(blocks.block_of_token).float()
         mass = member.T @ weights @ member / member.sum(0)[:, None]
-        recall[order] = mass.topk(max(1, table.shape[0] // 10), dim=-1).values.sum(dim=-1).mean().item()
+        recall[order] = mass.topk(max(1, blocks.num_blocks // 10), dim=-1).values.sum(dim=-1).mean().item()
     assert recall["cube"] > recall["raster"]
 
 
 def test_wrong_layouts_are_refused():
-    with pytest.raises(ValueError, match=r"grid must be \(frames, rows, columns\).*\(0, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"grid must be \(frames, height, width\).*\(0, 4, 4\)"):
         layout.TokenLayout((0, 4, 4))
     with pytest.raises(ValueError, match="found -1 and 0"):
         layout.TokenLayout((1, 4, 4), before=-1)
     with pytest.raises(ValueError, match="'spiral'"):
         layout.TokenLayout((1, 4, 4), order="spiral")
+    for spans in (((4, 6),), ((2, 2),), ((3, 5), (0, 2)), ((0, 3), (2, 4)), ((20, 40),), ((-1, 2),)):
+        with pytest.raises(ValueError, match="hidden must be ascending spans .* before or after the video"):
+            layout.TokenLayout((1, 4, 4), before=5, after=9, hidden=spans)

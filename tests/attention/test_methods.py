@@ -1,7 +1,6 @@
 """The methods on structured inputs: against slow transcriptions of their formulas, and against each other."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pack_loader import load
 from support.data.fields import relative_error, rope_angles, smooth_qkv
+from support.data.runs import Call, run_of
 
 attention = load(".attention")
 reference = load(".kernels.reference")
@@ -16,7 +16,7 @@ GRID = (8, 14, 18)                          # 2016 tokens, 31.5 blocks
 
 
 def run(q, k, v, layout, **plan):
-    return attention.AttentionRun(attention.SparsePlan(**plan)).attend(q, k, v, layout)
+    return run_of(**plan).attend(q, k, v, Call(layout))
 
 
 def error(q, k, v, grid=GRID, order="cube", **plan):
@@ -60,19 +60,15 @@ def test_calibration_and_rank_take_effect():
     assert error(q, k, v, rank=33) < by_rank[1]                               # an odd rank is no special case
 
 
-def test_lower_rank_costs_less(monkeypatch):
-    # The counter does not look into custom ops, so their bodies are called by themselves.
-    registered = load(".kernels.registered")
-    bodies = {name: getattr(op, "_init_fn", op) for name, op in vars(registered).items()}
-    monkeypatch.setattr(load(".kernels.ops"), "registered", SimpleNamespace(**bodies))
+def test_lower_rank_costs_less():
     q, k, v = smooth_qkv(GRID)
     layout = attention.TokenLayout(GRID)
     flops = []
     for rank in (16, 32, 0):
-        session = attention.AttentionRun(attention.SparsePlan(rank=rank, calibrate="first step"))
-        session.attend(q, k, v, layout)     # the first step chooses the channels, which takes all of them
+        session = run_of(rank=rank, calibrate="first step")
+        session.attend(q, k, v, Call(layout))  # the first step chooses the channels, of all of them
         with FlopCounterMode(display=False) as counter:
-            _, cost = session.attend(q, k, v, layout, step=1)
+            _, cost = session.attend(q, k, v, Call(layout, step=1))
         flops.append((cost.background, counter.get_total_flops()))
     for (low, low_counted), (high, high_counted) in zip(flops, flops[1:]):
         assert low < high
@@ -83,27 +79,23 @@ def test_lower_rank_costs_less(monkeypatch):
     ("rola", 0, "released"), ("rola", 16, "released"), ("sla", 0, "released"), ("sla", 0, "paper"),
     ("ropeslr", 0, "released"), ("ropeslr", 8, "released"), ("adaspa", 0, "released"),
 ])
-def test_the_accounting_is_what_is_computed(method, rank, variant, monkeypatch):
+def test_the_accounting_is_what_is_computed(method, rank, variant):
     """Counted by PyTorch over the whole call, but for sums and means, which it does not count."""
     from support.data import adapters as made
 
-    registered = load(".kernels.registered")
-    bodies = {name: getattr(op, "_init_fn", op) for name, op in vars(registered).items()}
-    monkeypatch.setattr(load(".kernels.ops"), "registered", SimpleNamespace(**bodies))
     grid, heads, width = (8, 16, 16), 2, 64                                   # 32 whole blocks
     q, k, v = smooth_qkv(grid, heads=heads, width=width)
     adapter = getattr(made, f"{method}_adapter")(1, heads, width) if method != "adaspa" else None
     if method == "ropeslr":
         adapter = made.ropeslr_adapter(1, heads, width, rank=32, pe="none")
     angles = rope_angles(grid, width)
-    rope = load(".attention.positions").Positions(angles.cos(), angles.sin())
+    rope = attention.RopeTable(angles.cos(), angles.sin())
     inputs = attention.LayerInputs(made.layer_x(q.shape[2], heads * width, torch.float32), rope)
-    plan = attention.SparsePlan(method=method, rank=rank, sparsity=0.75, sla_variant=variant)
-    session = attention.AttentionRun(plan, adapter)
+    session = run_of(adapter, method=method, rank=rank, sparsity=0.75, sla_variant=variant)
     layout = attention.TokenLayout(grid, order=session.plan.block_order)
     for _ in range(2):                      # the first call searches, or chooses features
         with FlopCounterMode(display=False) as counter:
-            _, cost = session.attend(q, k, v, layout, inputs=inputs)
+            _, cost = session.attend(q, k, v, Call(layout, inputs=inputs))
     assert counter.get_total_flops() == pytest.approx(cost.total, rel=0.03)
 
 
@@ -116,7 +108,9 @@ def test_uncalibrated_ropeslr_is_its_formula():
 
 def slow_ropeslr(q, k, v, layout, keep):
     """Written from the formulas alone, token by token."""
-    width, blocks = q.shape[-1], [row[row >= 0].tolist() for row in layout.tables(False, False).video]
+    width, blocks = q.shape[-1], [
+        row[row >= 0].tolist() for row in layout.blocks().q_blocks.tokens
+    ]
     kept = round(keep * len(blocks))
     out = torch.zeros_like(q)
     for h in range(q.shape[1]):
@@ -150,14 +144,15 @@ def test_calibration_solves_its_normal_equations():
     q, out, sparse = (noise(1, 1, rows, width) for _ in range(3))
     sparse_lse, v_mean, cov = noise(1, 1, rows), noise(1, 1, width), noise(1, 1, width, width)
     tail, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
-    found = module.calibrate(
-        module.ExactRows(q, out, lse, sparse, sparse_lse, tail), v_mean, cov, module.untrained(cov, 0.25), 0.25
-    )
+    state = module.State(v_mean, cov, 0.25)
+    exact = module.ExactQueries(q, out, lse, sparse, sparse_lse, tail)
+    found = module.calibrate(exact, state, module.untrained(state))
     odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
     estimate = (tail - sparse_lse).flatten()
     c = (((estimate - estimate.mean()) * (odds - odds.mean())).mean() + 0.1) / (estimate.var(correction=0) + 0.1)
     b = odds.mean() - c * estimate.mean()
-    assert found.gate_c.item() == pytest.approx(c.item()) and found.gate_b.item() == pytest.approx(b.item())
+    assert found.gate_slope.item() == pytest.approx(c.item())
+    assert found.gate_bias.item() == pytest.approx(b.item())
 
     gate = torch.sigmoid(c * estimate + b)
     design = torch.zeros(rows * width, pairs, dtype=torch.float64)
@@ -169,19 +164,21 @@ def test_calibration_solves_its_normal_equations():
     ridge = 0.05 * normal.diagonal().mean()
     prior = width**-0.5
     solved = torch.linalg.solve(normal + ridge * torch.eye(pairs), design.T @ wanted + ridge * prior)
-    torch.testing.assert_close(found.beta[0, 0], solved.clamp(-4 * prior, 4 * prior).repeat_interleave(2))
+    torch.testing.assert_close(found.channel_scale[0, 0], solved.clamp(-4 * prior, 4 * prior).repeat_interleave(2))
 
 
 def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
     module = load(".attention.methods.calibration")
     cov = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    start = module.untrained(cov, 8**-0.5)
+    state = module.State(torch.zeros(1, 2, 8), cov, 8**-0.5)
+    start = module.untrained(state)
     vectors, numbers = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     rows = [vectors, vectors, numbers, vectors, numbers, numbers]
     broken = cov.clone()
     broken[0, 1] = torch.nan
-    found = module.calibrate(module.ExactRows(*rows), torch.zeros(1, 2, 8), broken, start, 8**-0.5)
-    assert torch.isfinite(found.beta).all() and torch.equal(found.beta[0, 1], start.beta[0, 1])
+    found = module.calibrate(module.ExactQueries(*rows), state._replace(cov=broken), start)
+    assert torch.isfinite(found.channel_scale).all()
+    assert torch.equal(found.channel_scale[0, 1], start.channel_scale[0, 1])
 
 
 def test_one_sharp_row_does_not_end_a_calibration():
@@ -192,11 +189,14 @@ def test_one_sharp_row_does_not_end_a_calibration():
     cov = torch.randn(1, 1, 16, 16, generator=generator)
     lse = torch.rand(1, 1, 40, generator=generator) + 0.1
     lse[..., 0] = 90.0
-    rows = module.ExactRows(q, out, lse, sparse, torch.zeros(1, 1, 40), torch.randn(1, 1, 40, generator=generator))
-    start = module.untrained(cov, 0.25)
-    found = module.calibrate(rows, torch.zeros(1, 1, 16), cov, start, 0.25)
+    dropped = torch.randn(1, 1, 40, generator=generator)
+    exact = module.ExactQueries(q, out, lse, sparse, torch.zeros(1, 1, 40), dropped)
+    state = module.State(torch.zeros(1, 1, 16), cov, 0.25)
+    start = module.untrained(state)
+    found = module.calibrate(exact, state, start)
     assert all(torch.isfinite(each).all() for each in found[:3])
-    assert not torch.equal(found.gate_b, start.gate_b) and not torch.equal(found.beta, start.beta)
+    assert not torch.equal(found.gate_bias, start.gate_bias)
+    assert not torch.equal(found.channel_scale, start.channel_scale)
 
 
 @pytest.mark.parametrize("calibrate", ["off", "auto"])
@@ -206,8 +206,8 @@ def test_a_scale_of_the_callers_own_is_heeded(method, calibrate):
     q, k, v = smooth_qkv((4, 9, 10))
     layout = attention.TokenLayout((4, 9, 10))
     expected, _ = run(q, k, v, layout, method=method, calibrate=calibrate, sparsity=0.7)
-    session = attention.AttentionRun(attention.SparsePlan(method=method, calibrate=calibrate, sparsity=0.7))
-    found, _ = session.attend(4 * q, k, v, layout, scale=64**-0.5 / 4)
+    session = run_of(method=method, calibrate=calibrate, sparsity=0.7)
+    found, _ = session.attend(4 * q, k, v, Call(layout, scale=64**-0.5 / 4))
     if method != "ropeslr" or calibrate == "off":
         assert relative_error(found, expected) < 1e-4
     else:                                   # the ridge pulls towards the scale itself: close, and not the same
@@ -218,15 +218,14 @@ def test_each_conditioning_has_its_own_calibration():
     """Two conditionings in one batch give what each gives alone, and a later call in another order finds its own."""
     one, two = smooth_qkv(GRID, seed=0), smooth_qkv(GRID, seed=5, sharpness=1.4)
     layout = attention.TokenLayout(GRID)
-    together = attention.AttentionRun(attention.SparsePlan(calibrate="first step"))
+    together = run_of(calibrate="first step")
     batch = [torch.cat(pair) for pair in zip(one, two)]
-    both, _ = together.attend(*batch, layout, conditioning=(("a", 1), ("b", 1)))
+    both, _ = together.attend(*batch, Call(layout, conditioning=(("a", 1), ("b", 1))))
     for part, alone in zip(both, (one, two)):
         expected, _ = run(*alone, layout, calibrate="first step")
         assert relative_error(part[None], expected) < 1e-5
-    swapped, cost = together.attend(
-        *[x.flip(0) for x in batch], layout, step=1, conditioning=(("b", 1), ("a", 1))
-    )
+    call = Call(layout, step=1, conditioning=(("b", 1), ("a", 1)))
+    swapped, cost = together.attend(*[x.flip(0) for x in batch], call)
     assert cost.calibration == 0
     assert relative_error(swapped.flip(0), both) < 1e-5
 
@@ -236,11 +235,11 @@ def test_each_conditioning_has_its_own_calibration():
 ])
 def test_calibration_follows_its_schedule(mode, expected):
     q, k, v = smooth_qkv((4, 8, 8), heads=1, width=32)
-    session = attention.AttentionRun(attention.SparsePlan(calibrate=mode, sparsity=0.5))
+    session = run_of(calibrate=mode, sparsity=0.5)
     made = []
     for step in range(12):
         for layer in (0, 1):
-            _, cost = session.attend(q, k, v, attention.TokenLayout((4, 8, 8)), layer, step)
+            _, cost = session.attend(q, k, v, Call(attention.TokenLayout((4, 8, 8)), layer, step))
             if cost.calibration and layer == 0:
                 made.append(step)
     assert made == expected
@@ -285,5 +284,5 @@ def test_wrong_input_is_refused_by_name():
     with pytest.raises(ValueError, match="q has 128 tokens; the layout .* has 64"):
         run(q, k, v, attention.TokenLayout((1, 8, 8)))
     with pytest.raises(ValueError, match="does not add up to a batch of 1"):
-        session = attention.AttentionRun(attention.SparsePlan())
-        session.attend(q, k, v, attention.TokenLayout((2, 8, 8)), conditioning=(("a", 2),))
+        call = Call(attention.TokenLayout((2, 8, 8)), conditioning=(("a", 2),))
+        run_of().attend(q, k, v, call)

@@ -6,6 +6,7 @@ import torch
 from pack_loader import load
 from support.data import adapters
 from support.data.fields import relative_error, rope_angles, smooth_qkv
+from support.data.runs import Call, run_of
 
 attention = load(".attention")
 GRID = (4, 8, 9)
@@ -17,21 +18,16 @@ TRAINED = {
 CASES = ["ropeslr", "adaspa", "top-k", "top-k plain", *(f"{name} with weights" for name in TRAINED)]
 
 
-def attend(case, q, k, v, x, positions, dtype):
+def attend(case, q, k, v, x, rope, dtype):
     name, _, weights = case.partition(" with weights")
     adapter = TRAINED[name]() if case.endswith("with weights") else None
     method = name.partition(",")[0]
-    calibrate = "on top" if adapter and method == "ropeslr" else "auto"
-    run = attention.AttentionRun(attention.SparsePlan(method=method, sparsity=0.6, calibrate=calibrate), adapter)
-    inputs = attention.LayerInputs(x.to(dtype), positions)
-    outs = [
-        run.attend(
-            q.to(dtype), k.to(dtype), v.to(dtype), attention.TokenLayout(GRID), step=step, steps=12, noise=0.5,
-            inputs=inputs,
-        )[0]
-        for step in (0, 1, 6)
-    ]
-    return torch.stack(outs)
+    calibrate = "refine" if adapter and method == "ropeslr" else "auto"
+    run = run_of(adapter, method=method, sparsity=0.6, calibrate=calibrate)
+    inputs = attention.LayerInputs(x.to(dtype), rope)
+    given, layout = [each.to(dtype) for each in (q, k, v)], attention.TokenLayout(GRID)
+    calls = [Call(layout, step=i, num_steps=12, sigma=0.5, inputs=inputs) for i in (0, 1, 6)]
+    return torch.stack([run.attend(*given, call)[0] for call in calls])
 
 
 @pytest.mark.parametrize("size", [1.0, 64.0])
@@ -42,9 +38,9 @@ def test_half_precision_at_large_activations(case, size):
     q, k, v = (size * tensor for tensor in (q, k, v))
     x = size * torch.randn(1, q.shape[2], 2 * 64, generator=torch.Generator().manual_seed(2))
     angles = rope_angles(GRID, 64)
-    positions = attention.Positions(angles.cos(), angles.sin())
+    rope = attention.RopeTable(angles.cos(), angles.sin())
     q, k, v, x = (tensor.half().float() for tensor in (q, k, v, x))            # both see the same numbers
-    found = attend(case, q, k, v, x, positions, torch.float16)
+    found = attend(case, q, k, v, x, rope, torch.float16)
     assert torch.isfinite(found).all() and found.dtype == torch.float16
-    exact = attend(case, q, k, v, x, positions, torch.float32)
+    exact = attend(case, q, k, v, x, rope, torch.float32)
     assert relative_error(found, exact) < 2e-2

@@ -1,5 +1,7 @@
 """The plan: every field is checked, and an error names the field, what was found and what was expected."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,25 +60,44 @@ def test_any_text_is_read_or_refused_in_words(text):
 @patient
 @given(st.integers(1, 20000), st.integers(0, 98))
 def test_kept_blocks_follow_the_sparsity_without_rounding_surprises(blocks, percent):
-    kept = plan.SparsePlan(sparsity=percent / 100).kept_blocks(blocks)
+    kept = plan.SparsePlan(sparsity=percent / 100).resolve().topk(blocks)
     assert kept == max(1, (100 - percent) * blocks // 100)
 
 
 @pytest.mark.parametrize("asked, trained, expected", [
-    (dict(), None, ("ropeslr", "cube", 1, "auto")),
+    (dict(), None, ("ropeslr", "cube", 1, "periodic")),
     (dict(), "ropeslr", ("ropeslr", "cube", 1, "off")),
     (dict(), "rola", ("rola", "raster", 0, "off")),
-    (dict(method="sla"), None, ("sla", "raster", 1, "auto")),
-    (dict(method="adaspa"), None, ("adaspa", "cube", 0, "auto")),
-    (dict(method="top-k"), "rola", ("top-k", "cube", 1, "auto")),
-    (dict(block_order="cube", dense_first_steps=2, calibrate="on top"), "rola", ("rola", "cube", 2, "on top")),
+    (dict(method="sla"), None, ("sla", "raster", 1, "periodic")),
+    (dict(method="adaspa"), None, ("adaspa", "cube", 0, "periodic")),
+    (dict(method="top-k"), "rola", ("top-k", "cube", 1, "periodic")),
+    (dict(block_order="cube", dense_first_steps=2, calibrate="refine"), "rola", ("rola", "cube", 2, "refine")),
 ])
 def test_what_auto_means(asked, trained, expected):
-    found = plan.SparsePlan(**asked).resolve(trained, "raster" if trained in ("rola", "sla") else "cube")
+    found = plan.SparsePlan(**asked).resolve(an_adapter(trained))
     assert (found.method, found.block_order, found.dense_first_steps, found.calibrate) == expected
-    assert found.resolve(trained, "raster") == found                          # nothing is left to resolve
+    assert isinstance(found, plan.ResolvedPlan) and not hasattr(found, "resolve")
+    assert (found.adapter is not None) == (found.method == trained)
+
+
+def an_adapter(method, use_rank=0):
+    """What a plan asks of an adapter; None for no method."""
+    order = "raster" if method in ("rola", "sla") else "cube"
+    info = SimpleNamespace(method=method, block_order=order)
+    return method and SimpleNamespace(info=info, use_rank=use_rank)
+
+
+def test_an_adapters_own_rank_counts_where_the_plan_names_none():
+    assert plan.SparsePlan().resolve(an_adapter("ropeslr", 16)).rank == 16
+    assert plan.SparsePlan(rank=8).resolve(an_adapter("ropeslr", 16)).rank == 8
 
 
 def test_a_method_that_the_adapter_was_not_trained_for_is_refused():
     with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola. Set method to auto"):
-        plan.SparsePlan(method="sla").resolve("rola")
+        plan.SparsePlan(method="sla").resolve(an_adapter("rola"))
+
+
+@pytest.mark.parametrize("length", [1001, 140_000])
+def test_a_list_of_layers_that_no_person_wrote_is_refused_at_once(length):
+    with pytest.raises(ValueError, match=f"dense_layers is {length} characters long; at most 1000"):
+        plan.parse_layers("0," * (length // 2) + "0" * (length % 2))

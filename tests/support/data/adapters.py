@@ -9,7 +9,7 @@ from pack_loader import load
 
 adapters = load(".attention.adapters")
 PE_GRID = (3, 5, 7)
-SHAPES = ("beta", "gate_c", "gate_b", "gate_w", "a_q", "a_k", "eta")
+SHAPES = ("channel_scale", "gate_slope", "gate_bias", "gate_weight", "proj_q", "proj_k", "low_rank_scale")
 
 
 def ropeslr_adapter(
@@ -27,18 +27,18 @@ def ropeslr_adapter(
     contents = {}
     for i in range(layers):
         weights = {
-            "beta": near(width**-0.5, 0.4 * width**-0.5, *bins, heads, width // 2),
-            "gate_c": near(1.0, 0.2, *bins, heads), "gate_b": near(0.3, 0.3, *bins, heads),
-            "gate_w": near(0.0, 0.5 * width**-0.5, width),
-            "a_q": near(0.0, width**-0.5, heads, rank, width), "a_k": near(0.0, width**-0.5, heads, rank, width),
-            "eta": near(0.5, 0.1, heads),
+            "channel_scale": near(width**-0.5, 0.4 * width**-0.5, *bins, heads, width // 2),
+            "gate_slope": near(1.0, 0.2, *bins, heads), "gate_bias": near(0.3, 0.3, *bins, heads),
+            "gate_weight": near(0.0, 0.5 * width**-0.5, width),
+            "proj_q": near(0.0, width**-0.5, heads, rank, width), "proj_k": near(0.0, width**-0.5, heads, rank, width),
+            "low_rank_scale": near(0.5, 0.1, heads),
         }
         for name in ("pe_q", "pe_k") if pe != "none" else ():
             shape = (heads, sum(PE_GRID), rank) if pe == "table" else (heads, rank, width)
             weights[name] = near(0.0, 0.1, *shape)
         if fusion == "rms":
-            weights = {name: weights[name] for name in weights if name not in ("beta", "gate_c", "eta")}
-            weights["gate_b"] = weights["gate_b"] - 1.5
+            weights = {name: weights[name] for name in weights if name not in ("channel_scale", "gate_slope", "low_rank_scale")}
+            weights["gate_bias"] = weights["gate_bias"] - 1.5
         contents[f"blocks.{i}.self_attn"] = {name: x for name, x in weights.items() if name not in without}
     info = adapters.AdapterInfo(
         "ropeslr", layers, heads, width, rank, act=act, pe=pe, pe_grid=PE_GRID if pe == "table" else (),
@@ -52,10 +52,10 @@ def rola_adapter(layers: int, heads: int, width: int, rank: int = 64, gate: floa
     generator = torch.Generator().manual_seed(seed)
     contents = {
         f"blocks.{i}.self_attn": {
-            "a_q": torch.randn(rank, width, generator=generator) * width**-0.5,
-            "a_k": torch.randn(rank, width, generator=generator) * width**-0.5,
-            "gate_w": torch.randn(1, width, generator=generator) * width**-0.5,
-            "gate_b": gate + 0.3 * torch.randn(1, heads, 1, 1, generator=generator),
+            "proj_q": torch.randn(rank, width, generator=generator) * width**-0.5,
+            "proj_k": torch.randn(rank, width, generator=generator) * width**-0.5,
+            "gate_weight": torch.randn(1, width, generator=generator) * width**-0.5,
+            "gate_bias": gate + 0.3 * torch.randn(1, heads, 1, 1, generator=generator),
         }
         for i in range(layers)
     }

@@ -342,12 +342,12 @@ def ropeslr(
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse = sparse(q, k, v, angles, blocks, kept)
     tail = _tail_mass(q, k, angles, blocks, kept)
-    c = _weight(weights, "gate_c", torch.ones(heads))
-    b = _weight(weights, "gate_b", torch.zeros(heads))
-    beta = _weight(weights, "beta", torch.full((heads, width // 2), 1.0 / math.sqrt(width), dtype=torch.float64))
+    c = _weight(weights, "gate_slope", torch.ones(heads))
+    b = _weight(weights, "gate_bias", torch.zeros(heads))
+    beta = _weight(weights, "channel_scale", torch.full((heads, width // 2), 1.0 / math.sqrt(width), dtype=torch.float64))
     gate_x = torch.zeros(heads, tokens, dtype=torch.float64)
-    if "gate_w" in weights:
-        gate_x = _gate_input(x, weights["gate_w"], heads)
+    if "gate_weight" in weights:
+        gate_x = _gate_input(x, weights["gate_weight"], heads)
     branch = low_rank_branch(q, k, v, angles, grid, weights, act, pe, pe_grid, rank)
     turned_q, turned_k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
@@ -382,7 +382,7 @@ def ropeslr_rms(
     phi_q, phi_k = (
         _silu(_projected(side, weights, name, angles, grid, pe, pe_grid, 0)) for side, name in ((q, "q"), (k, "k"))
     )
-    gate = _rms_gate(x, weights["gate_w"], weights["gate_b"])
+    gate = _rms_gate(x, weights["gate_weight"], weights["gate_bias"])
     return _rms_fusion(q, k, v, angles, blocks, keep, phi_q, phi_k, gate, dtype)
 
 
@@ -404,8 +404,8 @@ def calibrate(
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
     tail = _tail_mass(q, k, angles, blocks, kept)
-    gate_c, gate_b, beta = (start[name].double().clone() for name in ("gate_c", "gate_b", "beta"))
-    gate_x, branch = start.get("gate_x"), start.get("branch")
+    gate_c, gate_b, beta = (start[name].double().clone() for name in ("gate_slope", "gate_bias", "channel_scale"))
+    gate_x, branch = start.get("gate_logits"), start.get("branch")
     turned_q, turned_k, v = rotate(q, angles), rotate(k, angles), v.double()
     gate_x = torch.zeros(v.shape[:2], dtype=torch.float64) if gate_x is None else gate_x.double()
     branch = torch.zeros_like(v) if branch is None else branch.double()
@@ -426,7 +426,7 @@ def calibrate(
         solved = _fit_beta(turned_q[h], turned_k[h], v[h], branch[h], out_sparse[h], rows, gates, beta[h])
         if solved is not None:
             beta[h] = solved
-    return {"gate_c": gate_c, "gate_b": gate_b, "beta": beta}
+    return {"gate_slope": gate_c, "gate_bias": gate_b, "channel_scale": beta}
 
 
 def interpolate_noise(values: Tensor, levels: list[float], noise: float) -> Tensor:
@@ -509,9 +509,9 @@ def low_rank_branch(
     """eta_h (O_lr - mean v), `(H, L, D)`; zero without projections or without eta."""
     v = v.double()
     branch = torch.zeros_like(v)
-    if "a_q" not in weights or "a_k" not in weights:
+    if "proj_q" not in weights or "proj_k" not in weights:
         return branch
-    eta = _weight(weights, "eta", torch.zeros(v.shape[0]))
+    eta = _weight(weights, "low_rank_scale", torch.zeros(v.shape[0]))
     phi_q = _activate(_projected(q, weights, "q", angles, grid, pe, pe_grid, rank), act)
     phi_k = _activate(_projected(k, weights, "k", angles, grid, pe, pe_grid, rank), act)
     for h in range(v.shape[0]):
@@ -541,7 +541,7 @@ def _projected(
     rank: int,
 ) -> Tensor:
     """A_h x + E_h(p), `(H, L, r)`, from x `(H, L, D)` before RoPE; a rank > 0 keeps the first features only."""
-    a = weights[f"a_{side}"].double()
+    a = weights[f"proj_{side}"].double()
     features = torch.stack([x[h].double() @ a[h].T for h in range(x.shape[0])])
     table = weights.get(f"pe_{side}")
     if pe != "none" and table is not None:
