@@ -283,6 +283,15 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(PANEL)
 
 
+def test_the_panel_reads_no_field_that_a_report_lacks():
+    source = (ROOT / "nodes" / "patching" / "report.py").read_text(encoding="utf-8")
+    report = re.search(r"class RunReport:(.*?)    @property", source, re.S)[1]
+    sent = {*re.findall(r"^    (\w+): ", report, re.M), "node", "workflow", "flops_saved"}      # `send` adds three
+    read_here = re.search(r"interface Report \{(.*?)\n  \}", read("types.d.ts"), re.S)[1]
+    wanted = set(re.findall(r"^    (\w+)\??: ", read_here, re.M))
+    assert {"tokens", "sparse_calls"} < wanted <= sent
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_safe_and_portable(path):
     text = path.read_text(encoding="utf-8")
