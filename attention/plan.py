@@ -151,6 +151,15 @@ class ResolvedPlan(_Settings):
         every = {"every step": 1, "periodic": CALIBRATE_EVERY, "refine": CALIBRATE_EVERY}
         return every.get(self.calibrate)
 
+    def by_method(self, method: str) -> ResolvedPlan:
+        """The same settings by another method, whose own choices replace those of this one."""
+        values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
+        values |= {"method": method, "block_order": "auto", "calibrate": "auto", "rank": 0}
+        adapter = self.adapter
+        return SparsePlan(**values).resolve(
+            adapter if adapter is not None and adapter.info.method == method else None
+        )
+
     def topk(self, blocks: int) -> int:
         """Key blocks that each row keeps by score, out of `blocks`."""
         return topk_of(self.sparsity, blocks)

@@ -32,8 +32,8 @@ class StepSchedule:
         return max(0, len(self.sigmas) - 1)
 
     @property
-    def whole_steps(self) -> int:
-        """Steps of the whole schedule."""
+    def full_steps(self) -> int:
+        """Steps of the whole schedule, all samplers together."""
         return self.before + self.steps + self.after
 
     def step(self, sigma: float) -> int:
@@ -54,6 +54,6 @@ class StepSchedule:
         done = self.before + self.step(sigma)
         if done < self.dense_first:
             return FIRST_STEPS
-        if self.whole_steps - done <= self.dense_last:
+        if self.full_steps - done <= self.dense_last:
             return LAST_STEPS
         return None

@@ -1,4 +1,4 @@
-"""Installs the plan on a clone of a MODEL: one wrapper around a sampling run, one around each model call.
+"""Installs the plan on a clone of a MODEL: wrappers around a sampling run and around each model call.
 
 The model itself is never touched, so bypassing or deleting the node leaves nothing behind.
 """
@@ -6,137 +6,292 @@ The model itself is never touched, so bypassing or deleting the node leaves noth
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
+from torch import Tensor
 
-from ...attention import AttentionRun, SparsePlan
+from ...attention import AttentionRun, ResolvedPlan, SparsePlan
 from ...attention.adapters import Adapter, check_model
-from ...attention.run import check_triton, resolved
-from .layer_inputs import watching
-from .model_call import call_model
-from .recognise import recognise
-from .report import RunReport
-from .sampling_run import Said, SamplingRun, SparseNotPossible
-from .weights import carried
+from ...attention.backend import check_triton
+from ...attention.run import Attention
+from .adapter_weights import carried
+from .apply_model import Request, apply_model
+from .dense_reason import SparseNotPossible
+from .full_schedule import adds_noise, step_schedule
+from .hooks import watching
+from .model_info import ModelInfo, model_info
+from .notices import Notices
+from .recompile import Recompiler
+from .run_report import RunReport
+from .sampling_run import SamplingRun
 
 logger = logging.getLogger(__name__)
 
 KEY = "ropeslr"
-RUN = "ropeslr_run"
+RUNS = "ropeslr_runs"
+OWN_STEPS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}
+
+NO_WEIGHTS = "{method} has no adapter, and without its weights only block-sparse attention runs"
+CONNECT_ADAPTER = "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none."
+ADAPTER_IGNORED = "{method} takes no adapter; '{adapter}' is ignored"
+PROJECTION_ZERO = "the projection in '{adapter}' is zero: only block-sparse attention runs"
+NO_SUCH_LAYERS = "dense_layers has {beyond}; {model} has {count} layers, counted 0-{last}"
+EMPTY_WINDOW = (
+    "start_percent {start:g} is not below end_percent {end:g}, so no step runs sparse"
+)
+NOT_AN_ADAPTER = (
+    "adapter is a {kind}; connect the output of Load RoPeSLR Adapter or Load Sparse Checkpoint."
+)
+LAST_STEPS_UNKNOWN = "dense_last_steps has no effect with {sampler}, which makes its own steps"
+
+
+@dataclass
+class Runs:
+    """The sampling runs under way, found through transformer_options."""
+
+    main: SamplingRun | None = None  # of the guider's own model
+    by_model: dict[Any, SamplingRun] = field(default_factory=dict)
+
+    def of(self, base_model: Any) -> SamplingRun | None:
+        """The run of a model; that of the guider's own for one without a node, which is counted there."""
+        return self.by_model.get(base_model) or self.main
 
 
 class SparsePatch:
     """A plan on one model, shared by the model's clones; remembers the report of the last run."""
 
     def __init__(
-        self, plan: SparsePlan, node_id: str | None, adapter: Adapter | None = None,
-        make_attention: Callable = AttentionRun,
+        self,
+        plan: ResolvedPlan,
+        node_id: str | None = None,
+        make_attention: Callable[[ResolvedPlan], Attention] = AttentionRun,
     ) -> None:
         self.plan = plan
-        self.adapter = adapter
-        self.make_attention = make_attention
         self.node_id = node_id
+        self.make_attention = make_attention
         self.last_report: RunReport | None = None
-        self.said = Said()
+        self.notices = Notices(plan.strict)
+        self.known_missing: set[frozenset[Hashable]] = set()  # layers that stay silent when compiled
+        self._guest: SamplingRun | None = None  # begun in another model's sampling
 
-    def outer_sample(self, executor, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: args are (noise, latent image, sampler, sigmas, ...). A run begins and ends here."""
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """OUTER_SAMPLE wrapper: args are (noise, latent image, sampler, sigmas, ...).
+
+        A run begins and ends here.
+        """
         guider = executor.class_obj
-        patcher = guider.model_patcher
-        self.last_report = None             # a run that strict refuses must not show the report of the one before
-        run = SamplingRun(
-            self.plan, recognise(patcher.model.diffusion_model), args[0], args[3],
-            patcher.get_model_object("model_sampling"), self.said, self.adapter, self.make_attention,
-        )
-        method = run.attention.method
-        guider.model_options.setdefault("transformer_options", {})[RUN] = run     # a copy that ends with the run
+        noise, _, sampler, sigmas = args[:4]
+        self._check_sampler(sampler)
+        run = self._begin(guider.model_patcher, sigmas, adds_noise(noise))
+        if self.plan.strict and self.plan.backend != "dense":
+            run.refuse_hopeless(noise)
+        options = guider.model_options.setdefault("transformer_options", {})
+        options[RUNS] = Runs(run, dict.fromkeys(run.models, run))  # in a copy that ends with the run
         completed = False
         try:
-            models = [patcher, *patcher.get_additional_models_with_key("multigpu")]
-            needed = method.needs_x or method.needs_positions
-            with watching([each.model.diffusion_model for each in models], needed):
+            with watching(_modules(run), self._needs_inputs(run)):
                 result = executor(*args, **kwargs)
             completed = True
             return result
         finally:
-            self.last_report = run.report(completed)
-            self.tell(self.last_report)
+            self._end(run, completed)
+
+    def prepare_state(
+        self, patcher: Any, timestep: Any, model_options: Any = None, *_: Any
+    ) -> None:
+        """ON_PREPARE_STATE callback, before the model calls of a step.
+
+        A guider with two models hands the first one's options to the second, whose own wrappers nobody
+        calls: the second one's run begins here, so that it follows its own node.
+        """
+        if not isinstance(model_options, dict):  # an older ComfyUI, which has no such guider
+            return
+        options = model_options.setdefault("transformer_options", {})
+        sigmas = options.get("sample_sigmas")
+        runs: Runs | None = options.get(RUNS)
+        if sigmas is None or (runs is not None and patcher.model in runs.by_model):
+            return
+        if runs is None:
+            runs = options[RUNS] = Runs()
+            add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model, options)
+        self._guest = self._begin(patcher, sigmas, starts=True)
+        hooks = watching(_modules(self._guest), self._needs_inputs(self._guest))
+        self._guest.resources.enter_context(hooks)
+        runs.by_model.update(dict.fromkeys(self._guest.models, self._guest))
+
+    def clean_up(self, patcher: Any) -> None:
+        """ON_CLEANUP callback: ends the run that `prepare_state` began."""
+        if self._guest is not None:
+            run, self._guest = self._guest, None
+            run.resources.close()
+            self._end(run, completed=sys.exc_info()[0] is None)
+
+    def _begin(self, patcher: Any, sigmas: Tensor, starts: bool) -> SamplingRun:
+        """A run with a MODEL. starts: its sampler begins a schedule with noise of its own."""
+        self.last_report = None  # a run that strict refuses must not show the report before
+        models = [patcher, *patcher.get_additional_models_with_key("multigpu")]
+        sampling = patcher.get_model_object("model_sampling")
+        run = SamplingRun(
+            self.plan,
+            model_info(patcher.model.diffusion_model),
+            step_schedule(self.plan, sigmas, starts, sampling),
+            self.notices,
+            Recompiler(self.known_missing),
+            self.make_attention,
+        )
+        run.models = [each.model for each in models]
+        return run
+
+    def _end(self, run: SamplingRun, completed: bool) -> None:
+        self.last_report = run.report(completed)
+        self.tell(self.last_report)
 
     def tell(self, report: RunReport) -> None:
         """One line in the log, and an event for the browser."""
         logger.info(report.summary())
         report.send(self.node_id)
 
-    def apply_model(
-        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
-    ):
-        """APPLY_MODEL wrapper: see `call_model`."""
-        run = transformer_options.get(RUN)
-        if run is None:                     # not inside a sampling run of ours, a training node for example
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        return call_model(run, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    def _needs_inputs(self, run: SamplingRun) -> bool:
+        return run.attention.needs_x or run.attention.needs_rope
+
+    def _check_sampler(self, sampler: Any) -> None:
+        function = getattr(sampler, "sampler_function", None)
+        name = OWN_STEPS.get(getattr(function, "__name__", ""))
+        if name and self.plan.dense_last_steps:
+            self.notices.once(LAST_STEPS_UNKNOWN.format(sampler=name))
 
 
-def install(model, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None):
-    """A clone of MODEL that samples as the plan says; a plan installed before by this node is replaced.
+def _modules(run: SamplingRun) -> list[Any]:
+    return [model.diffusion_model for model in run.models]
 
-    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as asked, ValueError when
-    the adapter fits neither the plan's method nor the model, TritonNotUsable when the plan demands Triton in vain.
+
+def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] = {},  # noqa: B006
+    **kwargs: Any,
+) -> Any:
+    """APPLY_MODEL wrapper: see `apply_model`."""
+    runs: Runs | None = transformer_options.get(RUNS)
+    run = None if runs is None else runs.of(executor.class_obj)
+    request = Request(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
+    if run is None:  # not inside a sampling run of ours
+        return executor(*request[:-1], **kwargs)
+    return apply_model(run, executor, request)
+
+
+def install(
+    model: Any, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None
+) -> Any:
+    """A clone of MODEL that samples as the plan says; a plan that this node set before is replaced.
+
+    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as asked,
+    ValueError when the adapter fits neither the plan's method nor the model, TritonNotUsable when the
+    plan demands Triton in vain.
     """
-    facts = recognise(model.model.diffusion_model)
-    plan = resolved(plan, adapter)
-    if adapter is not None and not facts.unsupported:
-        check_model(adapter, facts.layer_identities(), facts.heads, facts.head_width, f"this {facts.name}")
-    if plan.strict and facts.unsupported:
-        raise SparseNotPossible(facts.unsupported)
-    _say_what_is_missing(plan, adapter)
-    if adapter is not None and adapter.info.method != plan.method:
-        adapter = None
-    if not facts.unsupported:
-        check_triton(plan, model.load_device, model.model.get_dtype_inference(), facts.head_width)
-    beyond = sorted(layer for layer in plan.dense_layers if layer >= facts.layers) if not facts.unsupported else []
-    if beyond:
-        logger.warning(
-            "RoPeSLR: dense_layers has %s; %s has %d layers, counted 0-%d", ", ".join(map(str, beyond)), facts.name,
-            facts.layers, facts.layers - 1,
-        )
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise ValueError(NOT_AN_ADAPTER.format(kind=type(adapter).__name__))
+    info = model_info(model.model.diffusion_model)
+    resolved = plan.resolve(adapter)
+    if info.unsupported:
+        if resolved.strict:
+            raise SparseNotPossible(info.unsupported)
+    else:
+        _check_fit(model, info, resolved, adapter)
+    _say_what_is_ignored(resolved, adapter)
     patched = model.clone()
     patched.remove_additional_models(KEY)
-    if adapter is not None:
-        patcher, adapter = carried(adapter, patched)
+    if resolved.adapter is not None:
+        patcher, adapter = carried(resolved.adapter, patched)
+        resolved = replace(resolved, adapter=adapter)
         patched.set_additional_models(KEY, [patcher])
-    put_on(patched, SparsePatch(plan, node_id, adapter))
+    put_on(patched, SparsePatch(resolved, node_id))
     return patched
 
 
-def put_on(model, patch: SparsePatch) -> None:
+def put_on(model: Any, patch: SparsePatch) -> None:
     """Let a MODEL sample through a patch, in place of one that it had."""
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.outer_sample), (WrappersMP.APPLY_MODEL, patch.apply_model)):
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, patch.outer_sample),
+        (WrappersMP.APPLY_MODEL, wrapped_apply_model),
+    ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
+    for kind, callback in (
+        (CallbacksMP.ON_PREPARE_STATE, patch.prepare_state),
+        (CallbacksMP.ON_CLEANUP, patch.clean_up),
+    ):
+        model.remove_callbacks_with_key(kind, KEY)
+        model.add_callback_with_key(kind, KEY, callback)
     model.set_attachments(KEY, patch)
 
 
-def _say_what_is_missing(plan: SparsePlan, adapter: Adapter | None) -> None:
-    """Where a method runs as less than its name: without weights, or with weights that it has no use for."""
-    if adapter is None and plan.method in ("rola", "sla"):
-        if plan.strict and plan.backend != "dense":
-            raise SparseNotPossible(
-                f"{plan.method} has no adapter, and without its weights it is the kept blocks alone",
-                "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none.",
+def _check_fit(
+    model: Any, info: ModelInfo, plan: ResolvedPlan, adapter: Adapter | None
+) -> None:
+    """The adapter, the backend and the layer numbers against a supported model."""
+    if adapter is not None:
+        identities = info.layer_identities()
+        check_model(adapter, identities, info.num_heads, info.head_dim, f"this {info.name}")
+    check_triton(plan, model.load_device, inference_dtype(model.model), info.head_dim)
+    beyond = sorted(layer for layer in plan.dense_layers if layer >= info.num_layers)
+    if beyond:
+        warn(
+            NO_SUCH_LAYERS.format(
+                beyond=ranges(beyond),
+                model=info.name,
+                count=info.num_layers,
+                last=info.num_layers - 1,
             )
-        logger.warning(
-            "RoPeSLR: %s has no adapter, so its low-rank branch has no weights: the kept blocks run alone. Connect an "
-            "adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none", plan.method,
         )
-    elif adapter is not None and adapter.info.method != plan.method:
-        logger.warning("RoPeSLR: %s takes no adapter; '%s' plays no part", plan.method, adapter.name)
+
+
+def inference_dtype(base_model: Any) -> torch.dtype:
+    """The dtype of the activations; some forks of ComfyUI name it otherwise."""
+    method = getattr(base_model, "get_dtype_inference", None) or base_model.get_dtype
+    return method()
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as "2, 5-7, 40"."""
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and number == stretches[-1][1] + 1:
+            stretches[-1][1] = number
+        else:
+            stretches.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in stretches)
+
+
+def warn(text: str) -> None:
+    logger.warning("RoPeSLR: %s", text)
+
+
+def _say_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
+    """Where a run does less than the settings seem to say."""
+    if plan.start_percent >= plan.end_percent:
+        warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
+    if adapter is None and plan.method in ("rola", "sla"):
+        text = NO_WEIGHTS.format(method=plan.method)
+        if plan.strict and plan.backend != "dense":
+            raise SparseNotPossible(text, CONNECT_ADAPTER)
+        warn(f"{text}. {CONNECT_ADAPTER}")
+    elif adapter is not None and plan.adapter is None:
+        warn(ADAPTER_IGNORED.format(method=plan.method, adapter=adapter.name))
     elif adapter is not None and adapter.sparse_only:
-        logger.warning("RoPeSLR: the projection in '%s' is zero: the kept blocks run alone", adapter.name)
+        warn(PROJECTION_ZERO.format(adapter=adapter.name))
 
 
-def last_report(model) -> RunReport | None:
-    """The report of the last sampling run of a patched MODEL or any of its clones; None before the first."""
-    patch = model.get_attachment(KEY)
+def last_report(model: Any) -> RunReport | None:
+    """The report of the last sampling run of a patched MODEL or any of its clones; None before it."""
+    patch: SparsePatch | None = model.get_attachment(KEY)
     return None if patch is None else patch.last_report

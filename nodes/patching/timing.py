@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 
 
-class AttentionClock:
-    """Keeps spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, nothing elsewhere."""
+class AttentionTiming:
+    """Spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, else none."""
 
     def __init__(self) -> None:
         self._walls: list[tuple[str, float]] = []
@@ -28,9 +28,9 @@ class AttentionClock:
             end.record(stream)
             self._events.append((kind, start, end))
         elif device.type == "cpu":
-            start = time.perf_counter()
+            started = time.perf_counter()
             yield
-            self._walls.append((kind, time.perf_counter() - start))
+            self._walls.append((kind, time.perf_counter() - started))
         else:
             yield
 

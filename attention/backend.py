@@ -1,0 +1,34 @@
+"""Which backend runs a plan's attention, and whether one can: what a host asks before it hands tensors on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops, triton_support
+from ..kernels.dispatch import Choice
+from ..kernels.triton_support import Operands, TritonNotUsable
+from .plan import BLOCK, ResolvedPlan
+
+__all__ = ["Choice", "TritonNotUsable", "backend_of", "check_triton", "shape_reason"]
+
+
+def shape_reason(head_dim: int, num_heads: int, num_kv_heads: int) -> str | None:
+    """Why no backend can take such a call, in words; None where one can."""
+    return ops.why_not(head_dim, num_heads, num_kv_heads)
+
+
+def backend_of(plan: ResolvedPlan, q: Tensor) -> Choice:
+    """Which backend attends for q `(B, H, L, D)`, and where it is not Triton, why."""
+    return ops.backend_for(q, plan.backend, BLOCK)
+
+
+def check_triton(
+    plan: ResolvedPlan, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Raise TritonNotUsable where the plan demands Triton and it cannot run, before any work."""
+    if plan.backend != "triton":
+        return
+    found = triton_support.obstacle(Operands(device, dtype, head_dim, (BLOCK,)))
+    if found is not None:
+        raise TritonNotUsable(triton_support.explain(found))

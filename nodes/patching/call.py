@@ -1,0 +1,203 @@
+"""One call of the diffusion model: what holds for all of its layers, and what was seen in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...attention import TokenLayout
+from ...attention.accounting import dense_flops
+from .candidate import Candidate, HostCall
+from .dense_reason import DenseReason
+from .hooks import CALL, ControlBlocks, EnteringLayer
+from .model_info import Layer
+from .tally import Cell, Tally
+from .token_layout import SequenceInfo, with_hidden
+
+if TYPE_CHECKING:
+    from .sampling_run import SamplingRun
+
+__all__ = ["CALL", "CallFacts", "ModelCall"]
+
+Override = Callable[..., Tensor]
+Conditioning = tuple[tuple[Hashable, int], ...]
+
+CROSS_ATTENTION = "cross-attention"
+OUTSIDE_BLOCKS = "outside the transformer blocks"
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What a model call is told from outside.
+
+    conditioning: (key, batch rows) in batch order. window: the frames that the call looks at, of a longer
+    video. context_lengths: tokens of each context that blocks attend to besides themselves. sequence: how
+    its tokens lie; unsupported: why that is not known. previous: the override that was set before, or
+    None for ComfyUI's own attention.
+    """
+
+    sigma: float
+    conditioning: Conditioning
+    window: tuple[int, ...] = ()
+    context_lengths: tuple[int, ...] = ()
+    sequence: SequenceInfo | None = None
+    unsupported: DenseReason | None = None
+    previous: Override | None = None
+
+
+class ModelCall:
+    """Decides which attention calls are self-attention, runs them, and counts."""
+
+    def __init__(
+        self, run: SamplingRun, facts: CallFacts, reason: DenseReason | None = None
+    ) -> None:
+        self.run = run
+        self.facts = facts
+        self.step = run.schedule.step(facts.sigma)  # of this sampler
+        self.reason = reason or run.call_reason(facts.sigma)  # why the whole call stays dense
+        self.tally = Tally()
+        self.entering = EnteringLayer()
+        self.control = ControlBlocks()
+        self.layers_seen: set[Hashable] = set()
+        self.overwritten = False  # another node took the override while the call ran
+        self._read_mask: tuple[Tensor, TokenLayout | DenseReason] | None = None  # layers share it
+        self._shapes: dict[Hashable, tuple[int, int]] = {}
+        self._same_length_calls: Counter[Hashable] = Counter()
+        self._extremes: list[Tensor] = []
+
+    @property
+    def sigma(self) -> float:
+        return self.facts.sigma
+
+    @property
+    def full_step(self) -> int:
+        """The step of the whole schedule."""
+        return self.run.schedule.before + self.step
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return self.facts.conditioning
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return self.facts.window
+
+    @property
+    def saw_attention(self) -> bool:
+        """Whether any attention called the override at all; a cache may skip the whole model."""
+        return bool(self.layers_seen or self.tally.other_calls)
+
+    @property
+    def calls_without_number(self) -> int:
+        """Attention calls that did not tell which block they are of."""
+        return self.tally.other_calls[OUTSIDE_BLOCKS]
+
+    def missing_layers(self) -> frozenset[Hashable]:
+        """Those of the layers that can be sparse that never called the override in this call."""
+        if self.facts.unsupported:
+            return frozenset()
+        return frozenset(self.run.info.expected_layers() - self.layers_seen)
+
+    def next_self_attention(self, host: HostCall) -> Layer | None:
+        """The layer whose self-attention this call is; None for any other, which is counted."""
+        if self.facts.unsupported:
+            if "block_index" in host.options and host.tokens == host.kv_tokens:
+                self.leave_dense(self.facts.unsupported)
+            return None
+        layer = self.run.info.layer(host.options)
+        if layer is None:
+            self.tally.other_calls[OUTSIDE_BLOCKS] += 1
+            return None
+        turn = self._next_turn(layer.identity, host)
+        if turn is None:
+            self.tally.other_calls[CROSS_ATTENTION] += 1
+            return None
+        layer = self._take_identity(layer, turn)
+        self.layers_seen.add(layer.identity)
+        return layer
+
+    def _next_turn(self, layer: Hashable, host: HostCall) -> int | None:
+        """Which self-attention of its layer a call is, counted from 0; None for cross-attention.
+
+        A block calls self-attention first, then one cross-attention per context, whose tokens may happen
+        to be as many as the video's. VACE has a second block of the same number, for its control video.
+        """
+        shape = (host.batch, host.tokens)
+        if host.tokens != host.kv_tokens or self._shapes.setdefault(layer, shape) != shape:
+            return None
+        lengths = self.facts.context_lengths
+        period = 1 + sum(length == host.tokens for length in lengths)
+        turn, position = divmod(self._same_length_calls[layer], period)
+        self._same_length_calls[layer] += 1
+        return turn if position == 0 else None
+
+    def _take_identity(self, layer: Layer, turn: int) -> Layer:
+        """The layer itself, or the control block of the same number that is under way.
+
+        Other nodes skip blocks, so a hook tells when a control block is entered; without one the turn has
+        to do.
+        """
+        if layer.number not in self.run.info.control_layers:
+            return layer
+        entered = self.control.take(layer.number) if self.control.seen else turn
+        return Layer(("control", layer.number, entered), layer.number) if entered else layer
+
+    def layout_of(
+        self, options: Mapping[str, Any], tokens: int, mask: Tensor | None
+    ) -> TokenLayout | DenseReason:
+        """Where the video lies in a sequence of so many tokens, and what a mask hides of the others."""
+        assert self.facts.sequence is not None
+        layout = self.facts.sequence.layout(options, tokens, self.run.plan.block_order)
+        if mask is None or not isinstance(layout, TokenLayout):
+            return layout
+        if self._read_mask is None or self._read_mask[0] is not mask:
+            self._read_mask = (mask, with_hidden(layout, mask))
+        return self._read_mask[1]
+
+    def run_previous(self, host: HostCall) -> Tensor:
+        """Hand the call, unchanged, to the previous override, or to ComfyUI's own attention."""
+        arguments = (host.func, host.q, host.k, host.v, host.heads)
+        if self.facts.previous is not None:
+            return self.facts.previous(*arguments, mask=host.mask, **host.kwargs)
+        return host.func(*arguments[1:], mask=host.mask, **host.kwargs)
+
+    def run_sparse(self, candidate: Candidate) -> Tensor:
+        """Sparse self-attention, counted."""
+        host, run = candidate.host, self.run
+        q, k, v = host.views()
+        attention = run.attention_on(q.device)
+        with run.timing.measure("sparse", q.device):
+            out, cost = attention.attend(q, k, v, candidate.described())
+            self.note_output(out)
+            out = host.returned(out)
+        cell = Cell(self.step, candidate.layer.number)
+        tokens = candidate.token_layout.attended_tokens
+        self.tally.sparse(cell, cost, run.backend_of(q), tokens)
+        return out
+
+    def run_dense(self, host: HostCall, layer: Layer, reason: DenseReason) -> Tensor:
+        """Self-attention that stays dense, said and counted."""
+        self.entering.drop()
+        self.run.notices.dense(reason)
+        flops = host.batch * dense_flops(host.tokens, host.head_dim, host.heads)
+        self.tally.dense(Cell(self.step, layer.number), reason.text, flops)
+        with self.run.timing.measure("dense", host.q.device):
+            return self.run_previous(host)
+
+    def leave_dense(self, reason: DenseReason, calls: int = 1) -> None:
+        """Say and count calls that stay dense unseen, so that their cost is not known."""
+        self.run.notices.dense(reason)
+        self.tally.dense_calls[reason.text] += calls
+
+    def note_output(self, out: Tensor) -> None:
+        """Remember a sparse output's extremes, NaN among them, without waiting for the device."""
+        self._extremes += torch.aminmax(out.detach())
+
+    def finite(self) -> bool:
+        """Whether all sparse outputs were; waits for the device, so it is asked once in a call."""
+        return not self._extremes or bool(torch.isfinite(torch.stack(self._extremes)).all())

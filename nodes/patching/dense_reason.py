@@ -1,0 +1,137 @@
+"""Why an attention call stays dense: one ordered list of checks, each of which gives a reason or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ...attention import TokenLayout
+from ...attention.backend import shape_reason
+
+if TYPE_CHECKING:
+    from .candidate import Candidate
+
+BACKEND_DENSE = "backend is set to dense"
+NOTHING_TO_SKIP = "sparsity leaves no block out"
+DENSE_LAYER = "dense layers"
+TOO_SHORT = "{tokens} tokens are fewer than min_tokens {least}"
+TRAINING = "gradients are wanted (training)"
+NO_WEIGHTS = "'{adapter}' has no weights for control blocks"
+MISSING_INPUT = "{missing} (does another node replace the layer's self-attention?)"
+FAILED = "the sparse path failed ({error})"
+NOT_FINITE = "computed again, because the sparse output was not finite"
+OTHER_MODEL = "a second model, {name}, takes part in this run without a node of its own"
+REPLACED = "{silent} never called the attention override: another node replaced their self-attention"
+SKIPPED = "{silent} were skipped or replaced by another node's block patch"
+OVERWRITTEN = (
+    "{silent} never called the attention override: another node took it inside the model call"
+)
+NO_BLOCK_INDEX = "{silent} never called the attention override with their number; update ComfyUI"
+SILENT = "{silent} never called the attention override"
+
+
+class DenseReason(NamedTuple):
+    """Why a call stays dense; chosen: the person asked for it, so nothing has to be said or refused."""
+
+    text: str
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class SparseNotPossible(RuntimeError):
+    """Raised instead of a dense fallback where the person asked for strict."""
+
+    def __init__(
+        self, reason: DenseReason | str, remedy: str = "Switch strict off to run such calls dense."
+    ) -> None:
+        super().__init__(f"RoPeSLR (strict): this run cannot be sparse: {reason}. {remedy}")
+
+
+def why_dense(candidate: Candidate) -> DenseReason | None:
+    """The first reason that applies; None where the call can be sparse."""
+    for check in CHECKS:
+        reason = check(candidate)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _step(candidate: Candidate) -> DenseReason | None:
+    """What holds for the whole model call: backend, schedule, a method's own dense steps."""
+    return candidate.call.reason
+
+
+def _layer(candidate: Candidate) -> DenseReason | None:
+    if candidate.layer.number in candidate.plan.dense_layers:
+        return DenseReason(DENSE_LAYER, chosen=True)
+    return None
+
+
+def _gradients(candidate: Candidate) -> DenseReason | None:
+    """Training recomputes layers and steps several times; what a run remembers would be of another."""
+    host = candidate.host
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (host.q, host.k, host.v)):
+        return DenseReason(TRAINING)
+    return None
+
+
+def _heads(candidate: Candidate) -> DenseReason | None:
+    host = candidate.host
+    text = shape_reason(host.head_dim, host.heads, host.kv_heads)
+    return None if text is None else DenseReason(text)
+
+
+def _tokens(candidate: Candidate) -> DenseReason | None:
+    """Where the video lies, and what a mask hides."""
+    layout = candidate.layout
+    return None if isinstance(layout, TokenLayout) else layout
+
+
+def _length(candidate: Candidate) -> DenseReason | None:
+    tokens, least = candidate.token_layout.video_tokens, candidate.plan.min_tokens
+    return too_short(tokens, least)
+
+
+def _sparsity(candidate: Candidate) -> DenseReason | None:
+    layout = candidate.token_layout
+    blocks = -(-layout.video_tokens // layout.block_size)
+    if candidate.plan.drops_nothing(blocks):
+        return DenseReason(NOTHING_TO_SKIP, chosen=True)
+    return None
+
+
+def _adapter(candidate: Candidate) -> DenseReason | None:
+    adapter = candidate.plan.adapter
+    if adapter is not None and not adapter.knows(candidate.layer.identity):
+        return DenseReason(NO_WEIGHTS.format(adapter=adapter.name))
+    return None
+
+
+def _inputs(candidate: Candidate) -> DenseReason | None:
+    missing = candidate.call.run.attention.missing(candidate.inputs)
+    return missing and DenseReason(MISSING_INPUT.format(missing=missing))
+
+
+def too_short(tokens: int, least: int) -> DenseReason | None:
+    """Whether a video has too few tokens to gain anything."""
+    if tokens < least:
+        return DenseReason(TOO_SHORT.format(tokens=tokens, least=least))
+    return None
+
+
+# Cheap ones first: the last of them takes the layer's inputs from the hooks.
+CHECKS: tuple[Callable[[Candidate], DenseReason | None], ...] = (
+    _step,
+    _layer,
+    _gradients,
+    _heads,
+    _tokens,
+    _length,
+    _sparsity,
+    _adapter,
+    _inputs,
+)

@@ -1,0 +1,73 @@
+"""Layers that never called the attention override in a model call: which, and why as far as can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .dense_reason import (
+    NO_BLOCK_INDEX,
+    OVERWRITTEN,
+    REPLACED,
+    SILENT,
+    SKIPPED,
+    DenseReason,
+)
+from .model_info import unwrap
+
+if TYPE_CHECKING:
+    from .call import ModelCall
+
+
+def silent_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dict[DenseReason, int]:
+    """Reasons with the number of layers that each explains; empty where every layer was heard."""
+    missing = call.missing_layers()
+    causes = [_cause(call, base, options, layer) for layer in missing]
+    total = len(call.run.info.expected_layers())
+    found: dict[DenseReason, int] = {}
+    for text in sorted(set(causes)):
+        count = causes.count(text)
+        silent = f"{count} of {total} layers"
+        # What another node leaves out on purpose is no fallback.
+        found[DenseReason(text.format(silent=silent), chosen=text is SKIPPED)] = count
+    return found
+
+
+def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashable) -> str:
+    if _is_skipped(options, layer):
+        return SKIPPED
+    if _is_replaced(base, layer):
+        return REPLACED
+    if call.overwritten:
+        return OVERWRITTEN
+    if call.calls_without_number:
+        return NO_BLOCK_INDEX
+    return SILENT
+
+
+def _is_skipped(options: Mapping[str, Any], layer: Hashable) -> bool:
+    """Another node's patch stands for the whole block, as those that skip layers make it."""
+    patches = options.get("patches_replace", {}).get("dit", {})
+    kind, number = layer[:2] if isinstance(layer, tuple) else ("double", layer)
+    return (f"{'double' if kind == 'control' else kind}_block", number) in patches
+
+
+def _is_replaced(base: Any, layer: Hashable) -> bool:
+    """Another node put a function of its own on the layer's attention, or on its block."""
+    block = _block(base.diffusion_model, layer)
+    attention = None if block is None else getattr(block, "self_attn", None)
+    return any(each is not None and "forward" in vars(each) for each in (block, attention))
+
+
+def _block(diffusion_model: Any, layer: Hashable) -> Any:
+    model = unwrap(diffusion_model)
+    if isinstance(layer, tuple):
+        name, number = f"{layer[0]}_blocks", layer[1]
+        if layer[0] == "control":
+            return None
+        found = getattr(model, name, ())
+    else:
+        found, number = getattr(model, "blocks", ()), layer
+    return unwrap(found[number]) if isinstance(number, int) and number < len(found) else None
+
+

@@ -1,0 +1,90 @@
+"""Where the video's tokens lie in the sequence of one attention call, and which text tokens a mask hides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import TokenLayout
+from .dense_reason import DenseReason
+from .model_info import ModelInfo
+
+HIDDEN = -1e4  # an additive mask below this leaves nothing
+UNKNOWN_TOKENS = (
+    "{tokens} tokens where the grid {grid} holds {held}: where the others stand is not known"
+)
+MASK_SHAPE = "an attention mask of shape {shape} is set"
+MASK_VALUES = "an attention mask that weighs tokens, or hides some of the video, is set"
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """What one model call tells of its tokens, before any layer runs.
+
+    grid: the video's, as its latent has it; what the model itself writes into transformer_options counts
+    for more. text_first: everything that is not video stands before it. reference: a frame of reference
+    tokens stands before it. after: what this call brings stands after it.
+    """
+
+    grid: tuple[int, ...]
+    text_first: bool = False
+    reference: bool = False
+    after: bool = False
+
+    def layout(
+        self, options: Mapping[str, Any], tokens: int, order: str
+    ) -> TokenLayout | DenseReason:
+        """The layout of a sequence of so many tokens; or why it is not known."""
+        grid = self.grid if self.text_first else options.get("grid_sizes") or self.grid
+        frames, height, width = (int(side) for side in grid)
+        held = math.prod((frames, height, width))
+        extra = tokens - held
+        before = extra if self.text_first else height * width if self.reference else 0
+        after = extra - before
+        if min(before, after) < 0 or (after and not self.after):
+            found = (frames, height, width)
+            return DenseReason(UNKNOWN_TOKENS.format(tokens=tokens, grid=found, held=held))
+        return TokenLayout((frames, height, width), before, after, order)
+
+
+def sequence_info(
+    info: ModelInfo, model: torch.nn.Module, latent: Tensor, conditions: Mapping[str, Any]
+) -> SequenceInfo:
+    """What a model call with a latent `(B, C, T, H, W)` and such conditionings tells of its tokens."""
+    shape = list(latent.shape)
+    more_frames = conditions.get("time_dim_concat")  # Phantom's subjects, as frames after the video
+    if more_frames is not None and not info.arrangement.text_first:
+        shape[2] += more_frames.shape[2]
+    has_reference = getattr(model, "ref_conv", None) is not None
+    return SequenceInfo(
+        info.grid(tuple(shape)),
+        info.arrangement.text_first,
+        has_reference and conditions.get("reference_latent") is not None,
+        any(conditions.get(name) is not None for name in info.arrangement.after),
+    )
+
+
+def with_hidden(layout: TokenLayout, mask: Tensor) -> TokenLayout | DenseReason:
+    """The layout with the tokens that an additive mask hides; or why the mask cannot be honoured.
+
+    A mask can be that is the same for every query and every batch row, and hides nothing but text.
+    """
+    if mask.numel() != layout.tokens or not mask.dtype.is_floating_point:
+        return DenseReason(MASK_SHAPE.format(shape=tuple(mask.shape)))
+    values = mask.flatten()
+    hidden = values < HIDDEN
+    if bool((values[~hidden] != 0).any()) or bool(hidden[layout.before :].any()):
+        return DenseReason(MASK_VALUES)
+    return replace(layout, hidden=_spans(hidden[: layout.before]))
+
+
+def _spans(hidden: Tensor) -> tuple[tuple[int, int], ...]:
+    """Where a `(n,)` bool is true: (start, stop) of every stretch."""
+    edges = torch.diff(hidden.int(), prepend=hidden.new_zeros(1), append=hidden.new_zeros(1))
+    starts, stops = ((edges == sign).nonzero().flatten().tolist() for sign in (1, -1))
+    return tuple(zip(starts, stops))
