@@ -44,7 +44,7 @@ from machine import (  # noqa: E402
 from pack_loader import load  # noqa: E402
 
 # Kept beside the environment, not in it, so that everything else is tested as on a machine without Triton. The first
-# runs all kernel tests; a newer one compiles, and when thorough runs the quick ones in its interpreter too.
+# runs all kernel tests; a newer one compiles the quick ones, and when thorough runs everything as the first does.
 TRITON = {"3.6.0": "normal", "3.9.0": "quick"}
 # Left out with older ComfyUIs: what is tested there does not depend on them.
 OURS_ALONE = ("--ignore=tests/nodes/test_methods.py", "--ignore=tests/nodes/test_doctor_node.py")
