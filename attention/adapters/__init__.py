@@ -5,13 +5,12 @@
     adapter, backbone = checkpoint.adapter(), checkpoint.backbone()
 """
 
+from .checkpoint import Checkpoint, convert, open_checkpoint
 from .describe import describe
 from .files import read_adapter, write_adapter
-from .foreign import Checkpoint, convert, open_checkpoint
-from .format import Adapter, AdapterError, AdapterInfo, check_model, layer_name
-from .importance import order_features
+from .info import Adapter, AdapterError, AdapterInfo, check_model, layer_name
 
 __all__ = [
     "Adapter", "AdapterError", "AdapterInfo", "Checkpoint", "check_model", "convert", "describe", "layer_name",
-    "open_checkpoint", "order_features", "read_adapter", "write_adapter",
+    "open_checkpoint", "read_adapter", "write_adapter",
 ]

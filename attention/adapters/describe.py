@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+from .checkpoint import Checkpoint, open_checkpoint
 from .files import is_adapter, read_adapter
-from .foreign import Checkpoint, open_checkpoint
-from .format import Adapter
+from .info import Adapter
 
 FAMILIES = {"rola": "RoLA (SparkWan)", "sla": "SLA (TurboWan)", "ropeslr": "RoPeSLR"}
 

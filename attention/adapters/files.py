@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .format import FORMAT, Adapter, AdapterError, AdapterInfo, group, validate
+from .info import FORMAT, Adapter, AdapterError, AdapterInfo, group, validate
 
 
 def read_adapter(path: str | os.PathLike, device: str = "cpu") -> Adapter:

@@ -10,12 +10,11 @@ import malformed
 import pytest
 import torch
 from adapters import adapters, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
-from fields import relative_error, rope_angles, rotate, smooth_qkv
+from fields import relative_error, rope_angles, smooth_qkv
 from pack_loader import load
 
 attention = load(".attention")
 positions = load(".attention.positions")
-importance = load(".attention.adapters.importance")
 GRID, HEADS, WIDTH = (4, 8, 9), 2, 32
 CASES = list(malformed.cases())
 
@@ -220,37 +219,6 @@ def test_what_a_file_is_in_words(tmp_path):
 
 
 # Rank
-
-
-@pytest.mark.parametrize("act", ["softmax", "elu"])
-def test_rank_16_of_64_costs_less_and_beats_any_random_16(act):
-    """Its features are put in order of importance on a third of the rows, and every row counts."""
-    grid, heads, width, rank = (4, 8, 9), 2, 32, 64
-    made = ropeslr_adapter(1, heads, width, rank=rank, act=act, pe="none")
-    single(made)["a_q"] *= 3.0              # features that differ
-    single(made)["a_k"] *= 3.0
-    q, k, v = smooth_qkv(grid, heads=heads, width=width)
-    angles = rope_angles(grid, width)
-    before = [rotate(x[0], -angles) for x in (q, k)]
-    logits = [x @ single(made)[name].mT for x, name in zip(before, ("a_q", "a_k"))]
-    ordered = adapters.order_features(made, 0, logits[0][:, ::3], logits[1], v[0])
-    full, full_cost = attend(ordered, grid, calibrate="off")
-    assert relative_error(full, attend(made, grid, calibrate="off")[0]) < 1e-6        # only the order has changed
-    best, cost = attend(ordered, grid, calibrate="off", rank=16)
-    assert cost.total < full_cost.total and cost.background < 0.6 * full_cost.background
-
-    def error(order):
-        """Of the low-rank branch alone: `rank` cuts the first-order part too, which is the same for every order."""
-        features = {name: torch.stack([x[rows[:16]] for x, rows in zip(single(ordered)[name], order)])
-                    for name in ("a_q", "a_k")}
-        info = dataclasses.replace(made.info, rank=16)
-        cut = adapters.Adapter(info, {"blocks.0.self_attn": single(ordered) | features})
-        return relative_error(attend(cut, grid, calibrate="off")[0], full)
-
-    first = error([torch.arange(rank)] * heads)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
-        assert first <= error([torch.randperm(rank, generator=generator) for _ in range(heads)])
 
 
 def test_rola_at_a_lower_rank_keeps_the_features_that_add_most():

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .files import naming, reading, separate_storage, write_adapter, write_safetensors
-from .format import SUFFIXES, Adapter, AdapterError, AdapterInfo, group, validate, validate_shapes
+from .info import SUFFIXES, Adapter, AdapterError, AdapterInfo, group, validate, validate_shapes
 
 PREFIXES = ("net_ema.", "net.", "model.diffusion_model.", "diffusion_model.", "module.", "")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema", "generator")
