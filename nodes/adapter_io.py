@@ -8,7 +8,7 @@ from dataclasses import replace
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..attention.adapters import read_adapter, write_adapter
+from ..attention.adapters import Adapter, read_adapter, write_adapter
 from ..attention.plan import MAX_RANK
 from . import folders
 
@@ -25,39 +25,52 @@ class RoPeSLRLoadAdapter(io.ComfyNode):
             node_id="RoPeSLRLoadAdapter",
             display_name="Load RoPeSLR Adapter",
             category="RoPeSLR",
-            description="Loads trained weights of a sparse-attention method from models/ropeslr. Connect it to RoPeSLR "
-                        "Sparse Attention; the first entry runs without any.",
+            description=(
+                "Loads trained weights of a sparse-attention method from models/ropeslr. Connect "
+                "it to RoPeSLR Sparse Attention; the first entry runs without any."
+            ),
             search_aliases=["sparse attention weights"],
             inputs=[
                 io.Combo.Input(
-                    "adapter_name", options=[NONE, *folder_paths.get_filename_list(folders.ADAPTERS)], default=NONE,
-                    tooltip="Files in models/ropeslr. They hold the facts of their model; one that does not fit yours "
-                            "is refused with a word about what it was made for.",
+                    "adapter_name",
+                    options=[NONE, *folder_paths.get_filename_list(folders.ADAPTERS)],
+                    default=NONE,
+                    tooltip=(
+                        "A file in models/ropeslr. An adapter records its model. Using it with "
+                        "another one stops with an error that names both."
+                    ),
                 ),
                 io.Int.Input(
-                    "rank", default=0, min=0, max=MAX_RANK, step=2,
-                    tooltip="Use this many of the adapter's features; 0 = all. The rank of RoPeSLR Sparse Attention, "
-                            "where it is not 0, counts instead.",
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=MAX_RANK,
+                    step=2,
+                    tooltip=(
+                        "Rank to use of the adapter's; 0 = all. A non-zero rank on RoPeSLR Sparse "
+                        "Attention overrides this."
+                    ),
                 ),
             ],
             outputs=[AdapterType.Output(display_name="adapter")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name, rank=0) -> str:
-        """A file that was written anew is loaded anew."""
-        if adapter_name in (None, NONE):    # None: the name is linked, and ComfyUI looks at what it is linked to
+    def fingerprint_inputs(cls, adapter_name: str | None, rank: int = 0) -> str:
+        """A file that has changed is loaded again."""
+        # None: the name is linked, and ComfyUI looks at what it is linked to.
+        if adapter_name in (None, NONE):
             return NONE
         path = folder_paths.get_full_path(folders.ADAPTERS, adapter_name)
         return f"{adapter_name} {rank} {os.stat(path).st_mtime_ns if path else 'missing'}"
 
     @classmethod
-    def execute(cls, adapter_name, rank=0) -> io.NodeOutput:
+    def execute(cls, adapter_name: str, rank: int = 0) -> io.NodeOutput:
         """Read and check the file."""
         if adapter_name == NONE:
             return io.NodeOutput(None)
-        adapter = read_adapter(folder_paths.get_full_path_or_raise(folders.ADAPTERS, adapter_name))
-        return io.NodeOutput(replace(adapter, use_rank=rank))
+        path = folder_paths.get_full_path_or_raise(folders.ADAPTERS, adapter_name)
+        return io.NodeOutput(replace(read_adapter(path), use_rank=rank))
 
 
 class RoPeSLRSaveAdapter(io.ComfyNode):
@@ -69,13 +82,19 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
             node_id="RoPeSLRSaveAdapter",
             display_name="Save RoPeSLR Adapter",
             category="RoPeSLR",
-            description="Writes an adapter to models/ropeslr, where Load RoPeSLR Adapter finds it. A file that is "
-                        "there already is never overwritten: the new one gets a number.",
+            description=(
+                "Writes an adapter to models/ropeslr, where Load RoPeSLR Adapter finds it. Never "
+                "overwrites a file: if the name is taken, the new file gets a number."
+            ),
             inputs=[
-                AdapterType.Input("adapter", tooltip="What Load Sparse Checkpoint or a training node gives."),
+                AdapterType.Input("adapter", tooltip="The adapter of Load Sparse Checkpoint."),
                 io.String.Input(
-                    "name", default="adapter",
-                    tooltip="File name without ending, in models/ropeslr; a subfolder is allowed: wan/my-adapter.",
+                    "name",
+                    default="adapter",
+                    tooltip=(
+                        "File name without extension, in models/ropeslr. A subfolder is allowed: "
+                        "wan/my-adapter."
+                    ),
                 ),
             ],
             outputs=[],
@@ -83,7 +102,7 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name=None) -> bool | str:
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
         """Refuse a name that could not be written, before anything runs."""
         try:
             folders.free_path(folders.ADAPTERS, name if name is not None else "adapter")
@@ -92,9 +111,12 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, adapter, name) -> io.NodeOutput:
+    def execute(cls, adapter: Adapter | None, name: str) -> io.NodeOutput:
         """Write the file whole or not at all."""
         if adapter is None:
-            raise ValueError("There is no adapter to save: the adapter input holds 'none (training-free)'.")
+            raise ValueError(
+                "There is no adapter to save: the adapter input is 'none (training-free)'. "
+                "Connect Load Sparse Checkpoint, or choose a file in Load RoPeSLR Adapter."
+            )
         path = write_adapter(adapter, folders.free_path(folders.ADAPTERS, name))
         return io.NodeOutput(ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))

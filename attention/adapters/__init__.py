@@ -1,17 +1,32 @@
-"""Trained weights of the methods: the file format, its reader and writer, and readers of released checkpoints.
+"""Trained weights of the methods: our file format, and readers of released checkpoints.
 
-    adapter = read_adapter("file.safetensors")                 # our own format
-    checkpoint = open_checkpoint("SparkWan2.1-T2V-1.3B.pth")    # or a released one: recognised by its keys
-    adapter, backbone = checkpoint.adapter(), checkpoint.backbone()
+adapter = read_adapter("file.safetensors")                  # our own format
+checkpoint = open_checkpoint("SparkWan2.1-T2V-1.3B.pth")    # a released one, known by its keys
+adapter, backbone = checkpoint.adapter(), checkpoint.backbone()
 """
 
+from .adapter import Adapter, layer_name
+from .atomic import PARTIAL_BYTES
+from .checkpoint import Checkpoint, convert, open_checkpoint
 from .describe import describe
 from .files import read_adapter, write_adapter
-from .foreign import Checkpoint, convert, open_checkpoint
-from .format import Adapter, AdapterError, AdapterInfo, check_model, layer_name
-from .importance import order_features
+from .info import AdapterError, AdapterInfo
+from .text import quoted, shown
+from .validate import check_model
 
 __all__ = [
-    "Adapter", "AdapterError", "AdapterInfo", "Checkpoint", "check_model", "convert", "describe", "layer_name",
-    "open_checkpoint", "order_features", "read_adapter", "write_adapter",
+    "PARTIAL_BYTES",
+    "Adapter",
+    "AdapterError",
+    "AdapterInfo",
+    "Checkpoint",
+    "check_model",
+    "convert",
+    "describe",
+    "layer_name",
+    "open_checkpoint",
+    "quoted",
+    "read_adapter",
+    "shown",
+    "write_adapter",
 ]

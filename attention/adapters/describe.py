@@ -1,4 +1,4 @@
-"""What a file is, in lines for a person: an adapter, a released checkpoint, or why it is neither."""
+"""What a file is, in lines for a person: an adapter, a released checkpoint, or neither and why."""
 
 from __future__ import annotations
 
@@ -7,57 +7,80 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+from torch import Tensor
+
+from .adapter import Adapter
+from .checkpoint import SAFETENSORS, Checkpoint, open_checkpoint
 from .files import is_adapter, read_adapter
-from .foreign import Checkpoint, open_checkpoint
-from .format import Adapter
+from .tensor_file import file_name
+from .text import shown
 
 FAMILIES = {"rola": "RoLA (SparkWan)", "sla": "SLA (TurboWan)", "ropeslr": "RoPeSLR"}
+SPARSE_ONLY = "  The projection is zero: with these weights SLA computes only the kept blocks."
 
 
-def describe(path: str | os.PathLike) -> list[str]:
-    """Lines about a file, after the same checks that loading it makes. Raises AdapterError as loading would."""
+def describe(path: str | os.PathLike[str]) -> list[str]:
+    """Lines about a file, after the checks that loading it makes. Raises AdapterError as loading.
+
+    >>> describe("file.safetensors")[0]
+    'file.safetensors: an adapter of RoLA (SparkWan), 2.2 MB'
+    """
     path = Path(path)
-    if path.suffix.lower() == ".safetensors" and is_adapter(path):
+    if path.suffix.lower() in SAFETENSORS and is_adapter(path):
         return _about_adapter(read_adapter(path), path)
     return _about_checkpoint(open_checkpoint(path), path)
 
 
 def _about_adapter(adapter: Adapter, path: Path) -> list[str]:
-    lines = [f"{path.name}: an adapter of {FAMILIES[adapter.info.method]}, {_size(path)}"]
-    lines += [
-        f"  {each.name:13} {value}" for each in fields(adapter.info)
-        if (value := getattr(adapter.info, each.name)) not in ("", ())
-    ]
-    return [*lines, *_about_weights(adapter)]
+    family = FAMILIES[adapter.info.method]
+    lines = [f"{file_name(path)}: an adapter of {family}, {_size(path)}"]
+    for field in fields(adapter.info):
+        value = getattr(adapter.info, field.name)
+        if value not in ("", ()):
+            lines.append(f"  {field.name:13} {shown(value)}")
+    return lines + _about_weights(adapter)
 
 
 def _about_checkpoint(checkpoint: Checkpoint, path: Path) -> list[str]:
     adapter = checkpoint.adapter()
-    info, numbers, kinds, patches = adapter.info, 0, Counter(), None
-    for name, tensor in checkpoint.tensors():                                 # one by one: a model may be large
+    info = adapter.info
+    numbers, dtypes, patches = 0, Counter[str](), ()
+    # One by one: a model may be larger than the memory.
+    for name, tensor in checkpoint.tensors():
         numbers += tensor.numel()
-        kinds[str(tensor.dtype).removeprefix("torch.")] += 1
-        patches = tuple(tensor.shape) if name == "patch_embedding.weight" else patches
-    return [
-        f"{path.name}: a Wan checkpoint with weights of {FAMILIES[info.method]}, {_size(path)}",
-        f"  model         {info.base_model}: {info.num_layers} layers, {info.num_heads} heads of {info.head_dim}, "
-        f"{numbers / 1e9:.2f} billion numbers, {', '.join(f'{n} tensors {kind}' for kind, n in kinds.most_common())}",
-        f"  patches       {patches} as ComfyUI has them",
-        f"  trained at    sparsity {info.sparsity}, {info.block_order} order, blocks {info.block_q} x {info.block_k}",
-        *([f"  rank          {info.rank}"] if info.rank else []),
-        *_about_weights(adapter),
+        dtypes[_dtype(tensor)] += 1
+        if name == "patch_embedding.weight":
+            patches = tuple(tensor.shape)
+    kinds = ", ".join(f"{count} tensors {dtype}" for dtype, count in dtypes.most_common())
+    family = FAMILIES[info.method]
+    lines = [
+        f"{file_name(path)}: a Wan checkpoint with weights of {family}, {_size(path)}",
+        f"  model         {info.base_model}: {info.num_layers} layers, {info.num_heads} heads of "
+        f"{info.head_dim}, {numbers / 1e9:.2f} billion numbers, {kinds}",
+        f"  patches       {patches} in ComfyUI's layout",
+        f"  trained at    sparsity {info.sparsity}, {info.block_order} order, "
+        f"blocks {info.block_q} x {info.block_k}",
     ]
+    if info.rank:
+        lines.append(f"  rank          {info.rank}")
+    return lines + _about_weights(adapter)
 
 
 def _about_weights(adapter: Adapter) -> list[str]:
-    names: dict[str, tuple] = {}
+    first: dict[str, Tensor] = {}
     for weights in adapter.layers.values():
-        for name, tensor in weights.items():
-            names.setdefault(name, (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-    lines = [f"  {name:13} {shape} {dtype} in each layer" for name, (shape, dtype) in names.items()]
+        first = {**weights, **first}
+    lines = [
+        f"  {name:13} {tuple(tensor.shape)} {_dtype(tensor)} in each layer"
+        for name, tensor in first.items()
+    ]
     if adapter.sparse_only:
-        lines.append("  The projection is zero: with these weights SLA computes the kept blocks and nothing else.")
+        lines.append(SPARSE_ONLY)
     return lines
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _size(path: Path) -> str:

@@ -72,19 +72,46 @@ def test_nothing_is_ever_overwritten(adapter_folder):
     assert names == ["mine.safetensors", "mine_00002.safetensors", "mine_00003.safetensors"]
 
 
-@pytest.mark.parametrize("name", [
-    "", "  ", ".", "..", "../mine", "a/../../mine", "/etc/mine", "..\\mine", "a\\..\\..\\mine", "C:/mine", "C:mine",
-    "a//b", "mine.", "mi\nne", "mi\x00ne", "a/./b", "mine/", "nul?", "a|b", "<mine>",
-])
-def test_a_name_that_leads_out_of_the_folder_is_refused(name, adapter_folder):
+LONGEST = 216                               # bytes, with room for a number and for what a save writes first
+PART, CHARACTER, END = "it has the part", "it has a control character or one of", "ends with a dot or a space"
+DEVICE, LONG = "is a device on Windows", f"{LONGEST + 1} bytes long, and {LONGEST} are possible"
+
+
+@pytest.mark.parametrize("name, why", [
+    *((name, "it is empty") for name in ("", "  ")),
+    *((name, PART) for name in (".", "..", "../mine", "a/../../mine", "/etc/mine", "..\\mine", "a\\..\\..\\mine")),
+    *((name, PART) for name in ("a//b", "a/./b", "mine/")),
+    *((name, CHARACTER) for name in ("C:/mine", "C:mine", "mi\nne", "mi\x00ne", "nul?", "a|b", "<mine>")),
+    *((name, END) for name in ("mine.", "a /mine")),
+    *((name, DEVICE) for name in ("con", "NUL", "wan/COM1", "aux.wan", "aux.safetensors", "lpt\u00b9", "prn/mine")),
+    *((name, LONG) for name in ("x" * (LONGEST + 1), "\u00e9" * (LONGEST // 2) + "x", "x" * (LONGEST + 1) + "/mine")),
+    ("mine \ud800", "half of a character"),
+    ("x" * 1_000_000, "1,000,000 bytes long"),
+    ("a/" * 3000 + "mine", "the file system does not take it (File name too long)"),
+    ("taken/mine", "its subfolder is a file"),
+], ids=lambda text: repr(text[:20]))
+def test_a_name_that_cannot_be_saved_is_refused_before_the_run(name, why, adapter_folder):
+    (adapter_folder / "taken").touch()
     before = sorted(adapter_folder.parent.parent.rglob("*"))
-    with pytest.raises(ValueError, match="cannot be used. Write a plain file name"):
+    with pytest.raises(ValueError, match="cannot be used: .*. Write a plain file name") as caught:
         comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name=name)
+    assert why in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
     node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRSaveAdapter"]
-    assert "cannot be used" in node.validate_inputs(name=name)
+    assert node.validate_inputs(name=name) == str(caught.value)
     assert sorted(adapter_folder.parent.parent.rglob("*")) == before
+    if len(name) > LONGEST or why == "half of a character":
+        return                              # nor is there such a file to load
     with pytest.raises((FileNotFoundError, ValueError)):
         comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name=name or "missing.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x" * LONGEST, "\u00e9" * (LONGEST // 2), "console", "com10", "a" * 200 + "/mine"])
+def test_the_longest_name_that_is_accepted_can_be_saved_again_and_again(name, adapter_folder):
+    node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRSaveAdapter"]
+    for number in ("", "_00002"):
+        assert node.validate_inputs(name=name) is True
+        comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name=name)
+        assert (adapter_folder / f"{name}{number}.safetensors").is_file()
 
 
 def test_the_list_begins_with_no_adapter_and_shows_no_other_files(adapter_folder):
@@ -206,9 +233,27 @@ def test_a_converted_file_that_cannot_be_written_does_not_cost_the_run(monkeypat
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     model, adapter = load_sparkwan("made_full_sparkwan.pth", save_converted=True)
-    assert "could not be written" in caplog.text and "GB are needed" in caplog.text
+    assert "made_full_sparkwan-comfyui.safetensors needs 0.0 GB; " in caplog.text and "0.0 GB free" in caplog.text
     assert torch.isfinite(run(sparse(model, adapter=adapter))).all()
     assert not list((MODELS / "diffusion_models").glob("made_full_sparkwan-comfyui*"))
+
+
+def test_a_disk_that_fills_while_the_converted_file_is_written_does_not_cost_the_run(caplog):
+    """safetensors tells it by an error of its own; the free space was enough when the write began."""
+    resource = pytest.importorskip("resource")
+    name = "made_filling_sparkwan.pth"
+    load_sparkwan(name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        model, adapter = comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=name, save_converted=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    (said,) = (text for text in warnings if "RoPeSLR" in text)
+    assert "made_filling_sparkwan-comfyui.safetensors could not be written to " in said and "File too large" in said
+    assert torch.isfinite(run(sparse(model, adapter=adapter))).all()
+    assert list((MODELS / "diffusion_models").glob("made_filling_sparkwan*")) == [MODELS / "diffusion_models" / name]
 
 
 def test_an_adapter_of_another_model_is_refused_with_both_named():

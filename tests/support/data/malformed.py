@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,9 +71,11 @@ def _adapters():
                 yield f"{method} {field}=7", ".safetensors", write(header | {field: "7"}, tensors), ""
             rest = {key: value for key, value in header.items() if key != field}
             yield f"{method} without {field}", ".safetensors", write(rest, tensors), field
+        if method == "sla":
+            yield "sla act=elu", ".safetensors", write(header | {"act": "elu"}, tensors), "act"
         for field, value in HEADERS if method == "ropeslr" else HEADERS[:3]:
             yield f"{method} {field}={value}", ".safetensors", write(header | {field: value}, tensors), field
-        optional = ("beta", "gate_c", "gate_b", "gate_w") if method == "ropeslr" else ()
+        optional = ("channel_scale", "gate_slope", "gate_bias", "gate_weight") if method == "ropeslr" else ()
         last = "blocks.1.self_attn"
         for key in (key for key in tensors if key.startswith(last)):
             tensor, short = tensors[key], key.removeprefix(f"{last}.").split(".")[-1]
@@ -86,9 +90,9 @@ def _adapters():
         yield f"{method} with a gap", ".safetensors", write(header, gap), "blocks.1"
         far = {key.replace("blocks.1.", f"blocks.{10**15}."): x for key, x in tensors.items()}
         yield f"{method} with layer 10^15", ".safetensors", write(header, far), "blocks.1"
-        for extra in ("blocks.0.self_attn.extra", "../../etc/passwd", "blocks.0.ffn.0.weight", "", "blocks.-1.beta"):
+        for extra in ("blocks.0.self_attn.extra", "../../etc/passwd", "blocks.0.ffn.0.weight", "", "blocks.-1.channel_scale"):
             more = write(header, tensors | {extra: torch.ones(1)})
-            yield f"{method} with the key {extra!r}", ".safetensors", more, "does not belong"
+            yield f"{method} with the key {extra!r}", ".safetensors", more, "unexpected key"
         yield f"{method} without header", ".safetensors", write({}, tensors), ""
         yield f"{method} of another format", ".safetensors", write(header | {"format": "lora"}, tensors), ""
 
@@ -126,6 +130,10 @@ def _released():
         scale = "blocks.0.ffn.0.scale"
         yield f"{family} int8 without factors", ".pth", write({k: x for k, x in small.items() if k != scale}), "scale"
         yield f"{family} int8 with wrong factors", ".pth", write(small | {scale: torch.ones(1, 1)}), "scale"
+        flat = small | {"blocks.0.norm3.int8_weight": torch.ones(256, dtype=torch.int8), "blocks.0.norm3.scale":
+                        torch.ones(2)}
+        del flat["blocks.0.norm3.weight"]
+        yield f"{family} int8 that is no matrix", ".pth", write(flat), "expected a matrix"
         nan = small[scale] * torch.nan
         yield f"{family} int8 with NaN factors", ".pth", write(small | {scale: nan}), "NaN"
 
@@ -133,7 +141,8 @@ def _released():
 def _pickles():
     weights = checkpoints.sparkwan()
     for how in ("open", "system", "eval"):
-        yield f"code by {how}", ".pth", lambda path, how=how: torch.save({**weights, "x": Evil(how)}, path), "not run"
+        yield f"code by {how}", ".pth", lambda path, how=how: torch.save(
+            {**weights, "x": Evil(how)}, path), "nothing was executed"
         yield f"code by {how}, bare", ".pth", lambda path, how=how: path.write_bytes(pickle.dumps(Evil(how))), ""
         yield f"code by {how}, old format", ".pth", lambda path, how=how: torch.save(
             {"state_dict": {"net.x": Evil(how)}}, path, _use_new_zipfile_serialization=False), "before 2020"
@@ -147,7 +156,8 @@ def _pickles():
     }
     for kind, tensor in odd.items():
         yield kind, ".pth", lambda path, x=tensor: torch.save({**weights, name: x}, path), "no plain tensor"
-    yield "a whole module", ".pth", lambda path: torch.save(torch.nn.Linear(2, 2), path), "not run"
+    yield "a whole module", ".pth", lambda path: torch.save(
+        torch.nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"
     yield "code named safetensors", ".safetensors", lambda path: path.write_bytes(pickle.dumps(Evil())), "safetensors"
 
 
@@ -164,7 +174,7 @@ def _no_checkpoints():
         yield f"text as {ending}", ending, lambda path: path.write_text("<html>404 not found</html>"), ""
         yield f"nothing as {ending}", ending, lambda path: path.write_bytes(b""), ""
         yield f"zeros as {ending}", ending, lambda path: path.write_bytes(bytes(4096)), ""
-        yield f"a folder as {ending}", ending, lambda path: path.mkdir(), "no such file"
+        yield f"a folder as {ending}", ending, lambda path: path.mkdir(), "is a folder"
         yield f"no file {ending}", ending, lambda path: None, "no such file"
     header = struct.pack("<Q", 1 << 40) + b"{}"
     yield "a header of a terabyte", ".safetensors", lambda path: path.write_bytes(header), "safetensors"
@@ -200,3 +210,69 @@ def read(path: Path):
         return adapters.read_adapter(path)
     checkpoint = adapters.open_checkpoint(path)
     return checkpoint.adapter(), checkpoint.backbone()
+
+
+# Files that are expensive, or that lie about what they hold. Each is made when it is asked for.
+
+
+def write_header(path: Path, header: dict, size: int = 0) -> Path:
+    """A safetensors file of this header and `size` zeros, which take no space on the disk."""
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    return path
+
+
+def many_keys(path: Path, count: int) -> Path:
+    """An adapter by its header, with far more tensors than any."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    info = sla_adapter(1, 2, 16).info.header()
+    return write_header(path, {"__metadata__": info} | {f"{i}.proj_q": empty for i in range(count)})
+
+
+def large_checkpoint(path: Path, side: int) -> Path:
+    """One matrix of `side` x `side`, as a whole checkpoint would have."""
+    size = 4 * side * side
+    entry = {"dtype": "F32", "shape": [side, side], "data_offsets": [0, size]}
+    return write_header(path, {"blocks.0.self_attn.proj_q.weight": entry}, size)
+
+
+def large_adapter(path: Path, side: int) -> Path:
+    """An adapter whose header is right but for one matrix, which is far too large."""
+    made = sla_adapter(1, 2, 16)
+    weight, bias = (key for key in made.tensors())
+    size = 4 * side * side
+    return write_header(path, {
+        "__metadata__": made.info.header(),
+        weight: {"dtype": "F32", "shape": [side, side], "data_offsets": [0, size]},
+        bias: {"dtype": "F32", "shape": [16], "data_offsets": [size, size + 64]},
+    }, size + 64)
+
+
+def zip_bomb(path: Path, size: int) -> Path:
+    """A .pth of a few hundred kilobytes whose pickle unpacks to `size` bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x/data.pkl", "w", force_zip64=True) as file:
+            for _ in range(size >> 20):
+                file.write(bytes(1 << 20))
+        archive.writestr("x/version", "3\n")
+    return path
+
+
+def deflated(path: Path, weights: dict[str, Tensor]) -> Path:
+    """A .pth that somebody has packed again: the same members, compressed."""
+    plain = checkpoints.save(weights, path.with_name("plain.pth"))
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    plain.unlink()
+    return path
+
+
+def painted_pickle(path: Path) -> Path:
+    """A .pth whose pickle asks for an object with escape codes in its name."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02c\x1b[31mmodule\n\x07name\n.")
+        archive.writestr("x/version", "3\n")
+    return path
