@@ -7,9 +7,12 @@ async def comfy_entrypoint():
     """The pack's extension; ComfyUI itself logs only one line of an error, so its traceback is logged here."""
     try:
         from .nodes.extension import RoPeSLRExtension
+
+        return RoPeSLRExtension.checked()
     except Exception:
         import logging
 
-        logging.getLogger(__name__).exception("ComfyUI-RoPeSLR could not be loaded; please report this traceback")
+        from .nodes.host import cannot_load
+
+        logging.getLogger(__name__).exception(cannot_load())
         raise
-    return RoPeSLRExtension()

@@ -10,6 +10,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..attention.doctor import examine
+from .host import comfyui_version
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class RoPeSLRDoctor(io.ComfyNode):
         grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
         bar = ProgressBar(100)
         text = "\n".join((
-            f"ComfyUI: {_comfyui_version()}, dense attention by {_dense_attention()}",
+            f"ComfyUI: {comfyui_version()}, dense attention by {_dense_attention()}",
             examine(
                 comfy.model_management.get_torch_device(), grid, sparsity, seconds,
                 lambda done, of: bar.update_absolute(done, of),
@@ -69,14 +70,6 @@ class RoPeSLRDoctor(io.ComfyNode):
         ))
         logger.info("RoPeSLR Doctor\n%s", text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
-
-
-def _comfyui_version() -> str:
-    try:
-        from comfyui_version import __version__
-    except ImportError:                     # embedded in another program
-        return "unknown"
-    return __version__
 
 
 def _dense_attention() -> str:

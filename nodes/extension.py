@@ -20,25 +20,40 @@ from .sparse_attention import RoPeSLRSparseAttention
 
 logger = logging.getLogger(__name__)
 
+NODES: list[type[io.ComfyNode]] = [
+    RoPeSLRSparseAttention,
+    RoPeSLRLoadAdapter,
+    RoPeSLRSaveAdapter,
+    RoPeSLRLoadSparseCheckpoint,
+    RoPeSLRFewStepSigmas,
+    RoPeSLRReport,
+    RoPeSLRDoctor,
+]
+
 
 class RoPeSLRExtension(ComfyExtension):
     """All nodes of the pack."""
 
+    @classmethod
+    def checked(cls) -> RoPeSLRExtension:
+        """The extension, once this ComfyUI has taken every schema; an old one lacks what they use."""
+        folders.register()  # before a schema lists its files
+        for node in NODES:
+            node.define_schema()
+        return cls()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        folders.register()                  # before a schema lists its files
-        _say_what_runs()
-        return [
-            RoPeSLRSparseAttention, RoPeSLRLoadAdapter, RoPeSLRSaveAdapter, RoPeSLRLoadSparseCheckpoint,
-            RoPeSLRFewStepSigmas, RoPeSLRReport, RoPeSLRDoctor,
-        ]
+        _log_backend()
+        return NODES
 
 
-def _say_what_runs() -> None:
+def _log_backend() -> None:
     """One line at the start; whatever is odd about a machine must not keep the nodes from loading."""
     try:
-        logger.info("RoPeSLR %s: %s", _version(), backend_line(comfy.model_management.get_torch_device()))
+        backend = backend_line(comfy.model_management.get_torch_device())
+        logger.info("RoPeSLR %s: %s", _version(), backend)
     except Exception:
-        logger.warning("RoPeSLR: it cannot be told which backend would run", exc_info=True)
+        logger.warning("RoPeSLR: could not determine the backend", exc_info=True)
 
 
 def _version() -> str:

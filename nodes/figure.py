@@ -1,4 +1,4 @@
-"""Draws a run's report, and a probe if there is one, as one picture."""
+"""Draws a run's report, and a comparison if there is one, as one picture."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..attention.probe import Probe
+from ..attention.compare import MethodComparison
 from .patching import RunReport
+from .patching.tally import COMPONENTS
 
-PARTS = ("kept blocks", "routing", "background", "calibration", "dense calls")
-COLOURS = ("#1f618d", "#5dade2", "#58a55c", "#8f6bb8", "#d68910")             # as in the panel: dense is orange
+SPARSE, DENSE = "#1f618d", "#d68910"  # as in the panel: dense is orange
+COLOURS = dict(
+    zip(COMPONENTS, (SPARSE, "#5dade2", "#58a55c", "#8f6bb8", DENSE, "#a93226"), strict=True)
+)
 NOT_RUN = "#d9d9d9"
 
 
-def draw(report: RunReport, probe: Probe | None) -> torch.Tensor:
+def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor:
     """-> IMAGE `(1, H, W, 3)` float32 in 0..1."""
     figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
     (density, cost), (below, blocks) = figure.subplots(2, 2)
-    done = "" if report.completed else ", cut short"
+    done = "" if report.completed else ", not finished"
     figure.suptitle(
         f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} sparse and "
         f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} s{_in_attention(report)}{done}",
@@ -28,12 +31,12 @@ def draw(report: RunReport, probe: Probe | None) -> torch.Tensor:
     )
     _density(density, report)
     _cost(cost, report)
-    if probe is None:
+    if comparison is None:
         _reasons(below, report)
         _note(blocks, "Connect positive and choose a comparison\nto see errors and kept blocks.")
     else:
-        _errors(below, probe)
-        _blocks(blocks, probe)
+        _errors(below, comparison)
+        _blocks(blocks, comparison)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]
@@ -55,7 +58,7 @@ def _density(axes, report: RunReport) -> None:
     sparse = values[values < 1]
     most = min(1.0, max(0.05, 1.5 * float(sparse.max()))) if sparse.size else 0.05
     drawn = axes.imshow(
-        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=COLOURS[4]), vmin=0,
+        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=DENSE), vmin=0,
         vmax=most - 1e-6, interpolation="nearest", extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
     )
     every = max(1, -(-len(steps) // 12))
@@ -69,8 +72,8 @@ def _cost(axes, report: RunReport) -> None:
     axes.set_title(f"Attention FLOPs: {100 * report.flops_saved:.1f} % saved")
     scale, unit = _unit(report.dense_tflop)
     left, whole = 0.0, report.dense_tflop * scale
-    axes.barh(["all dense"], [whole], color=COLOURS[4])
-    for part, colour in zip(PARTS, COLOURS):
+    axes.barh(["all dense"], [whole], color=DENSE)
+    for part, colour in COLOURS.items():
         value = report.spent_parts.get(part, 0.0) * scale
         if value:
             axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {100 * value / whole:.1f} %")
@@ -95,7 +98,7 @@ def _reasons(axes, report: RunReport) -> None:
     if not counts:
         _note(axes, "None.")
         return
-    colours = [COLOURS[0] if name.startswith("sparse (") else COLOURS[4] for name in counts]
+    colours = [SPARSE if name.startswith("sparse (") else DENSE for name in counts]
     bars = axes.barh(list(counts), list(counts.values()), color=colours)
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.margins(x=0.12)
@@ -107,9 +110,9 @@ def _short(text: str, most: int = 34) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _errors(axes, probe: Probe) -> None:
+def _errors(axes, comparison: MethodComparison) -> None:
     axes.set_title("Error against dense attention, by layer")
-    for name, errors in probe.errors.items():
+    for name, errors in comparison.errors.items():
         if errors:
             axes.plot(range(len(errors)), list(errors.values()), marker="o", markersize=3, label=name)
     axes.set(xlabel="layer", ylabel="relative error of the output")
@@ -119,12 +122,12 @@ def _errors(axes, probe: Probe) -> None:
     axes.legend(fontsize=9)
 
 
-def _blocks(axes, probe: Probe) -> None:
-    axes.set_title(f"Kept blocks, layer {probe.look.number}, head {probe.look.head}")
-    if probe.kept is None:
+def _blocks(axes, comparison: MethodComparison) -> None:
+    axes.set_title(f"Kept blocks, layer {comparison.selection.number}, head {comparison.selection.head}")
+    if comparison.kept is None:
         _note(axes, "This layer stayed dense.")
         return
-    axes.imshow(probe.kept.numpy(), cmap="Blues", interpolation="nearest", aspect="auto")
+    axes.imshow(comparison.kept.numpy(), cmap="Blues", interpolation="nearest", aspect="auto")
     axes.set(xlabel="key block", ylabel="query block")
 
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import textwrap
+from collections.abc import Iterator
 
+import folder_paths
 import numpy
 import torch
 from comfy_api.latest import io, ui
 
-from ..attention.probe import Probe
+from ..attention.compare import MethodComparison
 from .patching import RunReport, last_report
-from .patching.probing import probe
+from .patching.compare import Request, compare
 
 logger = logging.getLogger(__name__)
 
 COMPARE = ("off", "this method", "all methods")
+NO_RUN = (
+    "No run to report: this MODEL has not been sampled through a RoPeSLR Sparse Attention node. Connect "
+    "the MODEL that goes into the sampler, and the sampler's LATENT."
+)
+NOT_ASKED = "No comparison: compare is off. Set it to this method or all methods."
+NO_POSITIVE = "No comparison: connect the sampler's positive conditioning."
+NOTHING_TO_COMPARE = (
+    "No comparison: no attention of this model can be sparse at these settings."
+)
+NO_MATPLOTLIB = "The picture needs matplotlib: pip install matplotlib."
+NOT_DRAWN = (
+    "The picture could not be drawn; the log says why. A newer matplotlib may help."
+)
 
 
 class RoPeSLRReport(io.ComfyNode):
@@ -68,42 +86,62 @@ class RoPeSLRReport(io.ComfyNode):
         """Tell about the last run of MODEL; never fails a graph whose video is finished."""
         report = last_report(model)
         if report is None:
-            text = (
-                "No run to report: this MODEL has not been sampled behind a RoPeSLR Sparse Attention node. Connect the "
-                "MODEL that goes into the sampler, and the sampler's LATENT."
-            )
-            return io.NodeOutput(latent, _written(text), text, ui=ui.PreviewText(text))
-        found, remark = None, ""
+            return io.NodeOutput(latent, _written(NO_RUN), NO_RUN, ui=ui.PreviewText(NO_RUN))
+        found, remark = None, NOT_ASKED if positive is not None else ""
         if compare != "off":
-            found, remark = _compare(model, latent, positive, compare, at, layer, head)
+            request = Request(compare == "all methods", at, layer, head)
+            found, remark = _compare(model, latent, positive, request)
         text = "\n".join(filter(None, (report.summary(), _time(report), _table(found), remark)))
         try:
-            from .figure import draw
-
-            image = draw(report, found)
+            image = _drawn(report, found)
         except ImportError:
-            text += "\nThe picture needs matplotlib: pip install matplotlib."
+            text += f"\n{NO_MATPLOTLIB}"
             image = _written(text)
-        except Exception:                   # a very old matplotlib, for one; the video is finished
+        except Exception:  # a very old matplotlib, for one; the video is finished
             logger.warning("RoPeSLR: the report could not be drawn", exc_info=True)
-            text += "\nThe picture could not be drawn; the log says why. A newer matplotlib may help."
+            text += f"\n{NOT_DRAWN}"
             image = _written(text)
         return io.NodeOutput(latent, image, text, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _compare(model, latent, positive, compare: str, at: float, layer: int, head: int) -> tuple[Probe | None, str]:
-    """What a probe found, or why there is none."""
+def _drawn(report: RunReport, found: MethodComparison | None) -> torch.Tensor:
+    """The picture."""
+    with _matplotlib_folder(os.path.join(folder_paths.get_temp_directory(), "matplotlib")):
+        from .figure import draw
+
+        return draw(report, found)
+
+
+@contextlib.contextmanager
+def _matplotlib_folder(folder: str) -> Iterator[None]:
+    """Let matplotlib keep its caches among ComfyUI's temporary files instead of the home folder.
+
+    It knows no other way than this variable, and reads it once, when it is first used.
+    """
+    name = "MPLCONFIGDIR"
+    if name in os.environ or "matplotlib" in sys.modules:
+        yield
+        return
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _compare(
+    model, latent: dict, positive: list | None, request: Request
+) -> tuple[MethodComparison | None, str]:
+    """What a comparison found, or why there is none."""
     if positive is None:
-        return None, "No comparison: connect the sampler's positive conditioning."
+        return None, NO_POSITIVE
     try:
         with torch.inference_mode():
-            found = probe(model, latent["samples"], positive, compare == "all methods", at, layer, head)
-    except Exception as error:              # the video is finished: a report must not cost it
+            found = compare(model, latent["samples"], positive, request)
+    except Exception as error:  # the video is finished: a report must not cost it
         logger.warning("RoPeSLR: the comparison failed", exc_info=True)
         return None, f"No comparison: it failed ({type(error).__name__}: {error})."
-    if found is None:
-        return None, "No comparison: no attention of this model can be sparse at these settings."
-    return found, ""
+    return found, "" if found is not None else NOTHING_TO_COMPARE
 
 
 def _time(report: RunReport) -> str:
@@ -111,9 +149,10 @@ def _time(report: RunReport) -> str:
     if not spent or not report.seconds:
         return ""
     both = sum(spent.values())
+    share = 100 * both / report.seconds
     return (
-        f"Time in self-attention: {both:.1f} s of {report.seconds:.1f} s ({100 * both / report.seconds:.0f} %), sparse "
-        f"{spent['sparse']:.1f} s, dense {spent['dense']:.1f} s.{_each(report)}"
+        f"Time in self-attention: {both:.1f} s of {report.seconds:.1f} s ({share:.0f} %), "
+        f"sparse {spent['sparse']:.1f} s, dense {spent['dense']:.1f} s.{_each(report)}"
     )
 
 
@@ -123,21 +162,25 @@ def _each(report: RunReport) -> str:
     if not (one.get("sparse") and one.get("dense")):
         return ""
     return (
-        f" A sparse call took {1000 * one['sparse']:,.1f} ms, a dense one {1000 * one['dense']:,.1f} ms (medians): "
+        f" Median call: sparse {1000 * one['sparse']:,.1f} ms, dense {1000 * one['dense']:,.1f} ms: "
         f"{one['dense'] / one['sparse']:.2f} times as fast."
     )
 
 
-def _table(found: Probe | None) -> str:
+def _table(found: MethodComparison | None) -> str:
     """The methods with their errors, best first."""
     if found is None:
         return ""
     rows = sorted(
         (sum(errors.values()) / len(errors), max(errors.values()), name)
-        for name, errors in found.errors.items() if errors
+        for name, errors in found.errors.items()
+        if errors
     )
     lines = ["Error against dense attention: mean over layers, worst layer; FLOPs saved:"]
-    lines += [f"  {name:12} {mean:.3f}  {worst:.3f}  {100 * found.saved[name]:.1f} %" for mean, worst, name in rows]
+    lines += [
+        f"  {name:12} {mean:.3f}  {worst:.3f}  {100 * found.saved[name]:.1f} %"
+        for mean, worst, name in rows
+    ]
     if len(rows) > 1:
         lines.append(f"Closest to dense on this model at this sparsity: {rows[0][2]}.")
     return "\n".join(lines)
@@ -147,7 +190,8 @@ def _written(text: str) -> torch.Tensor:
     """A text as an IMAGE `(1, H, W, 3)`, where there is nothing to draw, or nothing to draw it with."""
     from PIL import Image, ImageDraw
 
-    lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, 90) or [""]]
+    paragraphs = text.split("\n")
+    lines = [line for each in paragraphs for line in textwrap.wrap(each, 90) or [""]]
     image = Image.new("RGB", (720, 40 + 18 * len(lines)), "white")
     ImageDraw.Draw(image).multiline_text((20, 20), "\n".join(lines), fill="black", spacing=6)
     return torch.from_numpy(numpy.asarray(image).astype(numpy.float32) / 255)[None]

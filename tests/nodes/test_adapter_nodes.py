@@ -268,7 +268,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_named():
 def test_a_method_without_its_weights_and_weights_without_use_are_said(caplog):
     model = load_model("tiny_wan21_t2v")
     for settings, words in (
-        (dict(method="rola"), "rola has no adapter"), (dict(method="sla"), "the kept blocks run alone"),
+        (dict(method="rola"), "rola has no adapter"), (dict(method="sla"), "only block-sparse attention runs"),
         (dict(method="adaspa", adapter=own_adapter("rola")), "adaspa takes no adapter; 'rola.safetensors'"),
         (dict(adapter=own_adapter("sla", size=0.0)), "the projection in 'sla.safetensors' is zero"),
     ):
@@ -295,7 +295,7 @@ def test_weights_that_were_trained_sparse_need_no_dense_first_step(adapter, firs
 
 def test_calibration_stays_off_with_an_adapter_unless_it_is_asked_for():
     model, adapter = load_model("tiny_wan21_t2v"), own_adapter("ropeslr")
-    for calibrate, expected in (("auto", 0), ("off", 0), ("on top", 2), ("every step", 6)):
+    for calibrate, expected in (("auto", 0), ("off", 0), ("refine", 2), ("every step", 6)):
         patched = sparse(model, adapter=adapter, calibrate=calibrate)
         sample(patched, steps=3)
         assert report(patched).calibrations == expected, calibrate
@@ -436,8 +436,8 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
     """Whatever stretches or shifts the model's RoPE, what comes out is the query before it."""
     from comfy.ldm.flux.math import apply_rope1
 
-    inputs = comfy_host.module(".nodes.patching.layer_inputs")
-    positions = comfy_host.module(".attention.positions")
+    inputs = comfy_host.module(".nodes.patching.hooks")
+    positions = comfy_host.module(".attention.rope")
     model = load_model("tiny_wan21_t2v").model.diffusion_model
     for grid in ((5, 8, 8), (3, 5, 9), (1, 16, 9)):
         freqs = model.rope_encode(
@@ -445,7 +445,7 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
         )
         tokens = grid[0] * grid[1] * grid[2]
         q = torch.randn(1, tokens, 2, 128, generator=torch.Generator().manual_seed(0))
-        read = inputs.read_positions(freqs, tokens)
+        read = inputs.read_rope(freqs, tokens)
         turned = apply_rope1(q, freqs)
         even, odd = turned[..., 0::2], turned[..., 1::2]
         cos, sin = (part[None, :, None] for part in read)
@@ -454,7 +454,7 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
         half = positions.rounded_angles(read, grid, torch.bfloat16)
         exact = positions.rounded_angles(read, grid, torch.float32)
         assert (torch.remainder(half - exact + torch.pi, 2 * torch.pi) - torch.pi).abs().max() < 0.5
-    assert inputs.read_positions(freqs, tokens + 1) is None and inputs.read_positions(None, 4) is None
+    assert inputs.read_rope(freqs, tokens + 1) is None and inputs.read_rope(None, 4) is None
 
 
 @pytest.mark.parametrize("options, matters", [(dict(scale_t=0.5), True), (dict(shift_x=4.0), False)])

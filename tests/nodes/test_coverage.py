@@ -89,18 +89,18 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
     """By the model's own RoPE: its first angle of each axis must change along that axis of the grid, and no other."""
     name, variant, model = variant
     layouts, angles = [], []
-    places = comfy_host.module(".nodes.patching.token_places").TokenPlaces
-    original = places.layout
+    sequence = comfy_host.module(".nodes.patching.token_layout").SequenceInfo
+    original = sequence.layout
 
     def layout(self, *args):
-        layouts.append(original(self, *args)[0])
-        return layouts[-1], None
+        layouts.append(original(self, *args))
+        return layouts[-1]
 
     def rope(module, args, kwargs):
         given = kwargs.get("freqs", kwargs.get("pe"))
         angles.append(torch.atan2(given[..., 1, 0], given[..., 0, 0]).reshape(-1, given.shape[-3]))
 
-    monkeypatch.setattr(places, "layout", layout)
+    monkeypatch.setattr(sequence, "layout", layout)
     net = model.model.diffusion_model
     handle = (net.double_blocks if hasattr(net, "double_blocks") else net.blocks)[0].register_forward_pre_hook(
         rope, with_kwargs=True
@@ -125,9 +125,9 @@ def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
     run_class, seen = comfy_host.module(".attention").AttentionRun, []
     attend = run_class.attend
 
-    def watched(self, q, k, v, layout, *args, **kwargs):
-        seen.append((q.clone(), layout))
-        return attend(self, q, k, v, layout, *args, **kwargs)
+    def watched(self, q, k, v, call):
+        seen.append((q.clone(), call.layout))
+        return attend(self, q, k, v, call)
 
     monkeypatch.setattr(run_class, "attend", watched)
     queries = []

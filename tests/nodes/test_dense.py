@@ -33,7 +33,7 @@ def test_triton_by_name_where_it_cannot_run_is_refused_before_sampling_with_the_
 
 @pytest.mark.parametrize("method", ["rola", "sla"])
 def test_a_method_without_its_weights_is_named_so_and_refused_by_strict(method):
-    module, model = comfy_host.module(".nodes.patching.sampling_run"), load_model("tiny_wan21_t2v")
+    module, model = comfy_host.module(".nodes.patching.dense_reason"), load_model("tiny_wan21_t2v")
     with pytest.raises(module.SparseNotPossible, match=f"{method} has no adapter.*Connect an adapter"):
         sparse(model, method=method, strict=True)
     patched = sparse(model, method=method)
@@ -149,20 +149,16 @@ class Calls:
     """One attention call, handed to the override as a block would."""
 
     def __init__(self, **settings):
-        names = ("override", "sampling_run", "model_call", "token_places")
-        patching = {name: comfy_host.module(f".nodes.patching.{name}") for name in names}
-        plan = comfy_host.module(".attention").SparsePlan(**(dict(min_tokens=64, dense_first_steps=0) | settings))
-        model = load_model("tiny_wan21_t2v")
-        facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
-        self.run = patching["sampling_run"].SamplingRun(
-            plan, facts, torch.ones(1, 16, 4, 16, 16), torch.tensor([1.0, 0.5, 0.0]),
-            model.get_model_object("model_sampling"), patching["sampling_run"].Said(),
-        )
-        places = patching["token_places"].TokenPlaces((4, 8, 8))
-        self.options = {"block_index": 0}
-        self.call = patching["model_call"].ModelCall(self.run, 1.0, (("all", 1),), (20,), places)
-        self.options["ropeslr_call"] = self.call
-        self.override = patching["override"].sparse_override
+        names = ("override", "patch", "call", "token_layout")
+        override, patch, call, layout = (comfy_host.module(f".nodes.patching.{name}") for name in names)
+        settings = dict(min_tokens=64, dense_first_steps=0) | settings
+        plan = comfy_host.module(".attention").SparsePlan(**settings).resolve()
+        model, sigmas = load_model("tiny_wan21_t2v"), torch.tensor([1.0, 0.5, 0.0])
+        self.run = patch.SparsePatch(plan)._begin(model, sigmas, starts=True)
+        facts = call.CallFacts(1.0, (("all", 1),), (), (20,), layout.SequenceInfo((4, 8, 8)))
+        self.call = call.ModelCall(self.run, facts)
+        self.options = {"block_index": 0, call.CALL: self.call}
+        self.override = override.sparse_override
 
     def __call__(self, q, k, v, heads, mask=None, **kwargs):
         return self.override(
@@ -171,8 +167,8 @@ class Calls:
 
 
 @pytest.mark.parametrize("width, kv_heads, mask, reason", [
-    (63, 2, None, "head width 63 (an even width up to 512 is needed)"),
-    (514, 2, None, "head width 514 (an even width up to 512 is needed)"),
+    (63, 2, None, "head_dim is 63 (an even number up to 512 is needed)"),
+    (514, 2, None, "head_dim is 514 (an even number up to 512 is needed)"),
     (64, 2, torch.zeros(256, 256), "an attention mask of shape (256, 256) is set"),
     (64, 1, None, "2 query heads on 1 key heads (equal numbers are needed)"),
 ])
@@ -183,6 +179,17 @@ def test_calls_that_the_path_cannot_take_go_dense(width, kv_heads, mask, reason)
     assert dict(call.call.tally.dense_calls) == {reason: 1}
     with pytest.raises(RuntimeError, match="strict.*" + reason.split(" (")[0]):
         Calls(strict=True)(q, k, k, 2, mask=mask, skip_reshape=True)
+
+
+def test_a_call_whose_gradients_are_wanted_goes_dense():
+    """Somebody trains: what a run remembers would belong to another pass over the same layer."""
+    q = torch.randn(1, 2, 256, 64)
+    reasons, call = comfy_host.module(".nodes.patching.dense_reason"), Calls()
+    assert call(q.clone().requires_grad_(), q, q, 2, skip_reshape=True) == "dense"
+    assert dict(call.call.tally.dense_calls) == {reasons.TRAINING: 1}
+    call = Calls()
+    with torch.no_grad():
+        assert isinstance(call(q.clone().requires_grad_(), q, q, 2, skip_reshape=True), torch.Tensor)
 
 
 @pytest.mark.parametrize("skip_reshape", [False, True])
@@ -217,6 +224,40 @@ def test_layers_that_the_model_does_not_have_are_named(caplog):
     assert "dense_layers has 2, 40; WanModel has 2 layers, counted 0-1" in caplog.text
 
 
+def test_a_long_list_of_layers_is_named_as_ranges(caplog):
+    sparse(load_model("tiny_wan21_t2v"), dense_layers="0-9999")
+    (line,) = [record.message for record in caplog.records if "dense_layers has" in record.message]
+    assert line.endswith("dense_layers has 2-9999; WanModel has 2 layers, counted 0-1")
+
+
+def test_what_is_no_adapter_is_refused_in_words():
+    """A path typed into a string node, for one, and linked to the input."""
+    with pytest.raises(ValueError, match="adapter is a str; connect the output of Load RoPeSLR Adapter"):
+        sparse(load_model("tiny_wan21_t2v"), adapter="mine.safetensors")
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.0), (0.5, 0.5), (0.6, 0.4), (1.0, 1.0)])
+def test_an_empty_window_runs_no_step_sparse_and_is_said(start, end, caplog):
+    patched = sparse(load_model("tiny_wan21_t2v"), start_percent=start, end_percent=end)
+    assert f"start_percent {start:g} is not below end_percent {end:g}" in caplog.text
+    sample(patched)
+    assert report(patched).sparse_calls == 0
+    assert report(patched).dense_calls == {"outside start/end percent": 6}
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+def test_samplers_with_steps_of_their_own_have_no_last_steps(sampler, caplog):
+    """They never call the model below the level at which the last step begins."""
+    patched = sparse(load_model("tiny_wan21_t2v"), dense_last_steps=1)
+    sample(patched, steps=4, sampler=sampler)
+    says = f"dense_last_steps has no effect with {sampler}"
+    assert sum(says in record.message for record in caplog.records) == 1
+    other = sparse(load_model("tiny_wan21_t2v"), dense_last_steps=1)
+    caplog.clear()
+    sample(other, steps=4)
+    assert "no effect" not in caplog.text and report(other).dense_calls == {"dense last steps": 2}
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
     """An object patch on self_attn.forward goes past the slot: without a word the node would do nothing at all."""
@@ -231,7 +272,7 @@ def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
         return attention.o(optimized_attention(q, k, v, heads=attention.num_heads))
 
     patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", forward)
-    says = "1 of 2 layers do not ask the attention slot"
+    says = "1 of 2 layers never called the attention override: another node replaced their self-attention"
     if strict:
         with pytest.raises(RuntimeError, match=says):
             sample(patched)
@@ -244,6 +285,7 @@ def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
 
 def test_a_second_model_in_one_run_is_left_alone():
     """DualModelGuider hands the first model's options to the second, whose layout is another."""
+    reasons = comfy_host.module(".nodes.patching.dense_reason")
     first, second = sparse(load_model("tiny_wan21_t2v")), load_model("tiny_wan21_vace")
     if "DualModelGuider" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
         return                              # older than the node
@@ -261,7 +303,7 @@ def test_a_second_model_in_one_run_is_left_alone():
     assert torch.isfinite(out[0]["samples"]).all()
     assert report(first).sparse_calls == 4
     (reason,) = report(first).dense_calls
-    assert reason == "a second model, VaceWanModel, takes part in this run"
+    assert reason == reasons.OTHER_MODEL.format(name="VaceWanModel")
 
 
 def test_strict_refuses_a_short_video_before_the_first_step():

@@ -128,20 +128,21 @@ def test_padded_text_is_never_attended_and_real_text_is(monkeypatch):
 
 
 def test_masks_that_cannot_be_honoured_run_dense_with_a_reason():
-    places = comfy_host.module(".nodes.patching.token_places")
+    module = comfy_host.module(".nodes.patching.token_layout")
     layout = comfy_host.module(".attention").TokenLayout((2, 8, 8), before=20)
     hide = torch.finfo(torch.float32).min
     mask = torch.zeros(1, 1, 148)
-    assert places.visible_tokens(mask, layout) == (None, None)
+    assert module.with_hidden(layout, mask) == layout
     mask[..., 12:20] = hide
-    visible, reason = places.visible_tokens(mask, layout)
-    assert reason is None and visible.tolist() == [*range(12), *range(20, 148)]
+    mask[..., 3] = hide
+    found = module.with_hidden(layout, mask)
+    assert found.hidden == ((3, 4), (12, 20)) and found.attended_tokens == 139
     for wrong in (torch.zeros(2, 1, 148), torch.zeros(148, 148), torch.ones(1, 148, dtype=torch.bool)):
-        assert "an attention mask of shape" in places.visible_tokens(wrong, layout)[1]
+        assert module.with_hidden(layout, wrong).text == module.MASK_SHAPE.format(shape=tuple(wrong.shape))
     for at, value in ((3, -1.0), (3, float("nan")), (30, hide)):
         bad = torch.zeros(1, 1, 148)
         bad[..., at] = value
-        assert "weighs tokens, or hides some of the video" in places.visible_tokens(bad, layout)[1]
+        assert module.with_hidden(layout, bad).text == module.MASK_VALUES
 
 
 def test_layers_are_counted_through_double_and_single_blocks():
@@ -149,10 +150,10 @@ def test_layers_are_counted_through_double_and_single_blocks():
     patched = sparse(model, sparsity=0.6, dense_layers="1, 2")
     sample(patched, steps=2, pooled=True)
     assert report(patched).dense_calls == {"dense layers": 4} and report(patched).sparse_calls == 4
-    facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
-    assert [facts.layer({"block_type": kind, "block_index": i}) for kind in ("double", "single") for i in (0, 1)] == [
+    info = comfy_host.module(".nodes.patching.model_info").model_info(model.model.diffusion_model)
+    assert [info.layer({"block_type": kind, "block_index": i}) for kind in ("double", "single") for i in (0, 1)] == [
         (("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)]
-    assert facts.layer({}) is None and facts.layers == 4
+    assert info.layer({}) is None and info.num_layers == 4
 
 
 def test_removing_the_node_gives_bit_identical_frames():

@@ -59,7 +59,7 @@ def test_a_thousand_runs_leave_nothing_behind(thorough):
         else:
             settings = {
                 1: dict(), 2: dict(method="adaspa", block_order="raster"), 3: dict(adapter=rola),
-                7: dict(adapter=ropeslr, calibrate="on top"),
+                7: dict(adapter=ropeslr, calibrate="refine"),
             }[kind]
             patched = sparse(model, sparsity=0.6, **settings)
             sample(patched, **(dict(steps=1, latent=(2, 15, 18)) if kind == 1 else small))
@@ -144,7 +144,7 @@ def test_an_interruption_in_mid_sampling_leaves_the_model_as_it_was(method):
 
 def test_nothing_is_recorded_by_the_hosts_memory_compiler(monkeypatch):
     """Newer ComfyUI expects what a block allocates to be free at its end; what a run keeps is made while it pauses."""
-    memory, run_class = comfy_host.module(".nodes.patching.memory"), comfy_host.module(".attention").AttentionRun
+    memory, run_class = comfy_host.module(".nodes.patching.malloc_graph"), comfy_host.module(".attention").AttentionRun
     paused, inside, attend = [], [], run_class.attend
 
     class Host:
@@ -179,7 +179,7 @@ def test_the_slot_is_named_as_the_host_names_it():
     import comfy.ldm.modules.attention
 
     assert SLOT in inspect.getsource(comfy.ldm.modules.attention)
-    assert comfy_host.module(".nodes.patching.override").SLOT == SLOT
+    assert comfy_host.module(".nodes.patching.apply_model").SLOT == SLOT
 
 
 def test_clones_on_several_devices_share_a_run_but_not_its_memory():
@@ -192,28 +192,26 @@ def test_clones_on_several_devices_share_a_run_but_not_its_memory():
     def work(device):
         for turn in range(300):
             run.begin_call(None)
-            mine = run._attention_on(device)
-            assert run._attention_on(device) is mine
+            mine = run.attention_on(device)
+            assert run.attention_on(device) is mine
             if turn % 50 == 0:
                 run.forget(device)
-                assert run._attention_on(device) is not mine
-            tally = comfy_host.module(".nodes.patching.report").Tally()
-            tally.dense("chosen", 2.0, turn, 0)
+                assert run.attention_on(device) is not mine
+            module = comfy_host.module(".nodes.patching.tally")
+            tally = module.Tally()
+            tally.dense(module.Cell(turn, 0), "chosen", 2.0)
             tally.other_calls["cross-attention"] += 3
             run.end_call(tally)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, devices))
-    assert len({id(run._attention_on(device)) for device in devices}) == 4
+    assert len({id(run.attention_on(device)) for device in devices}) == 4
     assert run.tally.model_calls == 1200 and run.tally.dense_calls == {"chosen": 1200}
     assert run.tally.other_calls == {"cross-attention": 3600} and run.tally.dense_flops == 2400.0
 
 
 def sampling_run():
     """A sampling run of a tiny model, as a sampler would begin it."""
-    module, model = comfy_host.module(".nodes.patching.sampling_run"), load_model("tiny_wan21_t2v")
-    facts = comfy_host.module(".nodes.patching.recognise").recognise(model.model.diffusion_model)
-    return module.SamplingRun(
-        comfy_host.module(".attention").SparsePlan(), facts, torch.ones(1, 16, 4, 16, 16),
-        torch.tensor([1.0, 0.5, 0.0]), model.get_model_object("model_sampling"), module.Said(),
-    )
+    plan = comfy_host.module(".attention").SparsePlan().resolve()
+    patch = comfy_host.module(".nodes.patching.patch").SparsePatch(plan)
+    return patch._begin(load_model("tiny_wan21_t2v"), torch.tensor([1.0, 0.5, 0.0]), starts=True)

@@ -251,28 +251,32 @@ def test_masks_searched_without_a_dense_pass_are_nearly_those_of_a_fresh_search(
     adaspa, attention = comfy_host.module(".attention.methods.adaspa"), comfy_host.module(".attention")
     latent, grid = (9, 32, 32), (9, 16, 16)                                   # 2,304 tokens, 36 blocks
     layout = attention.TokenLayout(grid)
-    tables, overlaps, with_old = layout.tables(False, False), [], []
+    blocks, overlaps, with_old = layout.blocks(), [], []
 
     def kept(bits):
         return ((bits[..., None] >> torch.arange(32, dtype=torch.int32)) & 1).bool()
 
-    def fresh(q, k, lse, keeps):
-        return ops.block_mass(q, k, lse, tables.video, tables.keys, keeps)[0]
+    def fresh(q, k, lse, topks):
+        return ops.block_mass(q, k, lse, blocks, topks)[0]
+
+    def call(step):
+        return attention.AttentionCall(layout, step=step, num_steps=50)
 
     for file in ("tiny_wan21_t2v", "tiny_wan22_t2v_low_noise"):
         for first in (10, 29):
             before, after = queries_and_keys(load_model(file), first, latent)
             for layer, (q, k) in after.items():
-                run = attention.AttentionRun(attention.SparsePlan(method="adaspa", sparsity=0.8))
-                run.attend(*before[layer], k, layout, step=10, steps=50)
-                run.attend(q, k, k, layout, step=30, steps=50)
+                plan = attention.SparsePlan(method="adaspa", sparsity=0.8).resolve()
+                run = attention.AttentionRun(plan)
+                run.attend(*before[layer], k, call(10))
+                run.attend(q, k, k, call(30))
                 (found,) = run.method.memory.values()
                 assert found.step == 30
-                keep = run.plan.kept_blocks(36)
+                topk = plan.topk(36)
                 counts = kept(found.bits).flatten(-2).sum(-1)
-                assert (counts == keep).all()                                 # soft heads: all at the same sparsity
-                exact = kept(fresh(q, k, ops.dense_attention(q, k, k)[1], [keep])[:, :, 0])
-                old = kept(fresh(q, k, ops.dense_attention(*before[layer], k)[1], [keep])[:, :, 0])
+                assert (counts == topk).all()                                 # soft heads: all at the same sparsity
+                exact = kept(fresh(q, k, ops.dense_attention(q, k, k)[1], [topk])[:, :, 0])
+                old = kept(fresh(q, k, ops.dense_attention(*before[layer], k)[1], [topk])[:, :, 0])
                 overlaps.append(((kept(found.bits) & exact).sum() / exact.sum()).item())
                 with_old.append(((old & exact).sum() / exact.sum()).item())
     assert len(overlaps) == 8 and adaspa.search_steps(50) == (10, 30)

@@ -139,7 +139,7 @@ def test_lazycache_and_the_node_work_together():
 
 
 @pytest.mark.parametrize("node_first", [False, True])
-def test_who_lies_below_is_said(node_first, caplog):
+def test_the_previous_override_is_said(node_first, caplog):
     """As a Sage switcher does it, whose pack a person knows by its folder."""
     model = load_model("tiny_wan21_t2v")
     sage = spy([], "sage")
@@ -147,13 +147,13 @@ def test_who_lies_below_is_said(node_first, caplog):
     patched = with_override(sparse(model), sage) if node_first else sparse(with_override(model, sage))
     with caplog.at_level("INFO"):
         sample(patched)
-    assert report(patched).below == "spy.override of ComfyUI-KJNodes"
-    assert sum("goes on to spy.override of ComfyUI-KJNodes" in record.message for record in caplog.records) == 1
+    assert report(patched).previous == "spy.override of ComfyUI-KJNodes"
+    assert sum("dense attention is handled by spy.override of ComfyUI-KJNodes" in record.message for record in caplog.records) == 1
     sample(sparse(model))
     assert report(sparse(model)) is None
     alone = sparse(model, dense_first_steps=1)
     sample(alone)
-    assert report(alone).below == "" and "(by" not in report(alone).summary()
+    assert report(alone).previous == "" and "(by" not in report(alone).summary()
 
 
 class CoreBackend:
@@ -186,11 +186,11 @@ def test_the_cores_own_backend_node_gets_the_dense_calls(node_first):
         patched = sparse(with_override(model, backend), **settings)
     assert relative_error(sample(patched, steps=2), sample(sparse(model, **settings), steps=2)) < 1e-5
     assert report(patched).sparse_calls == 2 and backend.calls == 6           # 2 dense ones and 4 of cross-attention
-    assert report(patched).below == f"CoreBackend of {__name__}"
+    assert report(patched).previous == f"CoreBackend of {__name__}"
 
 
 @pytest.mark.parametrize("node_first", [False, True])
-def test_the_cores_own_sparse_node_lies_below_in_either_order(node_first):
+def test_the_cores_own_sparse_node_gets_the_dense_calls_in_either_order(node_first):
     """It writes the slot when it runs, and again before every step if another has taken it; it keeps the one before."""
     from comfy.patcher_extension import CallbacksMP
 
@@ -220,7 +220,7 @@ def test_the_cores_own_sparse_node_lies_below_in_either_order(node_first):
         patched.callbacks.clear()           # an older host hands it nothing to write into
     assert torch.equal(sample(patched), sample(sparse(model)))
     assert report(patched).sparse_calls == 6 and calls == [False] * 6
-    assert "core_sparse" in report(patched).below
+    assert "core_sparse" in report(patched).previous
 
 
 def test_unknown_arguments_of_newer_hosts_are_passed_on():
@@ -369,9 +369,9 @@ def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, m
     run_class, layers = comfy_host.module(".attention").AttentionRun, []
     attend = run_class.attend
 
-    def watched(self, q, k, v, layout, layer, *args, **kwargs):
-        layers.append(layer)
-        return attend(self, q, k, v, layout, layer, *args, **kwargs)
+    def watched(self, q, k, v, call):
+        layers.append(call.layer)
+        return attend(self, q, k, v, call)
 
     monkeypatch.setattr(run_class, "attend", watched)
     patched = sparse(model, sparsity=0.6)

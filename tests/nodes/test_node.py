@@ -153,11 +153,31 @@ def test_the_report_is_sent_to_the_browser_that_queued_the_run(monkeypatch):
     assert detail["sparse_calls"] == 6 and detail["summary"] == report(patched).summary()
 
 
+def test_a_report_of_a_prompt_that_no_browser_queued_goes_to_nobody(monkeypatch):
+    """A script's prompt has no client; sent to None, its report went to every browser."""
+    import server
+
+    sent = []
+
+    class Instance:
+        client_id = None
+
+        @staticmethod
+        def send_sync(*message):
+            sent.append(message)
+
+    monkeypatch.setattr(server.PromptServer, "instance", Instance, raising=False)
+    plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, dense_first_steps=0)
+    patched = comfy_host.module(".nodes.patching").install(load_model("tiny_wan21_t2v"), plan, node_id="1")
+    sample(patched)
+    assert not sent and report(patched).sparse_calls == 6
+
+
 def test_a_browser_that_is_gone_does_not_end_the_run(monkeypatch):
     import server
 
     class Instance:
-        client_id = None
+        client_id = "browser"
 
         @staticmethod
         def send_sync(*message):

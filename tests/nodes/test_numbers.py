@@ -6,7 +6,7 @@ import torch
 import comfy_host
 from support.host.sampling import conditioning, load_model, report, sample, sparse
 
-AGAIN = "computed again, since the sparse output was not finite"
+AGAIN = comfy_host.module(".nodes.patching.dense_reason").NOT_FINITE
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_the_guard_waits_for_the_device_once_in_a_model_call(monkeypatch):
             waits.append(function is torch.ops.aten._local_scalar_dense.default)
             return function(*args, **(kwargs or {}))
 
-    call = comfy_host.module(".nodes.patching.model_call").ModelCall
+    call = comfy_host.module(".nodes.patching.call").ModelCall
     note, finite = call.note_output, call.finite
 
     def watched(what):

@@ -1,6 +1,7 @@
 """The Report node: after the sampler, in words and as a picture; a comparison of methods that changes nothing."""
 
 import builtins
+import dataclasses
 
 import pytest
 import torch
@@ -45,21 +46,23 @@ def test_every_method_is_compared_with_dense_attention(finished):
 
 def test_the_errors_are_those_of_the_methods():
     """Sparsity 0.3 is closer to dense than 0.8, at every layer and by every method; an adapter adds its method."""
-    module = comfy_host.module(".nodes.patching.probing")
+    module = comfy_host.module(".nodes.patching.compare")
     model, latent = load_model("tiny_wan21_t2v"), torch.randn(1, 16, 9, 16, 16)
     low, high = (
-        module.probe(sparse(model, sparsity=sparsity), latent, conditioning(1), True, 0.5, 0, 0)
+        module.compare(sparse(model, sparsity=sparsity), latent, conditioning(1), module.Request(True))
         for sparsity in (0.3, 0.8)
     )
     for name in low.errors:
         assert set(low.errors[name]) == {0, 1}
         assert all(low.errors[name][layer] < high.errors[name][layer] for layer in (0, 1)), name
         assert low.saved[name] < high.saved[name]
-    far = module.probe(sparse(model, sparsity=0.3), latent, conditioning(1), False, 0.5, 999, 999)
-    assert (far.look.number, far.look.head) == (1, 1) and far.kept is not None      # the last of both, and said so
+    last = module.Request(layer=999, head=999)
+    far = module.compare(sparse(model, sparsity=0.3), latent, conditioning(1), last)
+    assert (far.selection.number, far.selection.head) == (1, 1)  # the last of both, and said so
+    assert far.kept is not None
     assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
-    trained = module.probe(
-        sparse(model, adapter=own_adapter("rola"), sparsity=0.8), latent, conditioning(1), True, 0.5, 0, 0)
+    patched = sparse(model, adapter=own_adapter("rola"), sparsity=0.8)
+    trained = module.compare(patched, latent, conditioning(1), module.Request(True))
     assert list(trained.errors) == ["rola", "ropeslr", "top-k", "top-k plain", "adaspa"]
 
 
@@ -73,6 +76,71 @@ def test_other_models_are_compared_too(name):
     extra = conditioning(1, **variant.extra(variant.even))
     _, _, text = told(model, latent, positive=extra, compare="all methods", layer=999, head=999)
     assert "Closest to dense" in text and "failed" not in text
+
+
+def test_a_comparison_that_was_not_asked_for_is_said(finished):
+    """Conditioning is connected, so the person expects one."""
+    model, latent = finished
+    assert "compare is off" in told(model, latent, positive=conditioning(1))[2]
+    assert "compare" not in told(model, latent)[2]
+
+
+def test_comparing_leaves_the_random_state_alone(finished):
+    model, latent = finished
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    told(model, latent, positive=conditioning(1), compare="this method")
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_drawing_leaves_no_folder_in_the_home_directory(tmp_path):
+    """matplotlib makes one for its caches where nobody tells it a better place."""
+    import os
+    import subprocess
+    import sys
+
+    home = tmp_path / "home"
+    home.mkdir()
+    code = DRAW.format(support=[str(comfy_host.ROOT / name) for name in ("tests", "tools")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HOME": str(home)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(home.iterdir()), [str(path) for path in home.rglob("*")]
+
+
+DRAW = """
+import os, sys
+sys.path[:0] = {support!r}
+import comfy_host
+from support.host.sampling import load_model, sample, sparse
+model = sparse(load_model("tiny_wan21_t2v"), sparsity=0.6)
+latent = sample(model, steps=1)
+assert "matplotlib" not in sys.modules
+comfy_host.run_node("RoPeSLRReport", model=model, latent={{"samples": latent}})
+assert "matplotlib" in sys.modules and "MPLCONFIGDIR" not in os.environ
+"""
+
+
+def test_every_component_of_the_cost_is_drawn(finished, monkeypatch):
+    """The bar of what was spent is as long as its title says, also when a step was computed again."""
+    figure, tally = (comfy_host.module(f".nodes.{name}") for name in ("figure", "patching.tally"))
+    model, _ = finished
+    told = dataclasses.replace(report(model), spent_parts=dict.fromkeys(tally.COMPONENTS, 1.0))
+    lengths = []
+
+    class Axes:
+        def barh(self, names, widths, **_):
+            lengths.append((names[0], widths[0]))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    figure._cost(Axes(), told)
+    spent = [length for name, length in lengths if name == "spent"]
+    assert len(spent) == len(tally.COMPONENTS) and len(set(spent)) == 1
+    assert set(report(model).spent_parts) <= set(tally.COMPONENTS)
 
 
 def test_comparing_leaves_the_model_as_it_was(finished):

@@ -70,7 +70,7 @@ def test_an_event_clock_waits_for_the_device_only_at_the_end(monkeypatch):
         def elapsed_time(self, end):
             return 250.0
 
-    clock = comfy_host.module(".nodes.patching.clock").AttentionClock()
+    clock = comfy_host.module(".nodes.patching.timing").AttentionTiming()
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     for kind in ("dense", "sparse", "sparse"):

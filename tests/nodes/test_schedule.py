@@ -44,7 +44,7 @@ def test_the_first_expert_does_not_end_the_schedule():
 
 
 def test_steps_of_levels_made_by_hand_are_estimated():
-    module = comfy_host.module(".nodes.patching.whole_schedule")
+    module = comfy_host.module(".nodes.patching.full_schedule")
     sampling = load_model("tiny_wan21_t2v").get_model_object("model_sampling")
     assert module.steps_outside([0.6, 0.41, 0.2, 0.0], False, sampling) == (2, 0)
     assert module.steps_outside([1.0, 0.79, 0.6], True, sampling) == (0, 3)

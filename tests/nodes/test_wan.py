@@ -142,3 +142,14 @@ def test_the_newest_plan_replaces_an_older_one():
 def test_the_pack_registers_its_node():
     comfy_host.pack()
     assert "RoPeSLRSparseAttention" in comfy_host.boot().NODE_CLASS_MAPPINGS
+
+
+def test_image_models_without_an_image_attend_to_the_text_twice(monkeypatch):
+    """Wan I2V without CLIP vision: two cross-attentions, whose text may be as long as the video."""
+    full_density(monkeypatch)
+    model = load_model("tiny_wan21_i2v")
+    patched = sparse(model, sparsity=0.0)
+    arguments = dict(image=True, text_tokens=576)
+    assert relative_error(sample(patched, **arguments), sample(model, **arguments)) < 1e-5
+    assert report(patched).sparse_calls == 6
+    assert report(patched).other_calls == {"cross-attention": 12}

@@ -11,7 +11,7 @@ const spaced = (value) => JSON.parse(JSON.stringify(value).replaceAll("\u00a0", 
 
 const REPORT = {
   node: "5", model: "WanModel", method: "ropeslr", adapter: "", sparsity: 0.9, backend: "triton", sparse_calls: 1740,
-  dense_calls: { "dense layers": 12, "dense first steps": 60 }, density: 0.0996, recall: null, below: "",
+  dense_calls: { "dense layers": 12, "dense first steps": 60 }, density: 0.0996, recall: null, previous: "",
   seconds: 372.4, completed: true, flops_saved: 0.861, attention_seconds: null, map: null,
 };
 
@@ -72,7 +72,7 @@ test("a report counts calls by reason, the most frequent first", () => {
 
 test("a report says time, recall, adapter, the previous override, and that it did not finish", () => {
   const text = spaced(reportText({
-    ...REPORT, adapter: "a.safetensors", recall: 0.9341, below: "sage of pack", completed: false,
+    ...REPORT, adapter: "a.safetensors", recall: 0.9341, previous: "sage of pack", completed: false,
     attention_seconds: { sparse: 141.2, dense: 38.4 }, call_seconds: { sparse: 0.081, dense: 0.533 },
   }));
   assert.deepEqual(text.figures.slice(1), [["6.6×", "faster per call"], ["3:00 min", "in attention"]]);

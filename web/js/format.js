@@ -124,7 +124,7 @@ export function reportText(report) {
   if (["rola", "sla"].includes(report.method ?? "") && !report.adapter) lines.push(untrained(report.method ?? ""));
   if (report.adapter) lines.push(`Adapter: ${report.adapter}`);
   if (call) lines.push(call.line);
-  if (report.below) lines.push(`Dense calls used ${report.below}`);
+  if (report.previous) lines.push(`Dense calls used ${report.previous}`);
   if (report.completed === false) lines.push("The run did not finish.");
   const title = typeof report.seconds === "number" ? `Last run · ${duration(report.seconds)}` : "Last run";
   return { title, figures, lines, brief: `${calls}, ${saved.join(" ")}` };

@@ -290,7 +290,7 @@ declare namespace RoPeSLR {
     seconds?: number;
     attention_seconds?: SparseAndDense | null;
     call_seconds?: SparseAndDense | null;
-    below?: string;
+    previous?: string;
     completed?: boolean;
     map?: DensityMap | null;
   }

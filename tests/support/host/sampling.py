@@ -108,8 +108,11 @@ def two_experts(
 
 
 def full_density(monkeypatch) -> None:
-    """Let sparsity 0, which the node hands to dense attention, run through the sparse path with every block kept."""
-    monkeypatch.setattr(comfy_host.module(".nodes.patching.sampling_run"), "NOTHING_TO_SKIP", None)
+    """Let sparsity 0, which the node leaves to dense attention, run sparse with every block kept."""
+    module = comfy_host.module(".nodes.patching.dense_reason")
+    checks = tuple(check for check in module.CHECKS if check is not module._sparsity)
+    assert len(checks) == len(module.CHECKS) - 1
+    monkeypatch.setattr(module, "CHECKS", checks)
 
 
 def report(model):

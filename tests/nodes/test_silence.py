@@ -1,0 +1,115 @@
+"""Layers that never call the attention override: which of several causes it is, said and counted in every call."""
+
+import pytest
+import torch
+
+import comfy_host
+from comfy_host import module
+from support.host.sampling import SLOT, load_model, report, sample, sparse
+
+reasons = module(".nodes.patching.dense_reason")
+
+
+def skipping(model, layer=0):
+    """A MODEL of which another node skips a block, as nodes that skip layers do it."""
+    model = model.clone()
+    model.set_model_patch_replace(lambda args, more: {"img": args["img"]}, "dit", "double_block", layer)
+    return model
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_skipped_block_is_no_fallback(strict, caplog):
+    """It was left out on purpose: counted, not warned about, and nothing that strict refuses."""
+    patched = sparse(skipping(load_model("tiny_wan21_t2v")), strict=strict)
+    sample(patched)
+    told = report(patched)
+    assert told.sparse_calls == 3
+    assert told.dense_calls == {reasons.SKIPPED.format(silent="1 of 2 layers"): 3}
+    assert not [record for record in caplog.records if "runs dense" in record.message]
+
+
+def test_an_override_that_is_taken_inside_the_call_is_named():
+    """By a wrapper that comes later than ours, into the options that the model sees."""
+    from comfy.patcher_extension import WrappersMP
+
+    def takes(executor, x, t, c, r, control, options, **kwargs):
+        options[SLOT] = lambda func, *args, **kwargs: func(*args, **kwargs)
+        return executor(x, t, c, r, control, options, **kwargs)
+
+    patched = sparse(load_model("tiny_wan21_t2v"))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "later", takes)
+    sample(patched, steps=2)
+    assert report(patched).dense_calls == {reasons.OVERWRITTEN.format(silent="2 of 2 layers"): 4}
+
+
+def test_a_host_that_does_not_say_which_block_calls_is_named():
+    from comfy.patcher_extension import WrappersMP
+
+    class NoIndex(dict):
+        """Options of an older host, which writes no block_index."""
+
+        def __setitem__(self, key, value):
+            if key != "block_index":
+                super().__setitem__(key, value)
+
+    patched = sparse(load_model("tiny_wan21_t2v"))
+
+    def older_positional(executor, x, t, context, clip, time, options, **kwargs):
+        return executor(x, t, context, clip, time, NoIndex(options), **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "older", older_positional)
+    sample(patched, steps=2)
+    assert report(patched).dense_calls == {reasons.NO_BLOCK_INDEX.format(silent="2 of 2 layers"): 4}
+
+
+def test_a_layer_that_another_node_replaced_is_counted_in_every_call():
+    from comfy.ldm.modules.attention import optimized_attention
+
+    model = load_model("tiny_wan21_t2v")
+    patched = sparse(model)
+    attention = model.model.diffusion_model.blocks[0].self_attn
+
+    def forward(x, freqs, transformer_options=None):
+        q, k, v = attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)), attention.v(x)
+        return attention.o(optimized_attention(q, k, v, heads=attention.num_heads))
+
+    patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", forward)
+    sample(patched, steps=4)
+    told = report(patched)
+    assert told.sparse_calls == 4
+    assert told.dense_calls == {reasons.REPLACED.format(silent="1 of 2 layers"): 4}
+    sample(model)  # puts the module's own forward back
+
+
+def test_model_calls_that_a_cache_skips_are_not_counted_as_silent():
+    (cached,) = comfy_host.run_node(
+        "EasyCache",
+        model=sparse(load_model("tiny_wan21_t2v")),
+        reuse_threshold=3.0,
+        start_percent=0.1,
+        end_percent=0.95,
+        verbose=False,
+    )
+    sample(cached, steps=8)
+    assert 0 < report(cached).sparse_calls < 16 and not report(cached).dense_calls
+
+
+def test_a_block_list_that_changes_in_a_run_is_no_second_model():
+    """Some nodes take blocks away for a while; the run counts the layers that it began with."""
+    model = load_model("tiny_wan21_t2v")
+    blocks = model.model.diffusion_model.blocks
+    patched = sparse(model)
+    from comfy.patcher_extension import WrappersMP
+
+    def shorter(executor, *args, **kwargs):
+        model.model.diffusion_model.blocks = torch.nn.ModuleList([blocks[0]])
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            model.model.diffusion_model.blocks = blocks
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "shorter", shorter)
+    sample(patched, steps=2)
+    told = report(patched)
+    assert told.sparse_calls == 2 and list(told.dense_calls.values()) == [2]
+    assert not any("second model" in reason for reason in told.dense_calls)
