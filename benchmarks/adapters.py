@@ -8,7 +8,7 @@ from . import load_pack
 
 attention = load_pack(".attention")
 adapters = load_pack(".attention.adapters")
-positions = load_pack(".attention.positions")
+rope = load_pack(".attention.rope")
 
 RANK = 64
 
@@ -22,16 +22,19 @@ def random_adapter(method: str, heads: int, width: int, device: torch.device | s
 
     if method == "rola":
         weights = {
-            "a_q": noise(RANK, width), "a_k": noise(RANK, width), "gate_w": noise(1, width),
-            "gate_b": noise(1, heads, 1, 1) - 2,
+            "proj_q": noise(RANK, width), "proj_k": noise(RANK, width), "gate_weight": noise(1, width),
+            "gate_bias": noise(1, heads, 1, 1) - 2,
         }
         facts = {"block_order": "raster", "fusion": "rms"}
     elif method == "sla":
         weights = {"weight": noise(width, width), "bias": noise(width)}
         facts = {"block_order": "raster"}
     else:
-        weights = {name: noise(heads, RANK, width) for name in ("a_q", "a_k", "pe_q", "pe_k")}
-        weights |= {"eta": noise(heads) + 0.5, "gate_w": noise(width), "beta": noise(heads, width // 2).abs()}
+        weights = {name: noise(heads, RANK, width) for name in ("proj_q", "proj_k", "pe_q", "pe_k")}
+        weights |= {
+            "low_rank_scale": noise(heads) + 0.5, "gate_weight": noise(width),
+            "channel_scale": noise(heads, width // 2).abs(),
+        }
         facts = {"pe": "fourier"}
     info = adapters.AdapterInfo(method, 1, heads, width, 0 if method == "sla" else RANK, **facts)
     return adapters.Adapter(info, {"blocks.0.self_attn": weights})
@@ -45,7 +48,7 @@ def layer_inputs(
     places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1).view(-1, 3)
     angles = torch.cat([
         places[:, i : i + 1] * 10000.0 ** (-torch.arange(pairs) / pairs)
-        for i, pairs in enumerate(positions.rope_axes(width))
+        for i, pairs in enumerate(rope.rope_axes(width))
     ], dim=-1).to(device)
     x = torch.randn(1, tokens, heads * width, device=device, dtype=dtype)
-    return attention.LayerInputs(x, positions.Positions(angles.cos(), angles.sin()))
+    return attention.LayerInputs(x, attention.RopeTable(angles.cos(), angles.sin()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import load_pack
 
-ops, reference, parts = (load_pack(f".kernels.{name}") for name in ("ops", "reference", "background"))
+ops, reference, types = (load_pack(f".kernels.{name}") for name in ("ops", "reference", "types"))
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 TOKENS, BLOCK = 1000, 64
 
@@ -51,37 +51,37 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
         return torch.randn(shape, generator=generator).to(of)
 
     q, k, v, d_out = (random(1, TOKENS, 2, width, of=dtype).transpose(1, 2) for _ in range(4))
-    count = -(-TOKENS // BLOCK)
-    blocks = torch.full((count, BLOCK), -1, dtype=torch.int32)
-    blocks.view(-1)[:TOKENS] = torch.randperm(TOKENS, generator=generator)
-    pooled = [reference.block_pool(x.double(), blocks).float() for x in (q, k, v)]
-    sizes = reference.block_sizes(blocks)
-    indices, counts, tail = reference.block_select(*pooled[:2], sizes, 4)
+    blocks = types.TokenBlocks.cut(torch.randperm(TOKENS, generator=generator), BLOCK)
+    layout = types.BlockLayout(blocks, blocks)
+    pooled_q, pooled_k, pooled_v = (reference.block_pool(x.double(), blocks).float() for x in (q, k, v))
+    mask, dropped_lse = reference.block_select(pooled_q, pooled_k, layout, 4)
+    far = types.PooledKV(pooled_k.to(dtype), pooled_v.to(dtype))
     angles = random(TOKENS, width // 2)
-    places = torch.stack([torch.arange(TOKENS) % n for n in (3, 4, 5)], dim=1).int()
-    fmap = parts.FeatureMap(
-        "softmax", random(2, 24, width) / width**0.5, angles.cos(), angles.sin(), random(2, 9, 24), places
+    axis_ids = torch.stack([torch.arange(TOKENS) % n for n in (3, 4, 5)], dim=1).int()
+    fmap = types.FeatureMap(
+        "softmax", random(2, 24, width) / width**0.5, angles.cos(), angles.sin(), random(2, 9, 24), axis_ids
     )
-    state = parts.LinearState(*reference.low_rank_state(k.float(), v.float(), fmap))
-    _, mean, cov = reference.block_pool_state(k.float(), v.float(), blocks, count)
-    gate = parts.Gate(random(1, 2), random(1, 2))
-    first = parts.FirstOrder(mean, cov, random(1, 2, width) / width**0.5)
-    low_rank = parts.LowRank(fmap, state, torch.tensor([0.5, 1.0]))
-    plain = parts.FeatureMap("softmax")
-    folded = parts.LinearState(*reference.low_rank_state(k.float(), v.float(), plain))
-    sparse, bias, lse = (q, k, v, blocks, blocks, indices, counts), random(width), reference.dense_attention(
-        *(x.double() for x in (q, k, v))
-    )[1]
+    state = types.LinearState(*reference.low_rank_state(k.float(), v.float(), fmap))
+    _, mean, cov = reference.block_pool_state(k.float(), v.float(), layout)
+    gate = types.Gate(dropped_lse, random(1, 2), random(1, 2))
+    first = types.FirstOrder(mean, cov, random(1, 2, width) / width**0.5)
+    low_rank = types.LowRank(fmap, state, torch.tensor([0.5, 1.0]))
+    plain = types.FeatureMap("softmax")
+    folded = types.LinearState(*reference.low_rank_state(k.float(), v.float(), plain))
+    branch = types.LinearBranch(plain, folded, random(width))
+    sparse, lse = (q, k, v, mask), reference.dense_attention(*(x.double() for x in (q, k, v)))[1]
+    some = types.TokenBlocks.cut(torch.arange(900), BLOCK, num_tokens=TOKENS)
+    bits = torch.full((1, 2, blocks.num_blocks, 1), 0b1010101, dtype=torch.int32)
     calls = {
-        "block_pool": ((q, blocks), 0), "block_pool_state": ((k, v, blocks, count), 2),
-        "low_rank_state": ((k, v, fmap), 0), "block_select": ((*pooled[:2], sizes, 4), 2),
-        "dense_attention": ((q, k, v), 0), "block_sparse_attention": (sparse, 0),
-        "block_sparse_attention tail": ((*sparse, *(x.to(dtype) for x in pooled[1:])), 0),
-        "block_sparse_mixed": ((*sparse, tail, gate, first), None),
-        "block_sparse_mixed low rank": ((*sparse, tail, gate, first, low_rank), None),
-        "block_sparse_linear": ((*sparse, plain, folded, bias), None),
-        "block_mass": ((q, k, lse.float(), blocks, blocks, [4, 8]), 1),
-        "lists_from_bits": ((torch.full((1, 2, count, 1), 0b1010101, dtype=torch.int32), count, 8), 0),
+        "block_pool": ((q, blocks), 0), "block_pool_state": ((k, v, layout), 2),
+        "low_rank_state": ((k, v, fmap), 0), "block_select": ((pooled_q, pooled_k, layout, 4), 1),
+        "dense_attention": ((q, k, v), 0), "dense_attention some keys": ((q, k, v, some), 0),
+        "block_sparse_attention": (sparse, 0), "block_sparse_attention tail": ((*sparse, far), 0),
+        "block_sparse_mixed": ((*sparse, types.Background(gate, first)), None),
+        "block_sparse_mixed low rank": ((*sparse, types.Background(gate, first, low_rank)), None),
+        "block_sparse_linear": ((*sparse, branch), None),
+        "block_mass": ((q, k, lse.float(), layout, [4, 8]), 1),
+        "mask_from_bits": ((bits, layout, 8), "kv_indices"),
     }
     # By name on a GPU: a kernel that fails must show, not be stood in for.
     backend = "triton" if device.type == "cuda" else "pytorch"
@@ -90,7 +90,7 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
         operation = name.split()[0]
         there = getattr(ops, operation)(*_to(arguments, device), backend=backend)
         exact = getattr(reference, operation)(*_to(arguments, torch.device("cpu"), torch.float64))
-        there, exact = (x if output is None else x[output] for x in (there, exact))
+        there, exact = (_output(x, output) for x in (there, exact))
         found[name] = _error(there, exact)
     leaves = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
     out, _ = ops.block_sparse_attention(*leaves, *_to(sparse[3:], device), backend=backend)
@@ -104,10 +104,24 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
     return found
 
 
+def _output(found, which: int | str | None) -> Tensor:
+    """One tensor of what an operation gives: all, one of several, or a mask's field."""
+    if which is None:
+        return found
+    return getattr(found, which) if isinstance(which, str) else found[which]
+
+
 def _to(values, device: torch.device, floats: torch.dtype | None = None):
-    """Tensors in nested tuples moved to a device, floating-point ones to a dtype."""
+    """Tensors and blocks in nested tuples moved to a device, floating-point ones to a dtype."""
     if isinstance(values, Tensor):
         return values.to(device, floats if floats and values.is_floating_point() else None)
+    if isinstance(values, types.TokenBlocks):
+        return values.to(device)
+    if isinstance(values, types.BlockLayout):
+        return types.BlockLayout(values.q_blocks.to(device), values.kv_blocks.to(device))
+    if isinstance(values, types.BlockMask):
+        lists = (x.to(device) for x in (values.kv_indices, values.kv_num_blocks))
+        return types.BlockMask(values.q_blocks.to(device), values.kv_blocks.to(device), *lists)
     if isinstance(values, tuple):
         moved = [_to(x, device, floats) for x in values]
         return type(values)(*moved) if hasattr(values, "_fields") else tuple(moved)

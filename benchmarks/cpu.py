@@ -90,19 +90,19 @@ def whole_call(q, k, v, layout, plan) -> Callable:
     trained = plan.method in ("rola", "sla")
     adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
     given = layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype) if trained else attention.LayerInputs()
-    run = attention.AttentionRun(plan, adapter)
+    run = attention.AttentionRun(plan.resolve(adapter))
     own_layout = attention.TokenLayout(layout.grid, order=run.plan.block_order)
-    steps = iter(range(1_000_000))
-    return lambda: run.attend(q, k, v, own_layout, step=next(steps), inputs=given)
+    steps, call = iter(range(1_000_000)), attention.AttentionCall
+    return lambda: run.attend(q, k, v, call(own_layout, step=next(steps), inputs=given))
 
 
 def kernel(q, k, v, layout, sparsity: float) -> Callable:
     """The sparse kernel alone, with its block lists made beforehand."""
-    tables = layout.tables(False, False)
-    keep = attention.SparsePlan(sparsity=sparsity).kept_blocks(tables.video.shape[0])
-    pooled_q, pooled_k = (ops.block_pool(x, tables.keys) for x in (q, k))
-    indices, counts, _ = ops.block_select(pooled_q, pooled_k, tables.key_sizes, keep)
-    return lambda: ops.block_sparse_attention(q, k, v, tables.video, tables.keys, indices, counts)
+    blocks = layout.blocks()
+    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
+    pooled_q, pooled_k = (ops.block_pool(x, blocks.kv_blocks) for x in (q, k))
+    mask, _ = ops.block_select(pooled_q, pooled_k, blocks, topk)
+    return lambda: ops.block_sparse_attention(q, k, v, mask)
 
 
 def interleaved(candidates: dict[str, Callable], repeats: int) -> dict[str, float]:

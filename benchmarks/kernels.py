@@ -29,7 +29,7 @@ from .gpu import Stopwatch, clocks, machine
 from .kernels_report import table, targets
 
 attention, ops = load_pack(".attention"), load_pack(".kernels.ops")
-parts = load_pack(".kernels.background")
+types = load_pack(".kernels.types")
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ def whole_call(
         adapter = random_adapter(method, case.heads, case.width, run.device)
         given = layer_inputs(case.grid, case.tokens, case.heads, case.width, run.dtype, run.device)
     plan = attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate, **run.backend)
-    session = attention.AttentionRun(plan, adapter)
-    layout = layout_of(case)
-    return lambda turn: session.attend(*sets[turn % len(sets)], layout, step=turn, inputs=given)
+    session = attention.AttentionRun(plan.resolve(adapter))
+    layout, call = layout_of(case), attention.AttentionCall
+    return lambda turn: session.attend(*sets[turn % len(sets)], call(layout, step=turn, inputs=given))
 
 
 def measure_case(run: Run, case: Case) -> dict:
@@ -195,38 +195,36 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
     """Parts, whole calls, memory and other packages at one sparsity."""
     row: dict = {"parts": {}, "whole": {}, "others": {}}
     on = run.backend
-    tables = layout_of(case).tables(False, False, run.device)
-    plan = attention.SparsePlan(sparsity=sparsity)
-    blocks, scale = tables.video.shape[0], case.width**-0.5
-    keep, most = plan.kept_blocks(blocks), int(tables.forced_counts.max())
+    blocks = layout_of(case).blocks(device=run.device)
+    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
+    scale = case.width**-0.5
     video = [(q[:, :, : math.prod(case.grid)], k, v) for q, k, v in sets]
 
     def at(turn: int) -> tuple[Tensor, Tensor, Tensor]:
         return video[turn % len(video)]
 
     q, k, v = at(0)
-    pooled_q = ops.block_pool(q, tables.video, **on)
-    pooled_k, v_mean, cov = ops.block_pool_state(k, v, tables.keys, blocks, **on)
-    routing = (pooled_q, pooled_k, tables.key_sizes, keep, tables.forced, scale, most)
-    indices, counts, tail = ops.block_select(*routing, **on)
-    lists = (tables.video, tables.keys, indices, counts)
+    pooled_q = ops.block_pool(q, blocks.q_blocks, **on)
+    pooled_k, v_mean, cov = ops.block_pool_state(k, v, blocks, **on)
+    routing = (pooled_q, pooled_k, blocks, topk)
+    mask, dropped_lse = ops.block_select(*routing, **on)
     ones = torch.ones(q.shape[:2], device=run.device)
-    gate = parts.Gate(ones, torch.zeros_like(ones))
-    first = parts.FirstOrder(v_mean, cov, torch.full(v_mean.shape, scale, device=run.device))
-    pooled_v = ops.block_pool(v, tables.keys, **on)
-    on_lists = {"trusted": True, **on}
+    gate = types.Gate(dropped_lse, ones, torch.zeros_like(ones))
+    channel_scale = torch.full(v_mean.shape, scale, device=run.device)
+    mixed = types.Background(gate, types.FirstOrder(v_mean, cov, channel_scale))
+    far = types.PooledKV(pooled_k, ops.block_pool(v, blocks.kv_blocks, **on))
     calls: dict[str, Callable[[int], object]] = {
-        "block_pool": lambda turn: ops.block_pool(at(turn)[0], tables.video, **on),
-        "block_pool_state": lambda turn: ops.block_pool_state(*at(turn)[1:], tables.keys, blocks, **on),
+        "block_pool": lambda turn: ops.block_pool(at(turn)[0], blocks.q_blocks, **on),
+        "block_pool_state": lambda turn: ops.block_pool_state(*at(turn)[1:], blocks, **on),
         "block_select": lambda turn: ops.block_select(*routing, **on),
-        "sparse": lambda turn: ops.block_sparse_attention(*at(turn), *lists, **on_lists),
-        "sparse + tail": lambda turn: ops.block_sparse_attention(*at(turn), *lists, pooled_k, pooled_v, **on_lists),
-        "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), *lists, tail, gate, first, **on_lists),
+        "sparse": lambda turn: ops.block_sparse_attention(*at(turn), mask, **on),
+        "sparse + tail": lambda turn: ops.block_sparse_attention(*at(turn), mask, far, **on),
+        "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), mask, mixed, **on),
     }
     row["parts"] = {name: run.measure(call) for name, call in calls.items()}
     if run.device.type == "cuda":
-        row["token_order"] = token_order(run, at, tables, indices, counts, scale)
-    density = tables.density(keep)
+        row["token_order"] = token_order(run, at, mask)
+    density = blocks.density(topk)
     row["density"] = density
     row["kept_tflop"] = 4e-12 * q.shape[2] * k.shape[2] * density * case.width * case.heads
     for method in ("ropeslr", "top-k", "top-k plain", TRAINED, "adaspa", "rola", "sla"):
@@ -254,17 +252,20 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
     return row
 
 
-def token_order(run: Run, at: Callable, tables, indices: Tensor, counts: Tensor, scale: float) -> dict:
+def token_order(run: Run, at: Callable, mask) -> dict:
     """What reading tokens through block tables costs, and what permuting q, k, v and out would cost instead."""
-    backend = load_pack(".kernels.triton.backend")
-    walk = tables.video.flatten()
-    walk = walk[walk >= 0].long()
+    in_order = [
+        types.TokenBlocks.cut(torch.arange(each.num_tokens, device=run.device), each.block_size)
+        for each in (mask.q_blocks, mask.kv_blocks)
+    ]
+    raster = types.BlockMask(*in_order, mask.kv_indices, mask.kv_num_blocks, trusted=True)
+    order = mask.q_blocks.slots[: mask.q_blocks.num_listed]
     return {
         "sparse, tokens as they lie": run.measure(
-            lambda turn: backend._attend(*at(turn), None, None, indices, counts, scale)
+            lambda turn: ops.block_sparse_attention(*at(turn), raster, **run.backend)
         ),
         "permuting q, k, v and out": run.measure(
-            lambda turn: [x.index_select(2, walk) for x in (*at(turn), at(turn)[0])]
+            lambda turn: [x.index_select(2, order) for x in (*at(turn), at(turn)[0])]
         ),
     }
 
@@ -273,17 +274,17 @@ def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
     """MB above the inputs: at the peak of a calibrating and of a usual call, output included, and kept per layer."""
     if run.device.type != "cuda":
         return {}
-    session = attention.AttentionRun(attention.SparsePlan(sparsity=sparsity, **run.backend))
-    layout = layout_of(case)
+    plan = attention.SparsePlan(sparsity=sparsity, **run.backend).resolve()
+    session, layout, call = attention.AttentionRun(plan), layout_of(case), attention.AttentionCall
 
     def peak(layer: int, step: int) -> float:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        session.attend(*sets[0], layout, layer=layer, step=step)
+        session.attend(*sets[0], call(layout, layer, step))
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    session.attend(*sets[0], layout)        # block tables are made once for a run, not for a layer
+    session.attend(*sets[0], call(layout))  # blocks are made once for a run, not for a layer
     before = torch.cuda.memory_allocated()
     calibrating = peak(1, 0)
     kept = (torch.cuda.memory_allocated() - before) / 1e6
@@ -294,12 +295,12 @@ def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
     """Gradients of the sparse operation against those of exact attention; forward and backward, less the forward."""
     with torch.inference_mode(False), torch.enable_grad():
         sets = inputs(run, Case(case.name, case.grid, case.heads, width=case.width, order=case.order), True)
-        tables = layout_of(Case(case.name, case.grid, case.heads, order=case.order)).tables(False, False, run.device)
-        keep = attention.SparsePlan(sparsity=sparsity).kept_blocks(tables.video.shape[0])
+        layout = layout_of(Case(case.name, case.grid, case.heads, order=case.order))
+        blocks = layout.blocks(device=run.device)
+        topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
         with torch.no_grad():
-            pooled = [ops.block_pool(x, tables.keys, **run.backend) for x in sets[0][:2]]
-            indices, counts, _ = ops.block_select(*pooled, tables.key_sizes, keep, **run.backend)
-        lists = (tables.video, tables.keys, indices, counts)
+            pooled = [ops.block_pool(x, blocks.kv_blocks, **run.backend) for x in sets[0][:2]]
+            mask, _ = ops.block_select(*pooled, blocks, topk, **run.backend)
         gradient = torch.randn_like(sets[0][0])
 
         def both(attend: Callable) -> Callable[[int], object]:
@@ -308,10 +309,10 @@ def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
                 return torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
             return call
 
-        found: dict = {"sparsity": sparsity, "density": tables.density(keep)}
+        found: dict = {"sparsity": sparsity, "density": blocks.density(topk)}
         for name, attend in {
             **{n: f for n, f in baselines.dense(run.device).items() if n.startswith("sdpa")},
-            "ours": lambda q, k, v: ops.block_sparse_attention(q, k, v, *lists, trusted=True, **run.backend)[0],
+            "ours": lambda q, k, v: ops.block_sparse_attention(q, k, v, mask, **run.backend)[0],
         }.items():
             forward = run.measure(lambda turn, f=attend: f(*sets[turn % len(sets)]))
             whole = run.measure(both(attend))
@@ -339,10 +340,12 @@ def cold_start(run: Run, case: Case) -> dict:
     """Seconds from nothing compiled to the end of the first calls, and those of other lengths, sparsities and ranks."""
     def first_call(grid: tuple[int, int, int], sparsity: float, rank: int) -> float:
         sets = inputs(run, Case(case.name, grid, case.heads, text=case.text))
-        session = attention.AttentionRun(attention.SparsePlan(sparsity=sparsity, rank=rank, **run.backend))
+        plan = attention.SparsePlan(sparsity=sparsity, rank=rank, **run.backend).resolve()
+        session = attention.AttentionRun(plan)
         started = time.perf_counter()
         for step in range(2):               # the first calibrates, the second is fused
-            session.attend(*sets[0], layout_of(Case(case.name, grid, case.heads, text=case.text)), step=step)
+            layout = layout_of(Case(case.name, grid, case.heads, text=case.text))
+            session.attend(*sets[0], attention.AttentionCall(layout, step=step))
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -34,6 +34,6 @@ def block_sparse_attention_backward_op(
 
 
 @block_sparse_attention_backward_op.register_fake
-def _(d_out, d_lse, saved, mask, kv_listed, pooled, scale, backend):
+def _(d_out, d_lse, saved, mask, kv_listed, pooled, *_):
     found = [empty_nhd(x, x.shape[2]) for x in saved[:3]]
     return found + [fake_sums(x, *x.shape) for x in pooled]

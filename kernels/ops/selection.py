@@ -80,7 +80,7 @@ def block_select_op(
 
 
 @block_select_op.register_fake
-def _(pooled_q, pooled_k, blocks, listed, required, topk, list_width, scale, backend):
+def _(pooled_q, pooled_k, blocks, listed, required, topk, list_width, *_):
     rows = pooled_q.shape[:3]
     return (
         fake_lists(pooled_q, *rows, list_width),
@@ -137,7 +137,7 @@ def block_mass_op(
 
 
 @block_mass_op.register_fake
-def _(q, k, lse, blocks, listed, required, topks, scale, backend):
+def _(q, k, lse, blocks, listed, required, topks, *_):
     q_tokens, kv_tokens = blocks
     words = (kv_tokens.shape[0] + 31) // 32
     rows = (*q.shape[:2], len(topks))

@@ -146,7 +146,7 @@ def call_facts(run: SamplingRun, base: Any, request: Request) -> CallFacts:
     """What holds for every execution of one model call."""
     options, conditions = request.options, request.conditions
     facts = CallFacts(
-        sigma=float(options["sigmas"][0]),
+        sigma=float(options["sigmas"][0].detach()),
         conditioning=_conditioning(options, request.x.shape[0]),
         window=tuple(getattr(options.get("context_window"), "index_list", None) or ()),
         unsupported=_unsupported(run, base),

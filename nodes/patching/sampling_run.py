@@ -19,7 +19,6 @@ from ...attention.backend import backend_of, shape_reason
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
 from .dense_reason import BACKEND_DENSE, TRAINING, DenseReason, SparseNotPossible, too_short
-from .full_schedule import step_schedule
 from .model_info import ModelInfo
 from .notices import Notices
 from .recompile import Recompiler
@@ -181,7 +180,6 @@ class SamplingRun:
 
 def in_training() -> bool:
     """Whether ComfyUI's own training nodes are at work; False in versions without them."""
-    import comfy.model_management
 
     return bool(getattr(comfy.model_management, "in_training", False))
 

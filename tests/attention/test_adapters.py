@@ -20,7 +20,14 @@ import torch
 import pack_loader
 from pack_loader import load
 from support.data import checkpoints, malformed
-from support.data.adapters import adapters, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
+from support.data.adapters import (
+    adapters,
+    layer_x,
+    rola_adapter,
+    ropeslr_adapter,
+    single,
+    sla_adapter,
+)
 from support.data.fields import relative_error, rope_angles, smooth_qkv
 from support.data.runs import Call, run_of
 

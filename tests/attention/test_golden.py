@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pack_loader import load
-from support.data.adapters import SHAPES, layer_x, rola_adapter, ropeslr_adapter, single, sla_adapter
+from support.data.adapters import (
+    SHAPES,
+    layer_x,
+    rola_adapter,
+    ropeslr_adapter,
+    single,
+    sla_adapter,
+)
 from support.data.fields import relative_error
 from support.data.runs import Call, run_of
 from support.oracle import transcription as golden

@@ -10,8 +10,8 @@ from support import needs
 ROOT = Path(__file__).resolve().parents[2]
 # What benchmarks.correctness compares with the definition, each in three combinations of dtype and width.
 OPERATIONS = {
-    "block_pool", "block_pool_state", "low_rank_state", "block_select", "block_mass", "lists_from_bits",
-    "dense_attention", "block_sparse_attention", "block_sparse_attention tail", "block_sparse_attention_backward dq",
+    "block_pool", "block_pool_state", "low_rank_state", "block_select", "block_mass", "mask_from_bits",
+    "dense_attention", "dense_attention some keys", "block_sparse_attention", "block_sparse_attention tail", "block_sparse_attention_backward dq",
     "block_sparse_attention_backward dk", "block_sparse_attention_backward dv", "block_sparse_mixed",
     "block_sparse_mixed low rank", "block_sparse_linear",
 }

@@ -39,7 +39,7 @@ def test_without_comfyui_everything_else_is_collected_and_the_rest_says_what_to_
     needs.need("torch", "safetensors", "hypothesis")
     done = run_pytest("--co", "-rs")
     assert done.returncode == 0, done.stdout + done.stderr
-    for place in ("attention/test_plan.py", "house/test_floors.py", "kernels/test_operations.py", "web/test_panel.py"):
+    for place in ("attention/test_plan.py", "house/test_floors.py", "kernels/test_attention.py", "web/test_panel.py"):
         assert f"tests/{place}" in done.stdout
     files = [*(ROOT / "tests" / "nodes").glob("test_*.py"), *(ROOT / "tests" / "browser").glob("test_*.py")]
     assert not [path for path in files if f"tests/{path.parent.name}/{path.name}::" in done.stdout]

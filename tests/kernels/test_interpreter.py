@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from pack_loader import load
-from support.data.blocks import blocks_of, layout_of, mixing_case, reference, selected, tensors, wide
+from support.data.blocks import (
+    blocks_of,
+    layout_of,
+    mixing_case,
+    reference,
+    selected,
+    tensors,
+    wide,
+)
 from support.data.fields import relative_error
 from support.oracle.interpreter import traffic
 

@@ -5,7 +5,15 @@ import torch
 
 import comfy_host
 from support.data.fields import relative_error
-from support.host.sampling import conditioning, full_density, load_model, own_adapter, report, sample, sparse
+from support.host.sampling import (
+    conditioning,
+    full_density,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
+)
 
 
 def flux_sample(model):

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import comfy_host
-from support.host.sampling import SLOT, load_model, own_adapter, report, sample, sparse, with_override
+from support.host.sampling import (
+    SLOT,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
+    with_override,
+)
 
 
 def live_tensors():

@@ -11,7 +11,17 @@ from safetensors.torch import save_file
 import comfy_host
 from support.data import checkpoints
 from support.data.fields import relative_error
-from support.host.sampling import SLOT, WAN, conditioning, load_model, own_adapter, report, sample, sparse, two_experts
+from support.host.sampling import (
+    SLOT,
+    WAN,
+    conditioning,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
+    two_experts,
+)
 from support.oracle import transcription as golden
 
 TRAINED = ("ropeslr", "rola", "sla")

@@ -5,7 +5,15 @@ import torch
 
 import comfy_host
 from support.data.fields import relative_error
-from support.host.sampling import WAN, conditioning, full_density, load_model, report, sample, sparse
+from support.host.sampling import (
+    WAN,
+    conditioning,
+    full_density,
+    load_model,
+    report,
+    sample,
+    sparse,
+)
 
 
 @pytest.fixture(params=list(WAN))

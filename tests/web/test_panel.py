@@ -278,13 +278,13 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
     assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
-    report = (ROOT / "nodes" / "patching" / "report.py").read_text(encoding="utf-8")
+    report = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
     assert re.search(r'^EVENT = "(.+)"', report, re.M)[1] == re.search(r'const EVENT = "(.+)"', read(PANEL))[1]
     assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(PANEL)
 
 
 def test_the_panel_reads_no_field_that_a_report_lacks():
-    source = (ROOT / "nodes" / "patching" / "report.py").read_text(encoding="utf-8")
+    source = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
     report = re.search(r"class RunReport:(.*?)    @property", source, re.S)[1]
     sent = {*re.findall(r"^    (\w+): ", report, re.M), "node", "workflow", "flops_saved"}      # `send` adds three
     read_here = re.search(r"interface Report \{(.*?)\n  \}", read("types.d.ts"), re.S)[1]
