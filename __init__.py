@@ -1,10 +1,16 @@
-"""ComfyUI-RoPeSLR: what ComfyUI imports. Nothing of ComfyUI is touched before comfy_entrypoint is called."""
+"""ComfyUI-RoPeSLR.
+
+What ComfyUI imports. Nothing of ComfyUI is touched before comfy_entrypoint is called.
+"""
 
 WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """The pack's extension; ComfyUI itself logs only one line of an error, so its traceback is logged here."""
+    """The pack's extension.
+
+    ComfyUI itself logs only one line of an error, so its traceback is logged here.
+    """
     try:
         from .nodes.extension import RoPeSLRExtension
 

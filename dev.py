@@ -43,8 +43,9 @@ from machine import (  # noqa: E402
 )
 from pack_loader import load  # noqa: E402
 
-# Kept beside the environment, not in it, so that everything else is tested as on a machine without Triton. The first
-# runs all kernel tests; a newer one compiles the quick ones, and when thorough runs everything as the first does.
+# Kept beside the environment, not in it, so that everything else is tested as on a machine without
+# Triton. The first runs all kernel tests; a newer one compiles the quick ones, and when thorough
+# runs everything as the first does.
 TRITON = {"3.6.0": "normal", "3.9.0": "quick"}
 # Left out with older ComfyUIs: what is tested there does not depend on them.
 OURS_ALONE = ("--ignore=tests/nodes/test_methods.py", "--ignore=tests/nodes/test_doctor_node.py")
@@ -59,21 +60,35 @@ def main() -> int:
         print(f"\ndev.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndev.py: interrupted; what was finished is kept, so the next start goes on from here", file=sys.stderr)
+        print(
+            "\ndev.py: interrupted; what was finished is kept, so the next start goes on from here",
+            file=sys.stderr,
+        )
         return 130
 
 
 def parse(arguments: list[str]) -> Namespace:
-    """The options of a command. `rest`: what it hands on, which is what dev.py itself does not know."""
-    parser = ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of a command.
+
+    `rest`: what it hands on, which is what dev.py itself does not know.
+    """
+    parser = ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(run: Run, hands_on: str = "", thorough: str = "") -> ArgumentParser:
-        """A command: its function, whose docstring is its help; what it hands on; its --thorough."""
+        """A command.
+
+        Its function, whose docstring is its help; what it hands on; its --thorough.
+        """
         name, words = run.__name__.rstrip("_"), " ".join((run.__doc__ or "").split())
         usage = f"dev.py {name} {'[--thorough] ' if thorough else ''}[{hands_on} ...]"
         command = commands.add_parser(
-            name, help=words.partition(". ")[0].rstrip("."), description=words, allow_abbrev=False,
+            name,
+            help=words.partition(". ")[0].rstrip("."),
+            description=words,
+            allow_abbrev=False,
             usage=usage if hands_on else None,
         )
         if thorough:
@@ -83,18 +98,30 @@ def parse(arguments: list[str]) -> Namespace:
 
     add(demo, "OPTION")
     add(test, "PYTEST-ARGUMENT", thorough="every variant of every test, an hour or more")
-    add(kernels, "PYTEST-ARGUMENT", thorough="every variant, and the newer Triton in its interpreter too")
+    add(
+        kernels,
+        "PYTEST-ARGUMENT",
+        thorough="every variant, and the newer Triton in its interpreter too",
+    )
     add(browser, "PYTEST-ARGUMENT", thorough="every workflow, and older ComfyUIs' frontends too")
     add(lint)
-    add(format_).add_argument("paths", nargs="*", default=["."], metavar="PATH", help="by default everything")
+    add(format_).add_argument(
+        "paths", nargs="*", default=["."], metavar="PATH", help="by default everything"
+    )
     add(workflows)
-    add(pictures).add_argument("names", nargs="*", metavar="NAME", help="a workflow, or readme; by default all")
+    add(pictures).add_argument(
+        "names", nargs="*", metavar="NAME", help="a workflow, or readme; by default all"
+    )
     add(coverage, "PYTEST-ARGUMENT")
     add(inspect).add_argument("file")
     command = add(convert)
     command.add_argument("file")
-    command.add_argument("--out", help="by default the file's name with -comfyui.safetensors behind, beside it")
-    command.add_argument("--adapter", help="also write the sparse weights alone to this .safetensors")
+    command.add_argument(
+        "--out", help="by default the file's name with -comfyui.safetensors behind, beside it"
+    )
+    command.add_argument(
+        "--adapter", help="also write the sparse weights alone to this .safetensors"
+    )
 
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.hands_on:
@@ -104,22 +131,33 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def demo(options: Namespace) -> int:
-    """Start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare. Hands on --width,
-    --height, --length, --steps, --sparsity and --min-tokens to tools/demo.py."""
+    """Start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare.
+
+    --width, --height, --length, --steps, --sparsity and --min-tokens go to tools/demo.py.
+    """
     python, tree = environment(), comfyui(NEWEST)
     return run_in(python, tree, [str(TOOLS / "demo.py"), *options.rest])
 
 
 def test(options: Namespace) -> int:
-    """Run all tests, those inside ComfyUI on three versions of it; or with pytest's arguments just what they name.
-    The exit code is that of the first suite to fail."""
+    """Run all tests, those inside ComfyUI on three versions of it, or what pytest's arguments name.
+
+    The exit code is that of the first suite to fail.
+    """
     python, thorough = environment(), options.thorough
     if options.rest:
-        return run_in(python, comfyui(NEWEST), ["-m", "pytest", *effort(thorough), *options.rest], typescript())
+        return run_in(
+            python,
+            comfyui(NEWEST),
+            ["-m", "pytest", *effort(thorough), *options.rest],
+            typescript(),
+        )
     others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
     places = inside(comfyui(NEWEST), "others") | typescript()
     suites = [
-        Suite("inside ComfyUI", [*effort(thorough), "tests/nodes"], inside(comfyui(NEWEST), "nodes")),
+        Suite(
+            "inside ComfyUI", [*effort(thorough), "tests/nodes"], inside(comfyui(NEWEST), "nodes")
+        ),
         Suite("everything else", [*effort(thorough), *others], places),
     ]
     for version in COMFYUI:
@@ -134,14 +172,16 @@ def test(options: Namespace) -> int:
 
 
 def kernels(options: Namespace) -> int:
-    """Run the Triton kernels' tests alone, without a GPU: in Triton's interpreter, and compiled for every
-    architecture."""
+    """Run the Triton kernels' tests without a GPU: interpreted, and compiled for every target."""
     python = environment()
     return run_suites(python, kernel_suites(python, options.rest, options.thorough))
 
 
 def browser(options: Namespace) -> int:
-    """Run tests/browser: the shipped workflows and the panel in a real browser, with a real ComfyUI."""
+    """Run tests/browser.
+
+    The shipped workflows and the panel in a real browser, with a real ComfyUI.
+    """
     python, program = environment(), chromium()
     if program is None:
         raise SetupError(NO_BROWSER)
@@ -149,13 +189,18 @@ def browser(options: Namespace) -> int:
 
 
 def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) -> list[Suite]:
-    """The tests in a browser, with the newest ComfyUI's frontend; when thorough, with those of the older ones too."""
+    """The tests in a browser, with the newest ComfyUI's frontend.
+
+    When thorough, with those of the older ones too.
+    """
     places, arguments = {"ROPESLR_CHROMIUM": program}, [*effort(thorough), *rest, "tests/browser"]
     suites = [Suite("in a browser", arguments, inside(comfyui(NEWEST), "browser") | places)]
     for version in COMFYUI if thorough else ():
         if version != NEWEST:
             tree = registry_comfyui(version)
-            own = inside(tree, f"browser-{version}") | {"ROPESLR_FRONTEND": str(frontend(python, tree))}
+            own = inside(tree, f"browser-{version}") | {
+                "ROPESLR_FRONTEND": str(frontend(python, tree))
+            }
             suites.append(Suite(f"in a browser, ComfyUI {version}", arguments, own | places))
     return suites
 
@@ -171,14 +216,19 @@ def lint(options: Namespace) -> int:
 
 
 def format_(options: Namespace) -> int:
-    """Sort imports, mend what ruff can mend by itself, and lay the source out anew with ruff format."""
+    """Sort imports, apply ruff's own fixes, and run ruff format."""
     python = str(environment())
-    mended = subprocess.call([python, "-m", "ruff", "check", "--fix-only", "--quiet", *options.paths], cwd=ROOT)
+    mended = subprocess.call(
+        [python, "-m", "ruff", "check", "--fix-only", "--quiet", *options.paths], cwd=ROOT
+    )
     return mended or subprocess.call([python, "-m", "ruff", "format", *options.paths], cwd=ROOT)
 
 
 def workflows(options: Namespace) -> int:
-    """Write workflows/*.json anew from their description in tools/graphs.py. Their pictures are taken by `pictures`."""
+    """Write workflows/*.json anew from their description in tools/graphs.py.
+
+    Their pictures are taken by `pictures`.
+    """
     return run_in(environment(), comfyui(NEWEST), [str(TOOLS / "graphs.py")])
 
 
@@ -191,7 +241,9 @@ def pictures(options: Namespace) -> int:
     with tempfile.TemporaryDirectory() as seen:
         if not options.names or "readme" in options.names:
             places |= {"ROPESLR_SCREENSHOTS": seen, "ROPESLR_LARGE": "1"}
-            code = run_suites(python, [Suite("pictures", ["tests/browser/test_pictures.py"], places)])
+            code = run_suites(
+                python, [Suite("pictures", ["tests/browser/test_pictures.py"], places)]
+            )
             if code:
                 return code
         command = [str(python), str(TOOLS / "browser.py"), *options.names]
@@ -199,7 +251,7 @@ def pictures(options: Namespace) -> int:
 
 
 def coverage(options: Namespace) -> int:
-    """Write the README's matrix of models and methods anew, from what the tests find in each ComfyUI."""
+    """Rewrite the matrix of models and methods from what the tests find in each ComfyUI."""
     python = environment()
     for version in COMFYUI:
         places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
@@ -220,11 +272,17 @@ def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
         places = {"PYTHONPATH": str(triton(python, version))}
         places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
         arguments = [*effort(thorough, least), *rest]
-        compiled = Suite(f"kernels compiled, Triton {version}", [*arguments, "tests/kernels/test_compiled.py"], places)
-        interpreted = Suite(
-            f"kernels interpreted, Triton {version}", [*arguments, "tests/kernels"], places | {"TRITON_INTERPRET": "1"}
+        compiled = Suite(
+            f"kernels compiled, Triton {version}",
+            [*arguments, "tests/kernels/test_compiled.py"],
+            places,
         )
-        everything = thorough or least != "quick"               # a newer one's news are in its compiler
+        interpreted = Suite(
+            f"kernels interpreted, Triton {version}",
+            [*arguments, "tests/kernels"],
+            places | {"TRITON_INTERPRET": "1"},
+        )
+        everything = thorough or least != "quick"  # a newer one's news are in its compiler
         suites += [interpreted, compiled] if everything else [compiled]
     return suites
 
@@ -249,12 +307,17 @@ def run_suites(python: Path, suites: list[Suite]) -> int:
         say(f"started: {suite.name}")
         started = time.monotonic()
         done = subprocess.run(
-            [str(python), "-m", "pytest", "--durations=15", *suite.arguments], cwd=ROOT, stdout=subprocess.PIPE,
+            [str(python), "-m", "pytest", "--durations=15", *suite.arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **suite.places},
         )
         text = done.stdout.decode(errors="replace")
-        say(f"{suite.name}, {time.monotonic() - started:.0f} s, exit code {done.returncode}:\n{text}")
+        say(
+            f"{suite.name}, {time.monotonic() - started:.0f} s, exit code "
+            f"{done.returncode}:\n{text}"
+        )
         return done.returncode
 
     with ThreadPoolExecutor(2) as pool:
@@ -265,7 +328,8 @@ def run_suites(python: Path, suites: list[Suite]) -> int:
 def inside(tree: Path, base: str) -> dict[str, str]:
     """Where a process finds ComfyUI, and a folder of its own for models, inputs and outputs."""
     return {
-        "COMFYUI_PATH": str(tree), "ROPESLR_TEST_BASE": str(cache_folder() / "base" / base),
+        "COMFYUI_PATH": str(tree),
+        "ROPESLR_TEST_BASE": str(cache_folder() / "base" / base),
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
     }
 
@@ -277,21 +341,31 @@ def typescript() -> dict[str, str]:
 
 
 def inspect(options: Namespace) -> int:
-    """Say what an adapter or a released checkpoint (SparkWan, TurboWan) holds, and check it. Needs no ComfyUI, and uses
-    the Python that runs dev.py if that has torch."""
+    """Describe and check an adapter or a released checkpoint (SparkWan, TurboWan).
+
+    Needs no ComfyUI, and uses the Python that runs dev.py if that has torch.
+    """
     return with_adapters(lambda adapters: print("\n".join(adapters.describe(options.file))))
 
 
 def convert(options: Namespace) -> int:
-    """Write a released checkpoint as .safetensors in ComfyUI's layout. Needs no ComfyUI, as inspect."""
+    """Write a released checkpoint as .safetensors in ComfyUI's layout.
+
+    Needs no ComfyUI, as inspect.
+    """
 
     def run(adapters) -> None:
-        out = Path(options.out or Path(options.file).with_suffix("").as_posix() + "-comfyui.safetensors")
+        out = Path(
+            options.out or Path(options.file).with_suffix("").as_posix() + "-comfyui.safetensors"
+        )
         for target in filter(None, (str(out), options.adapter)):
             if Path(target).suffix != ".safetensors":
                 raise SetupError(f"{target} must end in .safetensors.")
             if Path(target).exists():
-                raise SetupError(f"{target} exists already; name another with --out or --adapter, or move it away.")
+                raise SetupError(
+                    f"{target} exists already; name another with --out or --adapter, or move it "
+                    "away."
+                )
         print(f"wrote {adapters.convert(options.file, out, options.adapter)}")
         if options.adapter:
             print(f"wrote {options.adapter}")
@@ -300,7 +374,10 @@ def convert(options: Namespace) -> int:
 
 
 def with_adapters(run: Callable) -> int:
-    """Call run(the pack's adapters); by starting anew in the environment where this Python lacks torch."""
+    """Call run(the pack's adapters).
+
+    By starting anew in the environment where this Python lacks torch.
+    """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
         say("this Python has no torch; using the test environment's")
         return subprocess.call([str(environment()), *sys.argv])
@@ -312,10 +389,17 @@ def with_adapters(run: Callable) -> int:
     return 0
 
 
-def run_in(python: Path, tree: Path, command: list[str], places: dict[str, str] | None = None) -> int:
-    """Run Python with a ComfyUI tree; models, inputs and outputs of tests and demo stay in the cache."""
+def run_in(
+    python: Path, tree: Path, command: list[str], places: dict[str, str] | None = None
+) -> int:
+    """Run Python with a ComfyUI tree.
+
+    Models, inputs and outputs of tests and demo stay in the cache.
+    """
     return subprocess.call(
-        [str(python), *command], cwd=ROOT, env={**os.environ, **inside(tree, "nodes"), **(places or {})}
+        [str(python), *command],
+        cwd=ROOT,
+        env={**os.environ, **inside(tree, "nodes"), **(places or {})},
     )
 
 

@@ -1,9 +1,9 @@
 """The methods, in pure PyTorch: no ComfyUI, no Triton; usable from any program.
 
-    plan = SparsePlan(sparsity=0.9).resolve()
-    layout = TokenLayout(grid=(21, 30, 52))
-    run = AttentionRun(plan)  # one per sampling run: it owns calibrations and blocks
-    out, cost = run.attend(q, k, v, AttentionCall(layout, layer=0, step=0))
+plan = SparsePlan(sparsity=0.9).resolve()
+layout = TokenLayout(grid=(21, 30, 52))
+run = AttentionRun(plan)  # one per sampling run: it owns calibrations and blocks
+out, cost = run.attend(q, k, v, AttentionCall(layout, layer=0, step=0))
 """
 
 from .block_layout import TokenLayout

@@ -1,4 +1,4 @@
-"""What a call costs: FLOPs, 2 per multiply-add, of dense attention and of every part that replaces it.
+"""FLOPs of a call, 2 per multiply-add: dense attention and every part that replaces it.
 
 tokens = L, head_dim = D, heads = H; q_blocks, kv_blocks = number of query and key blocks.
 """
@@ -38,10 +38,11 @@ def sparse_flops(tokens: int, head_dim: int, heads: int, density: float) -> floa
     return dense_flops(tokens, head_dim, heads) * density
 
 
-def routing_flops(
-    tokens: int, head_dim: int, heads: int, q_blocks: int, kv_blocks: int
-) -> float:
-    """Block scores 2 Nq Nk D per head, and the means of q and k: one addition per element of both."""
+def routing_flops(tokens: int, head_dim: int, heads: int, q_blocks: int, kv_blocks: int) -> float:
+    """Block scores 2 Nq Nk D per head, and the means of q and k.
+
+    One addition per element of both.
+    """
     return (2.0 * q_blocks * kv_blocks * head_dim + 2.0 * tokens * head_dim) * heads
 
 
@@ -76,9 +77,7 @@ def linear_flops(tokens: int, head_dim: int, heads: int) -> float:
     return 4.0 * tokens * head_dim * head_dim * heads
 
 
-def marginal_flops(
-    tokens: int, head_dim: int, heads: int, q_blocks: int, kv_blocks: int
-) -> float:
+def marginal_flops(tokens: int, head_dim: int, heads: int, q_blocks: int, kv_blocks: int) -> float:
     """SLA's branch over some blocks: a state per key block, their sums 2 Nq Nk D^2, readout, W."""
     return (6.0 * tokens + 2.0 * q_blocks * kv_blocks) * head_dim * head_dim * heads
 

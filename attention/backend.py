@@ -1,4 +1,7 @@
-"""Which backend runs a plan's attention, and whether one can: what a host asks before it hands tensors on."""
+"""Which backend runs a plan's attention, and whether one can.
+
+What a host asks before it hands tensors on.
+"""
 
 from __future__ import annotations
 

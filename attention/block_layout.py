@@ -1,4 +1,7 @@
-"""Where every token of a sequence belongs: the video's (T, H, W) grid, the tokens around it, blocks."""
+"""Where every token of a sequence belongs.
+
+The video's (T, H, W) grid, the tokens around it, blocks.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,7 @@ class TokenLayout:
                 f"grid must be (frames, height, width), each at least 1; found {self.grid}"
             )
         if self.before < 0 or self.after < 0:
-            raise ValueError(
-                f"before and after count tokens; found {self.before} and {self.after}"
-            )
+            raise ValueError(f"before and after count tokens; found {self.before} and {self.after}")
         if self.order not in ("raster", "cube"):
             raise ValueError(f"order must be raster or cube; found {self.order!r}")
         video, last = self.video, 0
@@ -84,8 +85,8 @@ class TokenLayout:
     ) -> BlockLayout:
         """The video's queries and all keys in blocks.
 
-        Text and reference tokens get blocks of their own, which every query keeps. Query blocks name
-        tokens within the video, key blocks tokens of the whole sequence.
+        Text and reference tokens get blocks of their own, which every query keeps. Query blocks
+        name tokens within the video, key blocks tokens of the whole sequence.
         """
         q_blocks = TokenBlocks.cut(self.token_order(), self.block_size)
         kv_blocks = self._kv_blocks(q_blocks)

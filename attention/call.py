@@ -24,9 +24,9 @@ class AttentionCall:
     """Where the tokens of one self-attention call lie, and where in a sampling run it stands.
 
     layer and conditioning name what may be remembered for whom: conditioning is ((key, batch rows),
-    ...) in batch order, empty for one that has the whole batch. step of num_steps: place in the whole
-    sampling schedule. sigma: 1 = pure noise. window: which frames of a longer video these tokens are.
-    scale: of the softmax, 1 / sqrt(head_dim) when None.
+    ...) in batch order, empty for one that has the whole batch. step of num_steps: place in the
+    whole sampling schedule. sigma: 1 = pure noise. window: which frames of a longer video these
+    tokens are. scale: of the softmax, 1 / sqrt(head_dim) when None.
     """
 
     layout: TokenLayout

@@ -1,4 +1,7 @@
-"""Every method beside dense attention on the same q, k, v: each one's error, layer by layer, and cost."""
+"""Every method beside dense attention on the same q, k, v.
+
+Each one's error, layer by layer, and cost.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ class MapSelection:
 
 
 class MethodComparison:
-    """Stands in for an `AttentionRun`: gives out dense attention, so that layers see what they always do.
+    """Stands in for an `AttentionRun` and returns dense attention, so that layers see no change.
 
-    plans: the methods to try, by name. selection: whose kept blocks are drawn, or None; a head that the
-    model lacks means its last. After the calls: `errors[name][layer]` relative to dense attention on
-    some queries, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of the video's
-    blocks (the first plan's).
+    plans: the methods to try, by name. selection: whose kept blocks are drawn, or None; a head that
+    the model lacks means its last. After the calls: `errors[name][layer]` relative to dense
+    attention on some queries, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of
+    the video's blocks (the first plan's).
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class MethodComparison:
 
     @property
     def saved(self) -> dict[str, float]:
-        """Share of the self-attention FLOPs that each method saves in a call that learns nothing."""
+        """Share of the self-attention FLOPs that each method saves in a steady call."""
         return {
             name: 1 - sum(cost.total for cost in costs) / sum(cost.dense for cost in costs)
             for name, costs in self._costs.items()
@@ -70,9 +73,7 @@ class MethodComparison:
         batch, heads, _, head_dim = q.shape
         first = next(iter(self.runs.values()))
         seen = first.method.seen_keys(call.layout, q.device)
-        dense, _ = ops.dense_attention(
-            q, k, v, seen, scale=call.scale, backend=self.plan.backend
-        )
+        dense, _ = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=self.plan.backend)
         layout = call.layout
         count = min(SAMPLED_QUERIES, layout.video_tokens)
         places = torch.arange(count, device=q.device) * layout.video_tokens // count
@@ -97,7 +98,9 @@ class MethodComparison:
     ) -> tuple[Tensor, AttentionCost]:
         call = _own_order(run, replace(call, step=0, num_steps=STEPS))
         out, cost = run.attend(q, k, v, call)
-        if cost.calibration:  # it has just learned, which costs more, or is dense; this is how it goes on
+        if (
+            cost.calibration
+        ):  # it has just learned, which costs more, or is dense; this is how it goes on
             del out
             out, cost = run.attend(q, k, v, replace(call, step=1))
         return out, cost
@@ -107,9 +110,7 @@ def _own_order(run: AttentionRun, call: AttentionCall) -> AttentionCall:
     return replace(call, layout=replace(call.layout, order=run.plan.block_order))
 
 
-def _kept_blocks(
-    run: AttentionRun, q: Tensor, k: Tensor, call: AttentionCall, head: int
-) -> Tensor:
+def _kept_blocks(run: AttentionRun, q: Tensor, k: Tensor, call: AttentionCall, head: int) -> Tensor:
     """Which of the video's blocks routing keeps for one head of the first batch row; on the CPU."""
     call = _own_order(run, call)
     routing = run.method.route(q[:, :, call.video], k, call)

@@ -1,4 +1,7 @@
-"""What this machine would run and why, whether it computes right, how fast it is, and what to do: in lines of text."""
+"""What this machine would run and why, whether it computes right, how fast it is, and what to do.
+
+In lines of text.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,13 @@ from .plan import BLOCK, SparsePlan
 from .run import AttentionRun
 
 METHODS = ("ropeslr", "top-k", "top-k plain")
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}   # of the outputs of the self-test
+ROUNDING = {
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}  # of the outputs of the self-test
 HEADS, HEAD_DIM = 8, 128
-LARGEST_ON_CPU = 4096                       # tokens; a longer video would take minutes and say the same
+LARGEST_ON_CPU = 4096  # tokens; a longer video would take minutes and say the same
 WORTH_IT = 1.1
 
 
@@ -49,14 +56,21 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def facts(device: torch.device) -> list[str]:
     """The machine, and which backend it would use, and why."""
     lines = [
-        f"system: {platform.system()} {platform.release()}, Python {platform.python_version()}, torch "
+        f"system: {platform.system()} {platform.release()}, Python {platform.python_version()}, "
+        "torch "
         f"{torch.__version__}",
         f"triton: {' '.join(triton_support.installed_triton() or ('not installed',))}",
     ]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        arch = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-        lines.append(f"device: {properties.name} ({arch}), {properties.total_memory / 2**30:.0f} GiB")
+        arch = (
+            properties.gcnArchName
+            if torch.version.hip
+            else f"sm_{properties.major}{properties.minor}"
+        )
+        lines.append(
+            f"device: {properties.name} ({arch}), {properties.total_memory / 2**30:.0f} GiB"
+        )
     else:
         lines.append(f"device: {device.type}, {torch.get_num_threads()} threads")
     lines.append(f"backend: {backend_line(device)}")
@@ -77,7 +91,7 @@ def backend_line(device: torch.device) -> str:
 
 
 def self_test(device: torch.device) -> list[str]:
-    """Errors of the path that would run, against the definition in float64 on the CPU and PyTorch's own attention."""
+    """Errors of the path that would run, against float64 on the CPU and PyTorch's attention."""
     dtype, grid = working_dtype(device), (5, 12, 15)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, math.prod(grid), HEAD_DIM)
@@ -112,25 +126,34 @@ def _kept_blocks(here: list[Tensor], layout: TokenLayout) -> tuple[Tensor, Tenso
 
 def _verdict(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> str:
     error = ((found.cpu().double() - exact.double()).norm() / exact.double().norm()).item()
-    good = error <= ROUNDING[dtype]         # also False for NaN
+    good = error <= ROUNDING[dtype]  # also False for NaN
     same = ", which is the same code here" if error == 0 else ""
-    return f"{name}: relative error {error:.1e}{same}, {'right' if good else 'WRONG (please report this)'}"
+    verdict = "right" if good else "WRONG (please report this)"
+    return f"{name}: relative error {error:.1e}{same}, {verdict}"
 
 
 def measure(
-    device: torch.device, grid: tuple[int, int, int], sparsity: float, seconds: float = 20.0,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    sparsity: float,
+    seconds: float = 20.0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Measurement:
-    """Time one self-attention call of a video of so many frames, rows and columns of tokens, in turns."""
+    """Time one self-attention call on a (frames, height, width) grid of tokens, in turns."""
     dtype = working_dtype(device)
     grid = _shortened(grid) if device.type == "cpu" else grid
     tokens = math.prod(grid)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
+        torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator)
+        .to(device, dtype)
+        .transpose(1, 2)
+        for _ in range(3)
     )
     layout, steps = TokenLayout(grid), iter(range(1, 1 << 30))
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v)
+    }
     for method in METHODS:
         plan = SparsePlan(method=method, sparsity=sparsity, calibrate="first step").resolve()
         run = AttentionRun(plan)
@@ -143,17 +166,23 @@ def measure(
             call()
             _wait(device)
             samples[name].append(1e3 * (time.perf_counter() - started))
-    medians = {name: statistics.median(values[1:]) for name, values in samples.items()}     # the first warms up
+    medians = {
+        name: statistics.median(values[1:]) for name, values in samples.items()
+    }  # the first warms up
     return Measurement(tokens, medians.pop("dense"), medians)
 
 
-def _turns(calls: dict, seconds: float, progress: Callable[[int, int], None]) -> Iterator[tuple[str, Callable]]:
+def _turns(
+    calls: dict, seconds: float, progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, Callable]]:
     """Every call in turn, at least three times, until the time is up."""
     started, turn = time.monotonic(), 0
     while turn < 3 or (time.monotonic() - started < seconds and turn < 50):
         yield from calls.items()
         turn += 1
-        progress(min(99, max(100 * turn // 50, int(100 * (time.monotonic() - started) / seconds))), 100)
+        progress(
+            min(99, max(100 * turn // 50, int(100 * (time.monotonic() - started) / seconds))), 100
+        )
     progress(100, 100)
 
 
@@ -175,36 +204,53 @@ def _wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def advice(device: torch.device, measured: Measurement, asked_tokens: int, sparsity: float) -> list[str]:
+def advice(
+    device: torch.device, measured: Measurement, asked_tokens: int, sparsity: float
+) -> list[str]:
     """The figures in words, and what to do about them."""
     lines = [
-        f"one self-attention call, {measured.tokens:,} tokens, {HEADS} heads, sparsity {sparsity:.2f}: dense "
-        f"{measured.dense:.1f} ms; " + ", ".join(
-            f"{name} {ms:.1f} ms ({measured.gain(name):.1f}x)" for name, ms in measured.methods.items()
+        f"one self-attention call, {measured.tokens:,} tokens, {HEADS} heads, sparsity "
+        f"{sparsity:.2f}: dense {measured.dense:.1f} ms; "
+        + ", ".join(
+            f"{name} {ms:.1f} ms ({measured.gain(name):.1f}x)"
+            for name, ms in measured.methods.items()
         )
     ]
     if measured.tokens < asked_tokens:
         lines.append(
-            f"Measured at {measured.tokens:,} instead of {asked_tokens:,} tokens, since a CPU would take minutes; "
-            "longer videos gain more."
+            f"Measured at {measured.tokens:,} instead of {asked_tokens:,} tokens, since a CPU "
+            "would take minutes; longer videos gain more."
         )
     best = max(METHODS, key=measured.gain)
     if measured.gain("ropeslr") >= WORTH_IT:
         lines.append(
-            f"Recommended: method auto, sparsity {sparsity:.2f}, for attention {measured.gain('ropeslr'):.1f} times as "
+            f"Recommended: method auto, sparsity {sparsity:.2f}, for attention "
+            f"{measured.gain('ropeslr'):.1f} times as "
             "fast at this size. A whole step gains less."
         )
     elif measured.gain(best) >= WORTH_IT:
-        lines.append(f"ropeslr gains little here; {best} is faster, at a larger error. Longer videos gain more.")
+        lines.append(
+            f"ropeslr gains little here; {best} is faster, at a larger error. Longer videos gain "
+            "more."
+        )
     elif device.type != "cpu" and _backend(device).backend == "pytorch":
-        lines.append("Plain PyTorch gains nothing on this device: install Triton, or leave the node bypassed.")
+        lines.append(
+            "Plain PyTorch gains nothing on this device: install Triton, or leave the node "
+            "bypassed."
+        )
     else:
-        lines.append("Sparse attention gains nothing at this size: raise the sparsity, or make the video longer.")
+        lines.append(
+            "Sparse attention gains nothing at this size: raise the sparsity, or make the video "
+            "longer."
+        )
     return lines
 
 
 def examine(
-    device: torch.device, grid: tuple[int, int, int], sparsity: float, seconds: float = 20.0,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    sparsity: float,
+    seconds: float = 20.0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> str:
     """Everything above as one text. grid: frames, rows, columns of tokens."""
@@ -212,9 +258,14 @@ def examine(
     try:
         lines += [f"  {line}" for line in self_test(device)]
         measured = measure(device, grid, sparsity, seconds, progress)
-        lines += ["Speed", *(f"  {line}" for line in advice(device, measured, math.prod(grid), sparsity))]
-    except Exception as error:              # whatever is broken here is what the person wants to know
-        lines.append(f"  failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        lines += [
+            "Speed",
+            *(f"  {line}" for line in advice(device, measured, math.prod(grid), sparsity)),
+        ]
+    except Exception as error:  # whatever is broken here is what the person wants to know
+        lines.append(
+            f"  failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
         if sys.platform == "win32" or triton_support.not_installed():
             seen = Cause.KERNEL_FAILED.because(operation="of the self-test", error="see above")
             lines.append(f"  {explain(seen)}")

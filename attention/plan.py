@@ -1,4 +1,7 @@
-"""What a person asked for: a frozen plan, validated once and resolved once; all below only reads it."""
+"""What a person asked for.
+
+A frozen plan, validated once and resolved once; all below only reads it.
+"""
 
 from __future__ import annotations
 
@@ -71,13 +74,13 @@ RANGES = {
 class SparsePlan(_Settings):
     """Settings of sparse attention for one model, as a person set them.
 
-    sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0 =
-    all that there are. start_percent, end_percent: the part of the sampling schedule that runs
+    sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0
+    = all that there are. start_percent, end_percent: the part of the sampling schedule that runs
     sparse, which may be empty. dense_first_steps (-1 = auto), dense_last_steps: steps of the whole
     schedule that stay dense. dense_layers: layers that stay dense.
 
-    Every field is checked on construction; a ValueError names the field, what was found and what was
-    expected. `resolve` replaces every "auto" by what it means.
+    Every field is checked on construction; a ValueError names the field, what was found and what
+    was expected. `resolve` replaces every "auto" by what it means.
     """
 
     def __post_init__(self) -> None:
@@ -105,7 +108,8 @@ class SparsePlan(_Settings):
         method = self.method if self.method != "auto" else trained or "ropeslr"
         if trained and method != trained and method in TRAINED_METHODS:
             raise ValueError(
-                f"method is {method}, but the adapter was trained for {trained}. Set method to auto "
+                f"method is {method}, but the adapter was trained for {trained}. Set method to "
+                "auto "
                 f"or {trained}, or disconnect the adapter."
             )
         if method != trained:
@@ -113,8 +117,8 @@ class SparsePlan(_Settings):
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
         values |= {"method": method, "block_order": self._order(method, adapter)}
         if self.dense_first_steps == AUTO:
-            # The first step decides the composition. Weights trained sparse need no help, and AdaSpa
-            # is dense until its first search.
+            # The first step decides the composition. Weights trained sparse need no help, and
+            # AdaSpa is dense until its first search.
             first = 0 if method == "adaspa" or (adapter and method in ("rola", "sla")) else 1
             values["dense_first_steps"] = first
         if self.calibrate == "auto":

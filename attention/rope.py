@@ -1,4 +1,7 @@
-"""Where the model's own RoPE puts every token of the video: read off its rotation, never made up."""
+"""Where the model's own RoPE puts every token of the video.
+
+Read off its rotation, never made up.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ Grid = tuple[int, int, int]
 
 
 class RopeTable(NamedTuple):
-    """The rotation of every token: channel pairs (2 i, 2 i + 1) turn by angle i; `(L, D / 2)` float32."""
+    """The rotation of every token.
+
+    Channel pairs (2 i, 2 i + 1) turn by angle i; `(L, D / 2)` float32.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -35,7 +41,10 @@ def axis_tables(rope: RopeTable, grid: Grid) -> list[RopeTable]:
 
 
 def axis_ids(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """Rows of stacked axis tables that belong to each token: -> `(T*H*W, 3)` int32, raster order."""
+    """Rows of stacked axis tables that belong to each token.
+
+    -> `(T*H*W, 3)` int32, raster order.
+    """
     starts = (0, grid[0], grid[0] + grid[1])
     ranges = (torch.arange(start, start + count) for start, count in zip(starts, grid))
     return torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).view(-1, 3).int().to(device)
@@ -69,7 +78,7 @@ def resampled_tables(tables: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def rounded_angles(rope: RopeTable, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The angles `(L, D / 2)` float32 rounded to dtype, as weights trained in half precision saw them.
+    """The angles `(L, D / 2)` float32, rounded to dtype as half-precision training saw them.
 
     A rotation tells an angle up to whole turns only, and rounding needs the turns: they are counted
     along each axis from the slowest pair, which never makes one, up to the fastest. Source: RoLA's
@@ -85,14 +94,12 @@ def rounded_angles(rope: RopeTable, grid: Grid, dtype: torch.dtype) -> Tensor:
         start += pairs
     rows = axis_ids(grid, rope.cos.device).long()
     offsets = (0, grid[0], grid[0] + grid[1])
-    columns = [
-        angles[rows[:, axis] - offsets[axis]] for axis, angles in enumerate(by_axis)
-    ]
+    columns = [angles[rows[:, axis] - offsets[axis]] for axis, angles in enumerate(by_axis)]
     return torch.cat(columns, dim=1).to(dtype).float()
 
 
 def _unwrapped(wrapped: Tensor) -> Tensor:
-    """Angles `(n, pairs)` of one axis with their whole turns, from the slowest pair to the fastest."""
+    """Unwrapped angles `(n, pairs)` of one axis, from the slowest pair to the fastest."""
     angles, pairs = torch.empty_like(wrapped), wrapped.shape[1]
     known = wrapped[:, -1]
     angles[:, -1] = known

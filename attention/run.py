@@ -76,16 +76,14 @@ class AttentionRun:
     ) -> tuple[Tensor, AttentionCost]:
         """Sparse self-attention of one layer.
 
-        q, k, v `(B, H, L, D)` after RoPE, any strides, L = call.layout.tokens -> out `(B, H, L, D)` in
-        q's dtype and token order, and what it cost. Text and reference tokens attend densely; hidden
-        tokens get 0. Raises ValueError when the tensors do not fit the layout, or the method lacks
-        an input.
+        q, k, v `(B, H, L, D)` after RoPE, any strides, L = call.layout.tokens -> out `(B, H, L, D)`
+        in q's dtype and token order, and what it cost. Text and reference tokens attend densely;
+        hidden tokens get 0. Raises ValueError when the tensors do not fit the layout, or the method
+        lacks an input.
         """
         layout = call.layout
         if q.shape[2] != layout.tokens:
-            raise ValueError(
-                f"q has {q.shape[2]} tokens; the layout {layout} has {layout.tokens}"
-            )
+            raise ValueError(f"q has {q.shape[2]} tokens; the layout {layout} has {layout.tokens}")
         call.conditionings(q.shape[0])
         missing = self.missing(call.inputs)
         if missing:

@@ -1,4 +1,7 @@
-"""Which steps of a sampling run are sparse: the percent window, and counts of dense first and last steps."""
+"""Which steps of a sampling run are sparse.
+
+The percent window, and counts of dense first and last steps.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ LAST_STEPS = "dense last steps"
 class StepSchedule:
     """The noise levels of one sampling run, and what the plan says about them.
 
-    sigmas: this sampler's levels, one more than steps; they rise where a video is turned into noise. before, after:
-    steps of the whole schedule that other samplers run (two experts share one schedule). sigma_start, sigma_end: the
-    percent window as noise levels.
+    sigmas: this sampler's levels, one more than steps; they rise where a video is turned into
+    noise. before, after: steps of the whole schedule that other samplers run (two experts share one
+    schedule). sigma_start, sigma_end: the percent window as noise levels.
     """
 
     sigmas: tuple[float, ...]
@@ -39,7 +42,8 @@ class StepSchedule:
     def step(self, sigma: float) -> int:
         """The step, counted within this sampler, that a model call at `sigma` belongs to.
 
-        Samplers of higher order also call the model between two levels; such a call belongs to the step it is in.
+        Samplers of higher order also call the model between two levels; such a call belongs to the
+        step it is in.
         """
         if self.sigmas[:1] < self.sigmas[-1:]:
             reached = sum(level <= sigma * (1 + 1e-5) for level in self.sigmas)

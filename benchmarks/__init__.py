@@ -16,5 +16,7 @@ __all__ = ["ROOT", "commit", "load_pack"]
 
 def commit() -> str:
     """The commit of this tree, "unknown" where there is no git."""
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -1,4 +1,7 @@
-"""Adapters with random weights, and the inputs they need: what they cost does not depend on what they hold."""
+"""Adapters with random weights, and the inputs they need.
+
+What they cost does not depend on what they hold.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def random_adapter(method: str, heads: int, width: int, device: torch.device | s
 
     if method == "rola":
         weights = {
-            "proj_q": noise(RANK, width), "proj_k": noise(RANK, width), "gate_weight": noise(1, width),
+            "proj_q": noise(RANK, width),
+            "proj_k": noise(RANK, width),
+            "gate_weight": noise(1, width),
             "gate_bias": noise(1, heads, 1, 1) - 2,
         }
         facts = {"block_order": "raster", "fusion": "rms"}
@@ -32,7 +37,8 @@ def random_adapter(method: str, heads: int, width: int, device: torch.device | s
     else:
         weights = {name: noise(heads, RANK, width) for name in ("proj_q", "proj_k", "pe_q", "pe_k")}
         weights |= {
-            "low_rank_scale": noise(heads) + 0.5, "gate_weight": noise(width),
+            "low_rank_scale": noise(heads) + 0.5,
+            "gate_weight": noise(width),
             "channel_scale": noise(heads, width // 2).abs(),
         }
         facts = {"pe": "fourier"}
@@ -41,14 +47,23 @@ def random_adapter(method: str, heads: int, width: int, device: torch.device | s
 
 
 def layer_inputs(
-    grid: tuple[int, int, int], tokens: int, heads: int, width: int, dtype: torch.dtype,
+    grid: tuple[int, int, int],
+    tokens: int,
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ):
     """A hidden state of all tokens, and Wan's RoPE of the video's."""
-    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1).view(-1, 3)
-    angles = torch.cat([
-        places[:, i : i + 1] * 10000.0 ** (-torch.arange(pairs) / pairs)
-        for i, pairs in enumerate(rope.rope_axes(width))
-    ], dim=-1).to(device)
+    places = torch.stack(
+        torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1
+    ).view(-1, 3)
+    angles = torch.cat(
+        [
+            places[:, i : i + 1] * 10000.0 ** (-torch.arange(pairs) / pairs)
+            for i, pairs in enumerate(rope.rope_axes(width))
+        ],
+        dim=-1,
+    ).to(device)
     x = torch.randn(1, tokens, heads * width, device=device, dtype=dtype)
     return attention.LayerInputs(x, attention.RopeTable(angles.cos(), angles.sin()))

@@ -1,4 +1,7 @@
-"""Other people's attention, when it is there to be compared with: name -> call(q, k, v), all `(B, H, L, D)`."""
+"""Other people's attention, when it is there to be compared with.
+
+Name -> call(q, k, v), all `(B, H, L, D)`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def dense(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], 
     if device.type != "cuda":
         return {"sdpa": F.scaled_dot_product_attention}
     found = {
-        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
         "flex_attention": _flex,
     }
     if _there("flash_attn_interface"):
@@ -47,12 +51,14 @@ def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
+
     return attend
 
 
 @cache
 def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -62,24 +68,30 @@ def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_func
+
     out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
     return out[0] if isinstance(out, tuple) else out
 
 
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from sageattention import sageattn
+
     return sageattn(q, k, v, tensor_layout="HND")
 
 
 def _sparge(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
     from spas_sage_attn import spas_sage2_attn_meansim_topk_cuda
+
     return spas_sage2_attn_meansim_topk_cuda(q, k, v, topk=keep, is_causal=False)
 
 
 @cache
 def _sla_module(width: int, keep: float) -> torch.nn.Module:
     from sparse_linear_attention import SparseLinearAttention
-    return SparseLinearAttention(head_dim=width, topk=keep, feature_map="softmax", BLKQ=64, BLKK=64).cuda()
+
+    return SparseLinearAttention(
+        head_dim=width, topk=keep, feature_map="softmax", BLKQ=64, BLKK=64
+    ).cuda()
 
 
 def _sla(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
@@ -88,6 +100,7 @@ def _sla(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
 
 def _vsa(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
     from fastvideo_kernel import video_sparse_attn
+
     blocks = q.shape[2] // 64
     sizes = torch.full((blocks,), 64, dtype=torch.int32, device=q.device)
     q, k, v = (x[:, :, : 64 * blocks] for x in (q, k, v))

@@ -1,8 +1,9 @@
-"""What every kernel compiles to on every GPU, without one: `python -m benchmarks.compile [--out FILE.json]`.
+"""What each kernel compiles to for each GPU: `python -m benchmarks.compile [--out FILE.json]`.
 
-Runs the library's own launchers on meta tensors under a fake driver (see `static`), and tells registers, spilled bytes,
-shared memory, tensor-core use, and how much of the tensor-core work is useful: the FLOPs that the algorithm needs in a
-turn of the hottest loop over those that are issued. Needs torch and triton, and takes some minutes.
+Runs the library's own launchers on meta tensors under a fake driver (see `static`), and tells
+registers, spilled bytes, shared memory, tensor-core use, and how much of the tensor-core work is
+useful: the FLOPs that the algorithm needs in a turn of the hottest loop over those that are issued.
+Needs torch and triton, and takes some minutes.
 """
 
 from __future__ import annotations
@@ -24,14 +25,34 @@ backend = load_pack(".kernels.triton.backend")
 types = load_pack(".kernels.types")
 
 HEADS, TOKENS, RANK, BLOCK = 12, 32_760, 64, 64
-# FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x 64 x 64 x D each.
+# FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x
+# 64 x 64 x D each.
 PRODUCTS = {
-    "plain": 2, "tail": 2, "mixed": 2, "low_rank": 2, "linear": 2, "dense": 2, "mass": 1, "d_queries": 3, "d_keys": 4,
+    "plain": 2,
+    "tail": 2,
+    "mixed": 2,
+    "low_rank": 2,
+    "linear": 2,
+    "dense": 2,
+    "mass": 1,
+    "d_queries": 3,
+    "d_keys": 4,
 }
 FORWARD = ("plain", "tail", "mixed", "low_rank", "linear", "dense")
-ALL = (*FORWARD, "pool", "state", "low_rank_state", "linear_state", "select", "mass", "unpack", "backward")
+ALL = (
+    *FORWARD,
+    "pool",
+    "state",
+    "low_rank_state",
+    "linear_state",
+    "select",
+    "mass",
+    "unpack",
+    "backward",
+)
 FEW = ("plain", "mixed", "pool", "state", "select", "backward")
-# sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of the default method.
+# sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
+# the default method.
 CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
 
 
@@ -59,9 +80,7 @@ def cases(
     blocks = layout(tokens)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
-    lists, counts = (
-        empty(1, heads, count, *width, of=torch.int32) for width in ((kept,), ())
-    )
+    lists, counts = (empty(1, heads, count, *width, of=torch.int32) for width in ((kept,), ()))
     mask = types.BlockMask(blocks.q_blocks, blocks.kv_blocks, lists, counts)
     pooled, lse = empty(1, heads, count, head_dim), empty(1, heads, tokens)
     per_head, per_channel = empty(1, heads), empty(1, heads, head_dim)
@@ -110,14 +129,22 @@ def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) ->
             seen.add(kernel_name)
             found = report(kernel)
             issued = found.pop("mma_flops_of_loop")
-            needed = 2 * BLOCK * BLOCK * head_dim * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
+            needed = (
+                2
+                * BLOCK
+                * BLOCK
+                * head_dim
+                * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
+            )
             found["useful_mma"] = round(needed / issued, 3) if issued and needed else None
             rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--out", help="write the table to this JSON file")
     options = parser.parse_args()
@@ -128,16 +155,27 @@ def main() -> None:
             for row in compile_case(target, name, calls[name]):
                 rows.append(row)
                 print(
-                    f"{target:>10} {name:>15} {row['kernel']:>15}  {row['warps']} warps {row['stages']} stages "
-                    f"{row['registers']:>4} regs {row['spilled_bytes']:>5} B spilled {row['shared_bytes']:>7} B shared "
-                    f"{row['blocks_per_sm']} per SM  {row['tensor_cores']} useful {row['useful_mma']}", flush=True,
+                    f"{target:>10} {name:>15} {row['kernel']:>15}  {row['warps']} warps "
+                    f"{row['stages']} stages {row['registers']:>4} regs {row['spilled_bytes']:>5} "
+                    "B spilled "
+                    f"{row['shared_bytes']:>7} B shared {row['blocks_per_sm']} per SM  "
+                    f"{row['tensor_cores']} useful {row['useful_mma']}",
+                    flush=True,
                 )
     if options.out:
         record = {
-            "benchmark": "compile", "date": datetime.date.today().isoformat(), "triton": triton.__version__,
-            "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
-            "dtype": "bfloat16", "head_dim": 128, "block": BLOCK, "rank": RANK,
-            "bytes_per_token_and_head": bytes_per_token(), "rows": rows,
+            "benchmark": "compile",
+            "date": datetime.date.today().isoformat(),
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "commit": commit(),
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "block": BLOCK,
+            "rank": RANK,
+            "bytes_per_token_and_head": bytes_per_token(),
+            "rows": rows,
         }
         with open(options.out, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""Every operation on a device against its definition in float64 on the CPU; what is allocated holds NaN beforehand."""
+"""Every operation on a device against its definition in float64 on the CPU.
+
+What is allocated holds NaN beforehand.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ TOKENS, BLOCK = 1000, 64
 def poisoned() -> Iterator[None]:
     """New memory is filled with NaN, so that a row nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)        # what switches the filling on
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what switches the filling on
     try:
         yield
     finally:
@@ -27,7 +30,7 @@ def poisoned() -> Iterator[None]:
 
 
 def errors(device: torch.device) -> dict[str, dict]:
-    """"operation dtype width" -> relative error and its limit; where an operation failed, what it said.
+    """ "operation dtype head_dim" -> relative error and its limit, or the operation's error text.
 
     Float16 at one width only: every pair of dtype and width is compiled anew.
     """
@@ -40,7 +43,11 @@ def errors(device: torch.device) -> dict[str, dict]:
                 for operation, error in _one(device, dtype, width).items():
                     found[f"{operation} {name}"] = {"error": error, "limit": LIMITS[dtype]}
         except Exception as failure:
-            found[f"failed {name}"] = {"error": float("inf"), "limit": LIMITS[dtype], "said": str(failure)[:500]}
+            found[f"failed {name}"] = {
+                "error": float("inf"),
+                "limit": LIMITS[dtype],
+                "said": str(failure)[:500],
+            }
     return found
 
 
@@ -53,13 +60,20 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
     q, k, v, d_out = (random(1, TOKENS, 2, width, of=dtype).transpose(1, 2) for _ in range(4))
     blocks = types.TokenBlocks.cut(torch.randperm(TOKENS, generator=generator), BLOCK)
     layout = types.BlockLayout(blocks, blocks)
-    pooled_q, pooled_k, pooled_v = (reference.block_pool(x.double(), blocks).float() for x in (q, k, v))
+    pooled_q, pooled_k, pooled_v = (
+        reference.block_pool(x.double(), blocks).float() for x in (q, k, v)
+    )
     mask, dropped_lse = reference.block_select(pooled_q, pooled_k, layout, 4)
     far = types.PooledKV(pooled_k.to(dtype), pooled_v.to(dtype))
     angles = random(TOKENS, width // 2)
     axis_ids = torch.stack([torch.arange(TOKENS) % n for n in (3, 4, 5)], dim=1).int()
     fmap = types.FeatureMap(
-        "softmax", random(2, 24, width) / width**0.5, angles.cos(), angles.sin(), random(2, 9, 24), axis_ids
+        "softmax",
+        random(2, 24, width) / width**0.5,
+        angles.cos(),
+        angles.sin(),
+        random(2, 9, 24),
+        axis_ids,
     )
     state = types.LinearState(*reference.low_rank_state(k.float(), v.float(), fmap))
     _, mean, cov = reference.block_pool_state(k.float(), v.float(), layout)
@@ -73,10 +87,14 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
     some = types.TokenBlocks.cut(torch.arange(900), BLOCK, num_tokens=TOKENS)
     bits = torch.full((1, 2, blocks.num_blocks, 1), 0b1010101, dtype=torch.int32)
     calls = {
-        "block_pool": ((q, blocks), 0), "block_pool_state": ((k, v, layout), 2),
-        "low_rank_state": ((k, v, fmap), 0), "block_select": ((pooled_q, pooled_k, layout, 4), 1),
-        "dense_attention": ((q, k, v), 0), "dense_attention some keys": ((q, k, v, some), 0),
-        "block_sparse_attention": (sparse, 0), "block_sparse_attention tail": ((*sparse, far), 0),
+        "block_pool": ((q, blocks), 0),
+        "block_pool_state": ((k, v, layout), 2),
+        "low_rank_state": ((k, v, fmap), 0),
+        "block_select": ((pooled_q, pooled_k, layout, 4), 1),
+        "dense_attention": ((q, k, v), 0),
+        "dense_attention some keys": ((q, k, v, some), 0),
+        "block_sparse_attention": (sparse, 0),
+        "block_sparse_attention tail": ((*sparse, far), 0),
         "block_sparse_mixed": ((*sparse, types.Background(gate, first)), None),
         "block_sparse_mixed low rank": ((*sparse, types.Background(gate, first, low_rank)), None),
         "block_sparse_linear": ((*sparse, branch), None),

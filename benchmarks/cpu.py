@@ -1,8 +1,9 @@
-"""The PyTorch path against dense SDPA on this CPU, in one run: `python -m benchmarks.cpu [--out FILE.json]`.
+"""The PyTorch path against dense SDPA on this CPU: `python -m benchmarks.cpu [--out FILE.json]`.
 
-Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as often as a run makes
-it (once in five calls); adaspa between its searches; rola and sla with random weights. "kernel" is the sparse kernel
-alone. Times are medians of interleaved runs, ratios within one run; random inputs, which cost what any inputs cost.
+Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as
+often as a run makes it (once in five calls); adaspa between its searches; rola and sla with random
+weights. "kernel" is the sparse kernel alone. Times are medians of interleaved runs, ratios within
+one run; random inputs, which cost what any inputs cost.
 """
 
 from __future__ import annotations
@@ -32,24 +33,36 @@ METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa", "rola", "sla")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--tokens", type=int, nargs="+", choices=sorted(GRIDS), default=sorted(GRIDS))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", choices=sorted(GRIDS), default=sorted(GRIDS)
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="write the measurements to this JSON file")
     options = parser.parse_args()
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {HEADS} heads of {WIDTH}")
     print(f"{'':>9} {'':>7} {'dense':>9} {'':>9}   times faster than dense SDPA")
-    print(f"{'dtype':>9} {'tokens':>7} {'ms':>9} {'sparsity':>9}", *(f"{name:>11}" for name in ("kernel", *METHODS)))
+    print(
+        f"{'dtype':>9} {'tokens':>7} {'ms':>9} {'sparsity':>9}",
+        *(f"{name:>11}" for name in ("kernel", *METHODS)),
+    )
     for dtype in options.dtypes.split(","):
         for tokens in options.tokens:
             rows += measure(tokens, getattr(torch, dtype), options.repeats)
     if options.out:
         record = {
-            "benchmark": "cpu", "date": datetime.date.today().isoformat(), "machine": platform.processor() or
-            platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit(), "rows": rows,
+            "benchmark": "cpu",
+            "date": datetime.date.today().isoformat(),
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": commit(),
+            "rows": rows,
         }
         with open(options.out, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=1) + "\n")
@@ -59,7 +72,10 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     """All sparsities of one length."""
     generator = torch.Generator().manual_seed(0)
     # As the host hands them over: heads side by side in each token.
-    q, k, v = (torch.randn(1, tokens, HEADS, WIDTH, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, HEADS, WIDTH, generator=generator).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
     layout = attention.TokenLayout(GRIDS[tokens])
     rows = []
     for sparsity in SPARSITIES:
@@ -70,26 +86,40 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
         seconds = interleaved(candidates, repeats)
         plan = attention.SparsePlan(method="ropeslr", sparsity=sparsity, calibrate="every step")
-        calibrating = interleaved({"calibrating": whole_call(q, k, v, layout, plan)}, repeats)["calibrating"]
+        calibrating = interleaved({"calibrating": whole_call(q, k, v, layout, plan)}, repeats)[
+            "calibrating"
+        ]
         seconds["ropeslr"] += (calibrating - seconds["ropeslr"]) / CALIBRATE_EVERY
         ratios = {name: seconds["dense"] / value for name, value in seconds.items()}
-        rows.append({
-            "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "sparsity": sparsity,
-            "ms": {name: round(1e3 * value, 2) for name, value in seconds.items()},
-            "times_dense": {name: round(value, 2) for name, value in ratios.items()},
-        })
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "sparsity": sparsity,
+                "ms": {name: round(1e3 * value, 2) for name, value in seconds.items()},
+                "times_dense": {name: round(value, 2) for name, value in ratios.items()},
+            }
+        )
         print(
             f"{rows[-1]['dtype']:>9} {tokens:>7} {1e3 * seconds['dense']:>9.0f} {sparsity:>9.2f}",
-            *(f"{ratios[name]:>10.2f}x" for name in ("kernel", *METHODS)), flush=True,
+            *(f"{ratios[name]:>10.2f}x" for name in ("kernel", *METHODS)),
+            flush=True,
         )
     return rows
 
 
 def whole_call(q, k, v, layout, plan) -> Callable:
-    """Everything that replaces one dense call; a plan's first step has calibrated before the clock starts."""
+    """Everything that replaces one dense call.
+
+    A plan's first step has calibrated before the clock starts.
+    """
     trained = plan.method in ("rola", "sla")
     adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
-    given = layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype) if trained else attention.LayerInputs()
+    given = (
+        layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype)
+        if trained
+        else attention.LayerInputs()
+    )
     run = attention.AttentionRun(plan.resolve(adapter))
     own_layout = attention.TokenLayout(layout.grid, order=run.plan.block_order)
     steps, call = iter(range(1_000_000)), attention.AttentionCall
@@ -113,7 +143,7 @@ def interleaved(candidates: dict[str, Callable], repeats: int) -> dict[str, floa
             for name, function in candidates.items():
                 started = time.perf_counter()
                 function()
-                if turn:                    # the first turn warms up
+                if turn:  # the first turn warms up
                     samples[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in samples.items()}
 

@@ -1,4 +1,7 @@
-"""How the benchmarks measure: on a GPU with CUDA events, on a CPU with the clock; medians, spread, and the machine."""
+"""How the benchmarks measure.
+
+On a GPU with CUDA events, on a CPU with the clock; medians, spread, and the machine.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Time(NamedTuple):
 
 
 class Stopwatch:
-    """Times calls on one device, each as often as fits into `seconds`, but never less than `least` times."""
+    """Times calls on one device, as often as fits into `seconds` but at least `least` times."""
 
     def __init__(self, device: torch.device, seconds: float, least: int = LEAST_SAMPLES) -> None:
         self.device, self.seconds, self.least = device, seconds, least
@@ -41,7 +44,9 @@ class Stopwatch:
         self._wait()
         each = max(time.perf_counter() - started, 1e-6)
         turns = int(min(max(self.least, self.seconds / each), 200))
-        samples = self._on_gpu(call, turns) if self.device.type == "cuda" else self._on_cpu(call, turns)
+        samples = (
+            self._on_gpu(call, turns) if self.device.type == "cuda" else self._on_cpu(call, turns)
+        )
         quarters = statistics.quantiles(samples, n=4) if turns > 1 else samples * 3
         return Time(statistics.median(samples), quarters[0], quarters[2], turns)
 
@@ -71,22 +76,32 @@ class Stopwatch:
 def machine(device: torch.device) -> dict:
     """What the figures were measured on and with."""
     found = {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": _version("triton"), "device": str(device),
-        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "device": str(device),
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
-            "machine": properties.name, "architecture": f"sm_{properties.major}{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30),
-            "cuda": torch.version.cuda, "hip": torch.version.hip, "driver_and_clocks": clocks(),
+            "machine": properties.name,
+            "architecture": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "driver_and_clocks": clocks(),
         }
     return found
 
 
 def _version(name: str) -> str | None:
     from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -98,7 +113,10 @@ def clocks() -> str | None:
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     try:
         done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,10 +1,11 @@
-"""The kernels on one GPU, in one command: `python -m benchmarks.kernels [--out FILE.json] [--quick] [--device cpu]`.
+"""The kernels on one GPU, in one command: `python -m benchmarks.kernels [--out FILE.json]`.
 
-Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes. In this order: cold
-start, correctness of every operation against float64, ceilings (matrix product, copy), and for each case exact
-attention of others, ours part by part and as the WHOLE replaced call, memory, backward. What does not fit into
---minutes is left out and named. Random inputs, larger than the cache. On a CPU it runs at small sizes in plain PyTorch,
-which tries this program.
+Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes.
+In this order: cold start, correctness of every operation against float64, ceilings (matrix product,
+copy), and for each case exact attention of others, ours part by part and as the WHOLE replaced
+call, memory, backward. What does not fit into --minutes is left out and named. --quick takes the
+smallest case alone. Random inputs, larger than the cache. With --device cpu it runs at small sizes
+in plain PyTorch, to test this program.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Run:
             failed = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
         else:
             failed = None
-        if failed:                          # here the failed call's tensors are free
+        if failed:  # here the failed call's tensors are free
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             return failed
@@ -104,11 +105,15 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", help="write the measurements to this JSON file")
     parser.add_argument("--quick", action="store_true", help="one case, one sparsity")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing new after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="begin nothing new after so many"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
@@ -124,7 +129,12 @@ def main() -> None:
         run.record["ceilings"] = run.guarded(lambda: ceilings(run))
         for case in cases:
             if run.has_time(case.name):
-                found = {"case": case.name, "tokens": case.tokens, "heads": case.heads, "width": case.width}
+                found = {
+                    "case": case.name,
+                    "tokens": case.tokens,
+                    "heads": case.heads,
+                    "width": case.width,
+                }
                 run.record["cases"].append(found)
                 found |= run.guarded(lambda case=case: measure_case(run, case))
                 print(f"# {case.name} done", file=sys.stderr, flush=True)
@@ -137,13 +147,19 @@ def main() -> None:
 
 
 def inputs(run: Run, case: Case, requires_grad: bool = False) -> list[tuple[Tensor, ...]]:
-    """q, k, v as the host hands them over, in as many sets as it takes to be twice the size of the cache."""
+    """q, k, v as the host hands them over, in enough sets to be twice the size of the cache."""
     size = 3 * case.tokens * case.heads * case.width * torch.finfo(run.dtype).bits // 8
-    cache = torch.cuda.get_device_properties(run.device).L2_cache_size if run.device.type == "cuda" else 0
+    cache = (
+        torch.cuda.get_device_properties(run.device).L2_cache_size
+        if run.device.type == "cuda"
+        else 0
+    )
     shape = (1, case.tokens, case.heads, case.width)
     return [
         tuple(
-            torch.randn(shape, device=run.device, dtype=run.dtype, requires_grad=requires_grad).transpose(1, 2)
+            torch.randn(
+                shape, device=run.device, dtype=run.dtype, requires_grad=requires_grad
+            ).transpose(1, 2)
             for _ in range(3)
         )
         for _ in range(max(1, -(-2 * cache // size)))
@@ -163,10 +179,14 @@ def whole_call(
         method = method.removesuffix(" + adapter")
         adapter = random_adapter(method, case.heads, case.width, run.device)
         given = layer_inputs(case.grid, case.tokens, case.heads, case.width, run.dtype, run.device)
-    plan = attention.SparsePlan(method=method, sparsity=sparsity, calibrate=calibrate, **run.backend)
+    plan = attention.SparsePlan(
+        method=method, sparsity=sparsity, calibrate=calibrate, **run.backend
+    )
     session = attention.AttentionRun(plan.resolve(adapter))
     layout, call = layout_of(case), attention.AttentionCall
-    return lambda turn: session.attend(*sets[turn % len(sets)], call(layout, step=turn, inputs=given))
+    return lambda turn: session.attend(
+        *sets[turn % len(sets)], call(layout, step=turn, inputs=given)
+    )
 
 
 def measure_case(run: Run, case: Case) -> dict:
@@ -183,15 +203,21 @@ def measure_case(run: Run, case: Case) -> dict:
         if run.has_time(f"{case.name} at {sparsity:.2f}"):
             row = {"sparsity": sparsity}
             found["rows"].append(row)
-            row |= run.guarded(lambda s=sparsity: measure_sparsity(run, case, sets, s, found["dense_ms"]))
-    sets.clear()                            # the backward makes its own
-    expected = 2 * 22 * 4.5 * (found["dense_ms"] or 0) / 1e3       # two exact ones, forward and both, 22 turns each
+            row |= run.guarded(
+                lambda s=sparsity: measure_sparsity(run, case, sets, s, found["dense_ms"])
+            )
+    sets.clear()  # the backward makes its own
+    expected = (
+        2 * 22 * 4.5 * (found["dense_ms"] or 0) / 1e3
+    )  # two exact ones, forward and both, 22 turns each
     if run.has_time(f"{case.name}, backward", expected):
         found["backward"] = run.guarded(lambda: backward(run, case))
     return found
 
 
-def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms: float | None) -> dict:
+def measure_sparsity(
+    run: Run, case: Case, sets: list, sparsity: float, dense_ms: float | None
+) -> dict:
     """Parts, whole calls, memory and other packages at one sparsity."""
     row: dict = {"parts": {}, "whole": {}, "others": {}}
     on = run.backend
@@ -245,6 +271,7 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
         row["kept_tflops"] = row["kept_tflop"] / ms["sparse"] * 1e3
     row["memory_mb"] = run.guarded(lambda: memory(run, case, sets, sparsity))
     for name, call in baselines.sparse(run.device).items():
+
         def other(turn: int, call: Callable = call):
             return call(*sets[turn % len(sets)], 1 - sparsity)
 
@@ -253,7 +280,7 @@ def measure_sparsity(run: Run, case: Case, sets: list, sparsity: float, dense_ms
 
 
 def token_order(run: Run, at: Callable, mask) -> dict:
-    """What reading tokens through block tables costs, and what permuting q, k, v and out would cost instead."""
+    """The cost of reading tokens through block tables, and of permuting q, k, v and out instead."""
     in_order = [
         types.TokenBlocks.cut(torch.arange(each.num_tokens, device=run.device), each.block_size)
         for each in (mask.q_blocks, mask.kv_blocks)
@@ -271,7 +298,10 @@ def token_order(run: Run, at: Callable, mask) -> dict:
 
 
 def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
-    """MB above the inputs: at the peak of a calibrating and of a usual call, output included, and kept per layer."""
+    """MB above the inputs.
+
+    At the peak of a calibrating and of a usual call, output included, and kept per layer.
+    """
     if run.device.type != "cuda":
         return {}
     plan = attention.SparsePlan(sparsity=sparsity, **run.backend).resolve()
@@ -292,9 +322,14 @@ def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
 
 
 def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
-    """Gradients of the sparse operation against those of exact attention; forward and backward, less the forward."""
+    """Gradients of the sparse operation against those of exact attention.
+
+    Forward and backward, less the forward.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        sets = inputs(run, Case(case.name, case.grid, case.heads, width=case.width, order=case.order), True)
+        sets = inputs(
+            run, Case(case.name, case.grid, case.heads, width=case.width, order=case.order), True
+        )
         layout = layout_of(Case(case.name, case.grid, case.heads, order=case.order))
         blocks = layout.blocks(device=run.device)
         topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
@@ -307,6 +342,7 @@ def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
             def call(turn: int) -> object:
                 q, k, v = sets[turn % len(sets)]
                 return torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
+
             return call
 
         found: dict = {"sparsity": sparsity, "density": blocks.density(topk)}
@@ -318,9 +354,13 @@ def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
             whole = run.measure(both(attend))
             failed = next((x for x in (forward, whole) if "error" in x), None)
             found[name] = failed or {
-                "forward_ms": forward["ms"], "both_ms": whole["ms"], "backward_ms": whole["ms"] - forward["ms"]
+                "forward_ms": forward["ms"],
+                "both_ms": whole["ms"],
+                "backward_ms": whole["ms"] - forward["ms"],
             }
-    dense = [x["backward_ms"] for n, x in found.items() if n.startswith("sdpa") and "backward_ms" in x]
+    dense = [
+        x["backward_ms"] for n, x in found.items() if n.startswith("sdpa") and "backward_ms" in x
+    ]
     if dense and "backward_ms" in found["ours"]:
         found["efficiency"] = min(dense) / found["ours"]["backward_ms"] * found["density"]
     return found
@@ -333,17 +373,21 @@ def ceilings(run: Run) -> dict:
     source = torch.empty(bytes_, dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
     product, copy = run.watch.time(lambda _: a @ b), run.watch.time(lambda _: target.copy_(source))
-    return {"matmul_tflops": 2e-9 * side**3 / product.median, "copy_gb_per_s": 2e-6 * bytes_ / copy.median}
+    return {
+        "matmul_tflops": 2e-9 * side**3 / product.median,
+        "copy_gb_per_s": 2e-6 * bytes_ / copy.median,
+    }
 
 
 def cold_start(run: Run, case: Case) -> dict:
-    """Seconds from nothing compiled to the end of the first calls, and those of other lengths, sparsities and ranks."""
+    """Seconds of the first calls with nothing compiled, and of later lengths, sparsities, ranks."""
+
     def first_call(grid: tuple[int, int, int], sparsity: float, rank: int) -> float:
         sets = inputs(run, Case(case.name, grid, case.heads, text=case.text))
         plan = attention.SparsePlan(sparsity=sparsity, rank=rank, **run.backend).resolve()
         session = attention.AttentionRun(plan)
         started = time.perf_counter()
-        for step in range(2):               # the first calibrates, the second is fused
+        for step in range(2):  # the first calibrates, the second is fused
             layout = layout_of(Case(case.name, grid, case.heads, text=case.text))
             session.attend(*sets[0], attention.AttentionCall(layout, step=step))
         if run.device.type == "cuda":
@@ -352,8 +396,10 @@ def cold_start(run: Run, case: Case) -> dict:
 
     t, h, w = case.grid
     return {
-        "seconds": first_call(case.grid, 0.9, 0), "same_again": first_call(case.grid, 0.9, 0),
-        "another_length": first_call((t, h, w - 2), 0.9, 0), "another_sparsity": first_call(case.grid, 0.83, 0),
+        "seconds": first_call(case.grid, 0.9, 0),
+        "same_again": first_call(case.grid, 0.9, 0),
+        "another_length": first_call((t, h, w - 2), 0.9, 0),
+        "another_sparsity": first_call(case.grid, 0.83, 0),
         "another_rank": first_call(case.grid, 0.9, 24),
     }
 

@@ -1,4 +1,7 @@
-"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/: `python -m benchmarks.readme`."""
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/.
+
+`python -m benchmarks.readme`.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,55 @@ import json
 from . import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = {"README.md": ("coverage",), "benchmarks/README.md": ("gpu", "compile", "cpu")}              # and their tables
-SHOWN = {                                   # case of the compile table -> what a reader calls it
-    "plain": "kept blocks alone", "tail": "with pooled tail", "mixed": "with first-order background (default)",
-    "low_rank": "with low-rank background", "linear": "with linear branch (SLA)",
+FILES = {
+    "README.md": ("coverage",),
+    "benchmarks/README.md": ("gpu", "compile", "cpu"),
+}  # and their tables
+SHOWN = {  # case of the compile table -> what a reader calls it
+    "plain": "kept blocks alone",
+    "tail": "with pooled tail",
+    "mixed": "with first-order background (default)",
+    "low_rank": "with low-rank background",
+    "linear": "with linear branch (SLA)",
 }
 
 
 def cpu_table(record: dict) -> str:
     """The record of `benchmarks.cpu` as a Markdown table."""
     lines = [
-        "| | tokens | sparsity | dense | kernel alone | ropeslr | top-k | top-k plain | adaspa | rola | sla |",
+        "| | tokens | sparsity | dense | kernel alone | ropeslr | top-k | top-k plain | adaspa | "
+        "rola | sla |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         names = ("kernel", "ropeslr", "top-k", "top-k plain", "adaspa", "rola", "sla")
         ratios = " | ".join(f"{row['times_dense'][name]:.1f}x" for name in names)
         lines.append(
-            f"| {row['dtype']} | {row['tokens']:,} | {row['sparsity']:.2f} | {row['ms']['dense']:.0f} ms | {ratios} |"
+            f"| {row['dtype']} | {row['tokens']:,} | {row['sparsity']:.2f} | "
+            f"{row['ms']['dense']:.0f} ms | {ratios} |"
         )
     lines.append(
-        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch {record['torch']}; "
+        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "
+        f"{record['torch']}; "
         "4 heads of 128; times faster than dense SDPA."
     )
     return "\n".join(lines) + "\n"
 
 
 def compile_table(record: dict) -> str:
-    """The record of `benchmarks.compile`: the attention kernel's forms on every architecture, and the bytes moved."""
-    rows = {(row["target"], row["case"]): row for row in record["rows"] if row["kernel"] == "forward"}
+    """The record of `benchmarks.compile`.
+
+    The attention kernel's forms on every architecture, and the bytes moved.
+    """
+    rows = {
+        (row["target"], row["case"]): row for row in record["rows"] if row["kernel"] == "forward"
+    }
     targets = list(dict.fromkeys(row["target"] for row in record["rows"]))
     names = [target.replace("cuda:", "sm_").removeprefix("hip:") for target in targets]
-    lines = ["| registers / spilled bytes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [
+        "| registers / spilled bytes | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for case, title in SHOWN.items():
         cells = []
         for target in targets:
@@ -48,12 +68,19 @@ def compile_table(record: dict) -> str:
     useful = [row["useful_mma"] for row in record["rows"] if row["useful_mma"] is not None]
     spilled = sum(row["spilled_bytes"] for row in record["rows"])
     bytes_ = record["bytes_per_token_and_head"]
-    passes = ", ".join(f"{name} {value:,.0f}" for name, value in bytes_.items() if name not in ("whole call", "floor"))
+    passes = ", ".join(
+        f"{name} {value:,.0f}"
+        for name, value in bytes_.items()
+        if name not in ("whole call", "floor")
+    )
     lines.append(
-        f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head width {record['head_width']}. All "
-        f"{len(record['rows'])} compiled kernels together, backward included: {spilled} bytes spilled, useful share of "
-        f"tensor-core work at least {min(useful):.2f}. Bytes per token and head at 90 % of 75,600 tokens: {passes}; "
-        f"{bytes_['whole call']:,.0f} in all, where {bytes_['floor']:,.0f} is the least that any attention moves."
+        f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head width "
+        f"{record['head_width']}. All {len(record['rows'])} compiled kernels together, backward "
+        f"included: {spilled} bytes "
+        "spilled, useful share of "
+        f"tensor-core work at least {min(useful):.2f}. Bytes per token and head at 90 % of 75,600 "
+        f"tokens: {passes}; {bytes_['whole call']:,.0f} in all, where {bytes_['floor']:,.0f} is "
+        "the least that any attention moves."
     )
     return "\n".join(lines) + "\n"
 
@@ -61,21 +88,27 @@ def compile_table(record: dict) -> str:
 def gpu_table(records: list[dict]) -> str:
     """The records of `benchmarks.kernels` on GPUs, or that there is none."""
     if not records:
-        return "No record from a GPU yet: `python -m benchmarks.kernels --out benchmarks/results/kernels-NAME.json`.\n"
-    lines = ["| | tokens x heads | sparsity | fastest dense | ropeslr | efficiency |", "|---|---|---|---|---|---|"]
+        command = "python -m benchmarks.kernels --out benchmarks/results/kernels-NAME.json"
+        return f"No record from a GPU yet: `{command}`.\n"
+    lines = [
+        "| | tokens x heads | sparsity | fastest dense | ropeslr | efficiency |",
+        "|---|---|---|---|---|---|",
+    ]
     notes = []
     for record in records:
         for case in record["cases"]:
             for row in case["rows"]:
                 if row.get("times_dense"):
                     lines.append(
-                        f"| {record['machine']}, {case['case']} | {case['tokens']:,} x {case['heads']} | "
-                        f"{row['sparsity']:.2f} | {case['dense_ms']:.1f} ms | {row['times_dense']:.2f}x | "
-                        f"{row['sparse_efficiency']:.2f} |"
+                        f"| {record['machine']}, {case['case']} | {case['tokens']:,} x "
+                        f"{case['heads']} | {row['sparsity']:.2f} | {case['dense_ms']:.1f} ms | "
+                        f"{row['times_dense']:.2f}x | {row['sparse_efficiency']:.2f} |"
                     )
         met = "; ".join(
-            f"{name} {row['measured']:.2f} (target {row['target']}, {'met' if row['met'] else 'missed'})"
-            for name, row in record["targets"].items() if row["measured"] is not None
+            f"{name} {row['measured']:.2f} (target {row['target']}, "
+            f"{'met' if row['met'] else 'missed'})"
+            for name, row in record["targets"].items()
+            if row["measured"] is not None
         )
         versions = f"torch {record['torch']}, Triton {record['triton']}"
         notes.append(f"{record['machine']}, {record['date']}, {versions}: {met}.")
@@ -83,7 +116,10 @@ def gpu_table(records: list[dict]) -> str:
 
 
 def coverage_table(record: dict) -> str:
-    """The record of `dev.py coverage`: which models run sparse by which methods, in which versions of ComfyUI."""
+    """The record of `dev.py coverage`.
+
+    Which models run sparse by which methods, in which versions of ComfyUI.
+    """
     methods = ("ropeslr", "top-k", "adaspa", "rola", "sla")
     lines = ["| | " + " | ".join(methods) + " | ComfyUI |", "|---" * (len(methods) + 2) + "|"]
     newest = record[max(record, key=lambda version: [int(part) for part in version.split(".")])]
@@ -91,17 +127,23 @@ def coverage_table(record: dict) -> str:
         versions = [version for version in record if name in record[version]]
         odd = [version for version in versions if record[version][name] != found]
         if odd:
-            raise ValueError(f"{name} differs between ComfyUI {', '.join(versions)}: the table has no room for that")
+            raise ValueError(
+                f"{name} differs between ComfyUI {', '.join(versions)}: the table has no room for "
+                "that"
+            )
         reasons = {cell for cell in found.values() if isinstance(cell, str)}
         cells = [_share(found[method]) if method in found else "" for method in methods]
-        name += f" ({', '.join(reason.partition(': ')[2] for reason in reasons)})" if reasons else ""
+        name += (
+            f" ({', '.join(reason.partition(': ')[2] for reason in reasons)})" if reasons else ""
+        )
         where = "all three" if len(versions) == len(record) else ", ".join(versions)
         lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
     lines.append(
-        f"\nSelf-attention calls of one model call that run sparse, out of all. Found by tests in ComfyUI "
-        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, two sizes, one of them with odd "
-        "sides where the model itself takes them; rola and sla with random weights of their form. Empty: no such "
-        "weights are published."
+        "\nSelf-attention calls of one model call that run sparse, out of all. Found by tests in "
+        "ComfyUI "
+        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, two sizes, one "
+        "of them with odd sides where the model itself takes them; rola and sla with random "
+        "weights of their form. Empty: no such weights are published."
     )
     return "\n".join(lines) + "\n"
 
@@ -113,9 +155,12 @@ def _share(cell: list[int] | str) -> str:
 def with_tables(text: str, names: tuple[str, ...]) -> str:
     """A file's text with its tables made anew."""
     tables = {
-        "cpu": lambda: cpu_table(_read("cpu.json")), "compile": lambda: compile_table(_read("compile.json")),
+        "cpu": lambda: cpu_table(_read("cpu.json")),
+        "compile": lambda: compile_table(_read("compile.json")),
         "coverage": lambda: coverage_table(_read("coverage.json")),
-        "gpu": lambda: gpu_table([json.loads(p.read_text("utf-8")) for p in sorted(RESULTS.glob("kernels-*.json"))]),
+        "gpu": lambda: gpu_table(
+            [json.loads(p.read_text("utf-8")) for p in sorted(RESULTS.glob("kernels-*.json"))]
+        ),
     }
     for name in names:
         begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"

@@ -1,12 +1,13 @@
-"""Compiles Triton launches for any GPU on a machine without one, and reads the result: registers, spills, MMA work.
+"""Compiles Triton launches for any GPU without one and reads registers, spills and MMA work.
 
-    with capture("cuda:90") as compiled:                    # the library's own launchers, on meta tensors
+    with capture("cuda:90") as compiled:           # the library's own launchers, on meta tensors
         backend.block_pool(x, blocks)
     for name, kernel in compiled: print(name, report(kernel))
 
-A fake driver stands in for the GPU, so each launch is compiled exactly as it would be there (alignment, constexprs,
-options), and nothing runs. The compiler, ptxas and the disassembler are those inside the triton wheel. The figures are
-static: they tell whether a kernel fits, spills and uses tensor cores, not how fast it is.
+A fake driver stands in for the GPU, so each launch is compiled exactly as it would be there
+(alignment, constexprs, options), and nothing runs. The compiler, ptxas and the disassembler are
+those inside the triton wheel. The figures are static: they tell whether a kernel fits, spills and
+uses tensor cores, not how fast it is.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ class Limits(NamedTuple):
 
 REGISTERS = 65536
 LIMITS = {
-    80: Limits(166912, 167936, 64, 32), 86: Limits(101376, 102400, 48, 16), 89: Limits(101376, 102400, 48, 24),
-    90: Limits(232448, 233472, 64, 32), 100: Limits(232448, 233472, 64, 32), 120: Limits(101376, 102400, 48, 24),
+    80: Limits(166912, 167936, 64, 32),
+    86: Limits(101376, 102400, 48, 16),
+    89: Limits(101376, 102400, 48, 24),
+    90: Limits(232448, 233472, 64, 32),
+    100: Limits(232448, 233472, 64, 32),
+    120: Limits(101376, 102400, 48, 24),
 }
-RESERVED_SHARED = 1024                      # per block, taken by the system
+RESERVED_SHARED = 1024  # per block, taken by the system
 
 
 class FakeDriver:
@@ -55,7 +60,7 @@ class FakeDriver:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"{self.target.backend}-{self.target.arch}"          # the launcher caches kernels per device
+        return f"{self.target.backend}-{self.target.arch}"  # the launcher caches kernels per device
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
@@ -69,21 +74,26 @@ class FakeDriver:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """"cuda:90" or "hip:gfx942" as Triton names it."""
+    """ "cuda:90" or "hip:gfx942" as Triton names it."""
     backend, arch = name.split(":")
     return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
 
 @contextlib.contextmanager
 def capture(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Inside, every kernel launch only compiles for `target`; the list fills with (kernel name, compiled kernel)."""
+    """Inside, every kernel launch only compiles for `target`.
+
+    The list fills with (kernel name, compiled kernel).
+    """
     compiled: list[tuple[str, Any]] = []
     launch, driver = JITFunction.run, triton.runtime.driver
-    slot = "_active" if "_active" in vars(driver) else "active"     # "active" up to Triton 3.4
+    slot = "_active" if "_active" in vars(driver) else "active"  # "active" up to Triton 3.4
     before = vars(driver)[slot]
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        with contextlib.redirect_stdout(io.StringIO()):             # a refusal of ptxas prints the whole program
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # a refusal of ptxas prints the whole program
             found: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         found = found.result() if hasattr(found, "result") else found
         compiled.append((self.__name__, found))
@@ -100,34 +110,42 @@ def capture(target: str) -> Iterator[list[tuple[str, Any]]]:
 
 
 def report(kernel: Any) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, whether it launches and how many blocks share a multiprocessor."""
+    """Registers, spilled bytes, shared memory, whether it launches, blocks per multiprocessor."""
     if kernel.metadata.target.backend == "hip":
         return _report_amd(kernel)
     meta, ptx = kernel.metadata, kernel.asm["ptx"]
     arch, warps = meta.target.arch, meta.num_warps
     launched = re.search(r"\.reqntid\s+(\d+)", ptx)
-    if launched:                            # a warp-specialised kernel launches more warps than it was asked for
+    if launched:  # a warp-specialised kernel launches more warps than it was asked for
         warps = max(warps, int(launched[1]) // 32)
     registers, spills, notes = _assemble(ptx, arch)
     limits = LIMITS[arch]
     per_warp = -(-registers * 32 // 256) * 256
     blocks = min(
-        REGISTERS // (per_warp * warps), limits.shared // (meta.shared + RESERVED_SHARED), limits.warps // warps,
+        REGISTERS // (per_warp * warps),
+        limits.shared // (meta.shared + RESERVED_SHARED),
+        limits.warps // warps,
         limits.blocks,
     )
     fits = meta.shared <= limits.shared_per_block and per_warp * warps <= REGISTERS
     mma = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
     return {
-        "warps": warps, "stages": meta.num_stages, "registers": registers, "spilled_bytes": spills,
-        "shared_bytes": meta.shared, "fits": fits, "blocks_per_sm": blocks if fits else 0,
+        "warps": warps,
+        "stages": meta.num_stages,
+        "registers": registers,
+        "spilled_bytes": spills,
+        "shared_bytes": meta.shared,
+        "fits": fits,
+        "blocks_per_sm": blocks if fits else 0,
         "tensor_cores": {name: n for name, p in mma.items() if (n := len(re.findall(p, ptx)))},
-        "async_copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx)), "notes": notes,
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        "notes": notes,
         "mma_flops_of_loop": mma_flops_of_loop(kernel) if arch in (80, 86, 89, 90, 120) else None,
     }
 
 
 def mma_flops_of_loop(kernel: Any) -> int:
-    """Tensor-core FLOPs of one turn of the hottest loop, all warps, by the opcodes: compared with what the algorithm
+    """Tensor-core FLOPs of one turn of the hottest loop, all warps: compared with what the method
     needs it shows wasted MMA work, which no register count does. 0 where no loop holds any."""
     instructions, labels = _disassemble(kernel)
     best = 0
@@ -144,14 +162,18 @@ def _mma_flops(instruction: str) -> float:
     if wide:
         m, n, k = map(int, wide.groups())
         return 2 * m * n * k / 4
-    return 2 * 16 * 8 * (16 if "HMMA.16816" in instruction else 8 if "HMMA.1688" in instruction else 0)
+    return (
+        2 * 16 * 8 * (16 if "HMMA.16816" in instruction else 8 if "HMMA.1688" in instruction else 0)
+    )
 
 
 def _disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        text = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True
+        ).stdout
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -165,31 +187,55 @@ def _disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int, list[str]]:
-    """Run the wheel's own ptxas as Triton does: -> registers, spilled bytes, its remarks on wgmma."""
+    """Run the wheel's own ptxas as Triton does.
+
+    -> registers, spilled bytes, its remarks on wgmma.
+    """
     import triton.backends.nvidia.compiler as compiler
-    extra = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in Path(str(compiler.__file__)).read_text() else []
+
+    extra = (
+        ["--regAllocOptLevel=2"]
+        if "regAllocOptLevel" in Path(str(compiler.__file__)).read_text()
+        else []
+    )
     (target, *_) = re.findall(r"^\.target\s+(\w+)", ptx, re.M)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         done = subprocess.run(
-            [_ptxas(arch), "-v", *extra, f"--gpu-name={target}", str(source), "-o", str(source) + ".o"],
-            capture_output=True, text=True,
+            [
+                _ptxas(arch),
+                "-v",
+                *extra,
+                f"--gpu-name={target}",
+                str(source),
+                "-o",
+                str(source) + ".o",
+            ],
+            capture_output=True,
+            text=True,
         )
     said = done.stderr
     registers = re.search(r"Used (\d+) registers", said)
     if registers is None:
         raise RuntimeError(f"ptxas refused the kernel: {said[-500:]}")
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    notes = sorted({line.strip()[:120] for line in said.splitlines() if "wgmma" in line or "warning" in line.lower()})
+    notes = sorted(
+        {
+            line.strip()[:120]
+            for line in said.splitlines()
+            if "wgmma" in line or "warning" in line.lower()
+        }
+    )
     return int(registers[1]), spills, notes
 
 
 def _ptxas(arch: int) -> str:
     import triton.backends.nvidia.compiler as compiler
+
     try:
         return compiler.get_ptxas(arch).path
-    except Exception:                       # before Triton 3.6
+    except Exception:  # before Triton 3.6
         newer = _tool("ptxas-blackwell")
         return newer if arch >= 100 and Path(newer).exists() else _tool("ptxas")
 
@@ -205,9 +251,15 @@ def _report_amd(kernel: Any) -> dict[str, Any]:
         return int(re.findall(pattern, text)[0])
 
     return {
-        "warps": meta.num_warps, "stages": meta.num_stages, "registers": number(r"\.vgpr_count:\s*(\d+)"),
-        "spilled_bytes": 4 * number(r"\.vgpr_spill_count:\s*(\d+)"), "shared_bytes": meta.shared,
-        "fits": "hsaco" in kernel.asm and meta.shared <= 65536, "blocks_per_sm": None,
+        "warps": meta.num_warps,
+        "stages": meta.num_stages,
+        "registers": number(r"\.vgpr_count:\s*(\d+)"),
+        "spilled_bytes": 4 * number(r"\.vgpr_spill_count:\s*(\d+)"),
+        "shared_bytes": meta.shared,
+        "fits": "hsaco" in kernel.asm and meta.shared <= 65536,
+        "blocks_per_sm": None,
         "tensor_cores": {"mfma": n} if (n := len(re.findall(r"\bv_mfma", text))) else {},
-        "async_copies": 0, "notes": [], "mma_flops_of_loop": None,
+        "async_copies": 0,
+        "notes": [],
+        "mma_flops_of_loop": None,
     }

@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain PyTorch: slow, memory-hungry, and easy to check by eye.
+"""The definition of every operation, in plain PyTorch: slow, memory-hungry, easy to check by eye.
 
 Tests compare every other implementation with this file. Shapes: `(B, H, L, D)` = batch, heads,
 tokens, head_dim; Nq and Nk = number of query and key blocks. The bundles are those of `types`.
@@ -186,13 +186,19 @@ def block_sparse_linear(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Sparse output + linear branch + bias: SLA, its projection W folded into the state as S W^T."""
+    """Sparse output + linear branch + bias.
+
+    SLA, its projection W folded into the state as S W^T.
+    """
     out, _ = block_sparse_attention(q, k, v, mask, scale=scale)
     return out + linear_read(q, branch.feature_map, branch.state) + branch.bias
 
 
 def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
-    """phi = rope(silu(proj x + pe(p))): x `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`."""
+    """phi = rope(silu(proj x + pe(p))).
+
+    X `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`.
+    """
     phi = F.silu(_project(x, silu_map))
     if silu_map.feature_cos is None:
         return phi
@@ -204,7 +210,10 @@ def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
 
 
 def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
-    """RMSNorm over D of phi_q (sum phi_k^T v), without normaliser and weight: -> `(B, H, Lq, D)`."""
+    """RMSNorm over D of phi_q (sum phi_k^T v), without normaliser and weight.
+
+    -> `(B, H, Lq, D)`.
+    """
     state = torch.einsum("bhlr,bhld->bhrd", silu_features(k, branch.k_map), v)
     read = silu_features(q, branch.q_map) @ state
     return read * (read.square().mean(dim=-1, keepdim=True) + branch.eps).rsqrt()
@@ -213,13 +222,19 @@ def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
 def add_rms_low_rank(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, gate: Tensor, branch: RmsLowRank
 ) -> Tensor:
-    """(out / s + gate * rms_low_rank) * s with s = sqrt(mean_D(out^2) + 1e-5); gate `(B, H, Lq)`."""
+    """(out / s + gate * rms_low_rank) * s with s = sqrt(mean_D(out^2) + 1e-5).
+
+    Gate `(B, H, Lq)`.
+    """
     size = (out.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     return (out / size + gate[..., None] * rms_low_rank(q, k, v, branch)) * size
 
 
 def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
-    """Mean square of what each feature adds to phi_q sum(phi_k^T v), summed over D: -> `(B, H, r)`."""
+    """Mean square of what each feature adds to phi_q sum(phi_k^T v), summed over D.
+
+    -> `(B, H, r)`.
+    """
     state = torch.einsum("bhlr,bhld->bhrd", silu_features(k, branch.k_map), v)
     parts = torch.einsum("bhlr,bhrd->bhlrd", silu_features(q, branch.q_map), state)
     return parts.square().sum(dim=-1).mean(dim=2)
@@ -312,7 +327,10 @@ def _sum_blocks(weights: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def _project(x: Tensor, feature_map: FeatureMap | SiluMap) -> Tensor:
-    """proj x + pe(p), x taken back to where it was before RoPE: `(B, H, L, D)` -> `(B, H, L, r)`."""
+    """proj x + pe(p), x taken back to where it was before RoPE.
+
+    `(B, H, L, D)` -> `(B, H, L, r)`.
+    """
     if feature_map.rope_cos is not None:
         even, odd, cos, sin = x[..., 0::2], x[..., 1::2], feature_map.rope_cos, feature_map.rope_sin
         x = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2)

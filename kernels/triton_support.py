@@ -102,9 +102,7 @@ def _beyond(operands: Operands, limits: Limits) -> Obstacle | None:
         return Cause.DTYPE.because(found=_plain(dtype), known=known)
     most = limits.max_head_dim
     if most is not None and (head_dim % limits.head_dim_multiple or head_dim > most):
-        return Cause.HEAD_DIM.because(
-            found=head_dim, multiple=limits.head_dim_multiple, most=most
-        )
+        return Cause.HEAD_DIM.because(found=head_dim, multiple=limits.head_dim_multiple, most=most)
     if limits.block_sizes is not None and not set(sizes) <= set(limits.block_sizes):
         found = " and ".join(map(str, sizes))
         return Cause.BLOCK_SIZE.because(found=found, known=limits.block_sizes)
@@ -163,8 +161,8 @@ def explain(why: Obstacle) -> str:
     elif sys.platform == "win32":
         advice = (
             f"On Windows, install the triton-windows release that matches your PyTorch: "
-            f"{_windows_package()} (run it with ComfyUI's own Python: python_embeded\\python.exe -m "
-            "in the portable version), and the Microsoft Visual C++ Redistributable. "
+            f"{_windows_package()} (run it with ComfyUI's own Python: python_embeded\\python.exe "
+            "-m in the portable version), and the Microsoft Visual C++ Redistributable. "
         )
     elif not_installed():
         advice = (
@@ -173,7 +171,9 @@ def explain(why: Obstacle) -> str:
         )
     else:
         advice = ""
-    return f"{text}{advice}Or set backend to auto: it uses plain PyTorch wherever Triton cannot run."
+    return (
+        f"{text}{advice}Or set backend to auto: it uses plain PyTorch wherever Triton cannot run."
+    )
 
 
 def _windows_package() -> str:

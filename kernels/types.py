@@ -40,11 +40,19 @@ class TokenBlocks:
                 f"found {tuple(table.shape)} {table.dtype}"
             )
         if not 0 < self.num_listed <= self.num_tokens:
-            raise ValueError(f"num_listed must be from 1 to {self.num_tokens}, found {self.num_listed}")
+            raise ValueError(
+                f"num_listed must be from 1 to {self.num_tokens}, found {self.num_listed}"
+            )
         if table.numel() < self.num_listed:
-            raise ValueError(f"tokens has {table.numel()} slots, too few for {self.num_listed} tokens")
+            raise ValueError(
+                f"tokens has {table.numel()} slots, too few for {self.num_listed} tokens"
+            )
         # Where looking is free. Other tables would make a kernel read out of bounds.
-        if table.device.type == "cpu" and not torch.compiler.is_compiling() and type(table) is Tensor:
+        if (
+            table.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and type(table) is Tensor
+        ):
             found, last = int((table >= 0).sum()), int(table.max())
             if found != self.num_listed or last >= self.num_tokens:
                 raise ValueError(
@@ -192,7 +200,8 @@ class BlockMask:
         rows = self.q_blocks.num_blocks
         if lists.ndim != 4 or lists.shape[2] != rows or counts.shape != lists.shape[:3]:
             raise ValueError(
-                f"kv_indices and kv_num_blocks must have {rows} rows per head, one per query block; "
+                f"kv_indices and kv_num_blocks must have {rows} rows per head, one per query "
+                "block; "
                 f"found {tuple(lists.shape)} and {tuple(counts.shape)}"
             )
         for name, x in (("kv_indices", lists), ("kv_num_blocks", counts)):
@@ -227,7 +236,9 @@ def _check_entries(lists: Tensor, counts: Tensor, blocks: int) -> None:
     wrong = used & ((lists < 0) | (lists >= blocks))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(f"kv_indices must be from 0 to {blocks - 1}; found {int(lists[at])} at {at}")
+        raise ValueError(
+            f"kv_indices must be from 0 to {blocks - 1}; found {int(lists[at])} at {at}"
+        )
     falls = used[..., 1:] & (lists[..., 1:] <= lists[..., :-1])
     if falls.any():
         at = tuple(falls.nonzero()[0].tolist())

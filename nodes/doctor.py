@@ -1,4 +1,7 @@
-"""RoPeSLR Doctor: what this machine would run, whether it computes right, and how fast it is at the person's size."""
+"""RoPeSLR Doctor.
+
+What this machine would run, whether it computes right, and how fast it is at the person's size.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,12 @@ from .host import comfyui_version
 logger = logging.getLogger(__name__)
 
 # pixels of width and height, and frames, to one token, by what a person calls the model
-TOKENS = {"Wan 2.1, Wan 2.2 14B": (16, 4), "Wan 2.2 5B": (32, 4), "HunyuanVideo": (16, 4), "HunyuanVideo 1.5": (16, 4)}
+TOKENS = {
+    "Wan 2.1, Wan 2.2 14B": (16, 4),
+    "Wan 2.2 5B": (32, 4),
+    "HunyuanVideo": (16, 4),
+    "HunyuanVideo 1.5": (16, 4),
+}
 
 
 class RoPeSLRDoctor(io.ComfyNode):
@@ -28,20 +36,54 @@ class RoPeSLRDoctor(io.ComfyNode):
             display_name="RoPeSLR Doctor",
             category="RoPeSLR",
             description=(
-                "Needs no model. Says which backend would run on this machine and why, checks that it computes right, "
-                "times it for your video's size, and says what to do."
+                "Needs no model. Says which backend would run on this machine and why, checks that "
+                "it computes right, times it for your video's size, and says what to do."
             ),
             search_aliases=["sparse attention benchmark", "triton check"],
             inputs=[
-                io.Combo.Input("model_kind", options=list(TOKENS), default=next(iter(TOKENS)),
-                               tooltip="The model you use; it decides how many pixels make one token."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the video, in pixels."),
-                io.Int.Input("length", default=81, min=1, max=4096, step=4, tooltip="Of the video, in frames."),
-                io.Float.Input("sparsity", default=0.90, min=0.0, max=0.98, step=0.01,
-                               tooltip="The sparsity to time; that of RoPeSLR Sparse Attention."),
+                io.Combo.Input(
+                    "model_kind",
+                    options=list(TOKENS),
+                    default=next(iter(TOKENS)),
+                    tooltip="The model you use; it decides how many pixels make one token.",
+                ),
                 io.Int.Input(
-                    "seconds", default=20, min=1, max=600,
+                    "width",
+                    default=832,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Of the video, in pixels.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=480,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Of the video, in pixels.",
+                ),
+                io.Int.Input(
+                    "length",
+                    default=81,
+                    min=1,
+                    max=4096,
+                    step=4,
+                    tooltip="Of the video, in frames.",
+                ),
+                io.Float.Input(
+                    "sparsity",
+                    default=0.90,
+                    min=0.0,
+                    max=0.98,
+                    step=0.01,
+                    tooltip="The sparsity to time; that of RoPeSLR Sparse Attention.",
+                ),
+                io.Int.Input(
+                    "seconds",
+                    default=20,
+                    min=1,
+                    max=600,
                     tooltip="About how long to measure; every method gets at least three turns.",
                 ),
             ],
@@ -57,17 +99,25 @@ class RoPeSLRDoctor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_kind, width, height, length, sparsity, seconds) -> io.NodeOutput:
-        """Examine; takes about as long as asked, and the memory of one attention call of eight heads."""
+        """Examine.
+
+        Takes about as long as asked, and the memory of one attention call of eight heads.
+        """
         pixels, frames = TOKENS[model_kind]
         grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
         bar = ProgressBar(100)
-        text = "\n".join((
-            f"ComfyUI: {comfyui_version()}, dense attention by {_dense_attention()}",
-            examine(
-                comfy.model_management.get_torch_device(), grid, sparsity, seconds,
-                lambda done, of: bar.update_absolute(done, of),
-            ),
-        ))
+        text = "\n".join(
+            (
+                f"ComfyUI: {comfyui_version()}, dense attention by {_dense_attention()}",
+                examine(
+                    comfy.model_management.get_torch_device(),
+                    grid,
+                    sparsity,
+                    seconds,
+                    lambda done, of: bar.update_absolute(done, of),
+                ),
+            )
+        )
         logger.info("RoPeSLR Doctor\n%s", text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -36,7 +36,10 @@ class RoPeSLRExtension(ComfyExtension):
 
     @classmethod
     def checked(cls) -> RoPeSLRExtension:
-        """The extension, once this ComfyUI has taken every schema; an old one lacks what they use."""
+        """The extension, once this ComfyUI has taken every schema.
+
+        An old one lacks what they use.
+        """
         folders.register()  # before a schema lists its files
         for node in NODES:
             node.define_schema()
@@ -48,7 +51,10 @@ class RoPeSLRExtension(ComfyExtension):
 
 
 def _log_backend() -> None:
-    """One line at the start; whatever is odd about a machine must not keep the nodes from loading."""
+    """One line at the start.
+
+    Whatever is odd about a machine must not keep the nodes from loading.
+    """
     try:
         backend = backend_line(comfy.model_management.get_torch_device())
         logger.info("RoPeSLR %s: %s", _version(), backend)

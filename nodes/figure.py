@@ -25,8 +25,10 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
     (density, cost), (below, blocks) = figure.subplots(2, 2)
     done = "" if report.completed else ", not finished"
     figure.suptitle(
-        f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} sparse and "
-        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} s{_in_attention(report)}{done}",
+        f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} "
+        "sparse and "
+        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} "
+        f"s{_in_attention(report)}{done}",
         fontsize=13,
     )
     _density(density, report)
@@ -44,7 +46,11 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
 
 
 def _in_attention(report: RunReport) -> str:
-    return f", of it {sum(report.attention_seconds.values()):.1f} s in attention" if report.attention_seconds else ""
+    return (
+        f", of it {sum(report.attention_seconds.values()):.1f} s in attention"
+        if report.attention_seconds
+        else ""
+    )
 
 
 def _density(axes, report: RunReport) -> None:
@@ -52,14 +58,19 @@ def _density(axes, report: RunReport) -> None:
     if report.map is None:
         _note(axes, "No self-attention call was seen.")
         return
-    values = numpy.array(report.map["density"], dtype=float).T                # None becomes NaN
+    values = numpy.array(report.map["density"], dtype=float).T  # None becomes NaN
     steps, layers = report.map["steps"], report.map["layers"]
     axes.set_facecolor(NOT_RUN)
     sparse = values[values < 1]
     most = min(1.0, max(0.05, 1.5 * float(sparse.max()))) if sparse.size else 0.05
     drawn = axes.imshow(
-        values, aspect="auto", cmap=matplotlib.colormaps["Blues"].with_extremes(over=DENSE), vmin=0,
-        vmax=most - 1e-6, interpolation="nearest", extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
+        values,
+        aspect="auto",
+        cmap=matplotlib.colormaps["Blues"].with_extremes(over=DENSE),
+        vmin=0,
+        vmax=most - 1e-6,
+        interpolation="nearest",
+        extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
     )
     every = max(1, -(-len(steps) // 12))
     axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
@@ -76,12 +87,20 @@ def _cost(axes, report: RunReport) -> None:
     for part, colour in COLOURS.items():
         value = report.spent_parts.get(part, 0.0) * scale
         if value:
-            axes.barh(["spent"], [value], left=left, color=colour, label=f"{part} {100 * value / whole:.1f} %")
+            axes.barh(
+                ["spent"],
+                [value],
+                left=left,
+                color=colour,
+                label=f"{part} {100 * value / whole:.1f} %",
+            )
             left += value
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     if left:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9, frameon=False)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9, frameon=False
+        )
 
 
 def _unit(tflop: float) -> tuple[float, str]:
@@ -114,7 +133,9 @@ def _errors(axes, comparison: MethodComparison) -> None:
     axes.set_title("Error against dense attention, by layer")
     for name, errors in comparison.errors.items():
         if errors:
-            axes.plot(range(len(errors)), list(errors.values()), marker="o", markersize=3, label=name)
+            axes.plot(
+                range(len(errors)), list(errors.values()), marker="o", markersize=3, label=name
+            )
     axes.set(xlabel="layer", ylabel="relative error of the output")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -123,7 +144,9 @@ def _errors(axes, comparison: MethodComparison) -> None:
 
 
 def _blocks(axes, comparison: MethodComparison) -> None:
-    axes.set_title(f"Kept blocks, layer {comparison.selection.number}, head {comparison.selection.head}")
+    axes.set_title(
+        f"Kept blocks, layer {comparison.selection.number}, head {comparison.selection.head}"
+    )
     if comparison.kept is None:
         _note(axes, "This layer stayed dense.")
         return

@@ -1,4 +1,7 @@
-"""RoPeSLR Report: after the sampler, what the run did, as a picture and in words; and which method suits the model."""
+"""RoPeSLR Report.
+
+After the sampler, what the run did, as a picture and in words; and which method suits the model.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,14 @@ logger = logging.getLogger(__name__)
 
 COMPARE = ("off", "this method", "all methods")
 NO_RUN = (
-    "No run to report: this MODEL has not been sampled through a RoPeSLR Sparse Attention node. Connect "
-    "the MODEL that goes into the sampler, and the sampler's LATENT."
+    "No run to report: this MODEL has not been sampled through a RoPeSLR Sparse Attention node. "
+    "Connect the MODEL that goes into the sampler, and the sampler's LATENT."
 )
 NOT_ASKED = "No comparison: compare is off. Set it to this method or all methods."
 NO_POSITIVE = "No comparison: connect the sampler's positive conditioning."
-NOTHING_TO_COMPARE = (
-    "No comparison: no attention of this model can be sparse at these settings."
-)
+NOTHING_TO_COMPARE = "No comparison: no attention of this model can be sparse at these settings."
 NO_MATPLOTLIB = "The picture needs matplotlib: pip install matplotlib."
-NOT_DRAWN = (
-    "The picture could not be drawn; the log says why. A newer matplotlib may help."
-)
+NOT_DRAWN = "The picture could not be drawn; the log says why. A newer matplotlib may help."
 
 
 class RoPeSLRReport(io.ComfyNode):
@@ -46,37 +45,66 @@ class RoPeSLRReport(io.ComfyNode):
             display_name="RoPeSLR Report",
             category="RoPeSLR",
             description=(
-                "After the sampler: what ran sparse and what dense and why, density by layer and step, cost by part. "
-                "With conditioning, also the error of this method, or of every method, against dense attention."
+                "After the sampler: what ran sparse and what dense and why, density by layer and "
+                "step, cost by part. With conditioning, also the error of this method, or of every "
+                "method, against dense attention."
             ),
             search_aliases=["sparse attention report", "compare methods"],
             inputs=[
                 io.Latent.Input(
-                    "latent", tooltip="From the sampler, so that this node runs after it; passed on as it is.",
+                    "latent",
+                    tooltip="From the sampler, so that this node runs after it; passed on as it "
+                    "is.",
                 ),
                 io.Model.Input(
-                    "model", tooltip="The MODEL that went into that sampler, behind RoPeSLR Sparse Attention.",
+                    "model",
+                    tooltip="The MODEL that went into that sampler, behind RoPeSLR Sparse "
+                    "Attention.",
                 ),
                 io.Conditioning.Input(
-                    "positive", optional=True,
-                    tooltip="The sampler's positive conditioning; only needed to compare with dense attention.",
+                    "positive",
+                    optional=True,
+                    tooltip="The sampler's positive conditioning; only needed to compare with "
+                    "dense attention.",
                 ),
                 io.Combo.Input(
-                    "compare", options=list(COMPARE), default="off",
-                    tooltip="this method, all methods: put noise on the finished latent and run the model once more, "
-                            "dense, with the methods beside it: one step's time, and about one step more for each "
-                            "method. Needs positive.",
+                    "compare",
+                    options=list(COMPARE),
+                    default="off",
+                    tooltip="this method, all methods: put noise on the finished latent and run "
+                    "the model once more, "
+                    "dense, with the methods beside it: one step's time, and about one step more "
+                    "for each method. Needs positive.",
                 ),
                 io.Float.Input(
-                    "at", default=0.5, min=0.0, max=1.0, step=0.05,
-                    tooltip="The place in the schedule that the comparison looks at: 0 is pure noise, 1 the finished "
-                            "video.",
+                    "at",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The place in the schedule that the comparison looks at: 0 is pure "
+                    "noise, 1 the finished "
+                    "video.",
                 ),
-                io.Int.Input("layer", default=0, min=0, max=999, tooltip="The layer whose block map is drawn, from 0."),
-                io.Int.Input("head", default=0, min=0, max=999, tooltip="The head whose block map is drawn, from 0."),
+                io.Int.Input(
+                    "layer",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="The layer whose block map is drawn, from 0.",
+                ),
+                io.Int.Input(
+                    "head",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="The head whose block map is drawn, from 0.",
+                ),
             ],
             outputs=[
-                io.Latent.Output(), io.Image.Output(display_name="report"), io.String.Output(display_name="text"),
+                io.Latent.Output(),
+                io.Image.Output(display_name="report"),
+                io.String.Output(display_name="text"),
             ],
             is_output_node=True,
         )
@@ -162,7 +190,8 @@ def _each(report: RunReport) -> str:
     if not (one.get("sparse") and one.get("dense")):
         return ""
     return (
-        f" Median call: sparse {1000 * one['sparse']:,.1f} ms, dense {1000 * one['dense']:,.1f} ms: "
+        f" Median call: sparse {1000 * one['sparse']:,.1f} ms, dense {1000 * one['dense']:,.1f} "
+        "ms: "
         f"{one['dense'] / one['sparse']:.2f} times as fast."
     )
 
@@ -187,7 +216,7 @@ def _table(found: MethodComparison | None) -> str:
 
 
 def _written(text: str) -> torch.Tensor:
-    """A text as an IMAGE `(1, H, W, 3)`, where there is nothing to draw, or nothing to draw it with."""
+    """A text as an IMAGE `(1, H, W, 3)`, for when there is nothing to draw or to draw with."""
     from PIL import Image, ImageDraw
 
     paragraphs = text.split("\n")

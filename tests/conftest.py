@@ -2,12 +2,12 @@
 
 How much is one option, `--effort quick|normal|thorough`, normal by default, and one mark:
 
-    @pytest.mark.slow               not when quick, which is how older versions of ComfyUI and newer Tritons are tested
+    @pytest.mark.slow     not when quick, which is how older ComfyUIs and newer Tritons are tested
     @pytest.mark.slow("thorough")   when thorough only: one variant more of what is tried already
 
-Where both stand at one test, the stronger counts. A test that chooses a cross-section by itself takes the fixture
-`thorough`. `python dev.py test --thorough` hands `--effort thorough` to every suite. What a part of the tests needs
-of a machine stands in support/needs.py.
+Where both stand at one test, the stronger counts. A test that chooses a cross-section by itself
+takes the fixture `thorough`. `python dev.py test --thorough` hands `--effort thorough` to every
+suite. What a part of the tests needs of a machine stands in support/needs.py.
 """
 
 from __future__ import annotations
@@ -26,24 +26,32 @@ EFFORTS = ("quick", "normal", "thorough")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--effort", choices=EFFORTS, default="normal",
+        "--effort",
+        choices=EFFORTS,
+        default="normal",
         help="quick leaves out slow tests, thorough tries every variant (default: normal)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", 'slow(least="normal"): the least --effort that tries it; see tests/conftest.py')
+    config.addinivalue_line(
+        "markers", 'slow(least="normal"): the least --effort that tries it; see tests/conftest.py'
+    )
     tree = os.environ.get("COMFYUI_PATH")
     if tree and not is_comfyui(Path(tree)):
-        raise pytest.UsageError(f"COMFYUI_PATH is {tree}, but there is no main.py with a comfy folder beside it.")
-    if tree:                                # where its models, inputs and outputs are kept
+        raise pytest.UsageError(
+            f"COMFYUI_PATH is {tree}, but there is no main.py with a comfy folder beside it."
+        )
+    if tree:  # where its models, inputs and outputs are kept
         os.environ.setdefault("ROPESLR_TEST_BASE", str(cache_folder() / "base" / "pytest"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     effort = EFFORTS.index(config.getoption("--effort"))
     for item in items:
-        least = max((EFFORTS.index(least_effort(mark)) for mark in item.iter_markers("slow")), default=0)
+        least = max(
+            (EFFORTS.index(least_effort(mark)) for mark in item.iter_markers("slow")), default=0
+        )
         if least > effort:
             item.add_marker(pytest.mark.skip(reason=f"`--effort {EFFORTS[least]}` tries this"))
 
@@ -52,19 +60,30 @@ def least_effort(mark: pytest.Mark) -> str:
     """The effort that a slow mark asks for."""
     least = mark.args[0] if mark.args else "normal"
     if least not in EFFORTS or mark.kwargs or len(mark.args) > 1:
-        raise pytest.UsageError(f'slow takes one of {EFFORTS}; found {mark}. Write @pytest.mark.slow("thorough").')
+        raise pytest.UsageError(
+            f'slow takes one of {EFFORTS}; found {mark}. Write @pytest.mark.slow("thorough").'
+        )
     return least
 
 
 class NotHere(pytest.Module):
-    """A file of tests that this machine cannot run: it is not imported, and skipped as a whole with the reason."""
+    """A file of tests that this machine cannot run.
+
+    It is not imported, and skipped as a whole with the reason.
+    """
 
     def collect(self):
         pytest.skip(needs.why_not_collected(place_of(self.path)), allow_module_level=True)
 
 
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    return NotHere.from_parent(parent, path=module_path) if needs.why_not_collected(place_of(module_path)) else None
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    return (
+        NotHere.from_parent(parent, path=module_path)
+        if needs.why_not_collected(place_of(module_path))
+        else None
+    )
 
 
 def place_of(path: Path) -> str:

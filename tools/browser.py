@@ -1,7 +1,8 @@
-"""A real browser on a real server: drop a workflow onto the canvas, queue it, save it, take its picture.
+"""A real browser on a real server: drops, queues, saves and photographs workflows.
 
-Debian's Chromium, or any other, driven by playwright; playwright's own download is never used. ROPESLR_CHROMIUM names
-the program where it is not found by itself, ROPESLR_SCREENSHOTS a folder for pictures of what the tests see.
+Debian's Chromium, or any other, driven by playwright; playwright's own download is never used.
+ROPESLR_CHROMIUM names the program where it is not found by itself, ROPESLR_SCREENSHOTS a folder for
+pictures of what the tests see.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:                           # playwright is only there where a browser is driven
+if TYPE_CHECKING:  # playwright is only there where a browser is driven
     from playwright.sync_api import FloatRect, Page
 
-SECONDS = 1000                              # playwright counts in milliseconds
-PATIENCE = 120 * SECONDS                    # a busy machine takes many times the usual two seconds to load the page
+SECONDS = 1000  # playwright counts in milliseconds
+PATIENCE = 120 * SECONDS  # a busy machine takes many times the usual two seconds to load the page
 PICTURE_WIDTH, PICTURE_BYTES = 1600, 98_000
 # Nothing is to cover the canvas: no tour, no template browser, no floating tools.
 SETTINGS = {
-    "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False,
-    "Comfy.Graph.CanvasMenu": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Workflow.Persist": False,
-    "Comfy.Validation.Workflows": True, "Comfy.Workflow.ConfirmDelete": False,
+    "Comfy.TutorialCompleted": True,
+    "Comfy.InstalledVersion": "1.47.12",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Validation.Workflows": True,
+    "Comfy.Workflow.ConfirmDelete": False,
 }
 DROP = """([name, text]) => {
     const canvas = document.querySelector("#graph-canvas")
@@ -41,7 +47,8 @@ DROP = """([name, text]) => {
     for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, at))
 }"""
 DIALOGS = ".p-dialog:visible, .p-toast-message:visible, [role=dialog]:visible, [data-testid=error-overlay]:visible"
-# Until no node has changed its size for some frames, and everything that was asked of the canvas is drawn.
+# Until no node has changed its size for some frames, and everything that was asked of the canvas is
+# drawn.
 SETTLE = """() => new Promise((done) => {
     let before = "", same = 0
     const look = () => {
@@ -70,7 +77,8 @@ PLACE = """([type, margin]) => {
         height: y(Math.max(...boxes.map((b) => b[1] + b[3]))) + margin - top,
     }
 }"""
-# What stands on the canvas: each node's box with its title, its size and the size that it needs at least.
+# What stands on the canvas: each node's box with its title, its size and the size that it needs at
+# least.
 SEEN = """() => app.graph.nodes.map((node) => ({
     id: node.id, type: node.type, missing: !LiteGraph.registered_node_types[node.type],
     box: [...node.boundingRect], size: [...node.size], least: [...node.computeSize()],
@@ -78,8 +86,15 @@ SEEN = """() => app.graph.nodes.map((node) => ({
 
 
 def find_chromium() -> str | None:
-    """The program, or None where this machine has no Chromium; dev.py looks further and sets ROPESLR_CHROMIUM."""
-    return os.environ.get("ROPESLR_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    """The program, or None where this machine has no Chromium.
+
+    Dev.py looks further and sets ROPESLR_CHROMIUM.
+    """
+    return (
+        os.environ.get("ROPESLR_CHROMIUM")
+        or shutil.which("chromium")
+        or shutil.which("google-chrome")
+    )
 
 
 @dataclass
@@ -102,12 +117,15 @@ class Window:
             urllib.request.urlopen(request, timeout=60).close()
         self.page.goto(self.url, timeout=PATIENCE)
         self.page.wait_for_function(
-            "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && window.app?.graph?.nodes",
+            "() => window.LiteGraph?.registered_node_types.RoPeSLRSparseAttention && "
+            "window.app?.graph?.nodes",
             timeout=PATIENCE,
         )
         try:
             self.page.wait_for_function("() => app.graph.nodes.length", timeout=PATIENCE // 8)
-        except TimeoutError:                # the default workflow stands on the canvas last; older frontends have none
+        except (
+            TimeoutError
+        ):  # the default workflow stands on the canvas last; older frontends have none
             pass
         self.settle()
         if self.page.evaluate("() => LiteGraph.vueNodesMode === true") != vue:
@@ -118,9 +136,10 @@ class Window:
         self.page.evaluate(DROP, [f"{name}.json", json.dumps(workflow)])
         self.page.wait_for_function(
             "([id, count]) => app.graph.id === id && app.graph.nodes.length === count",
-            arg=[workflow["id"], len(workflow["nodes"])], timeout=PATIENCE,
+            arg=[workflow["id"], len(workflow["nodes"])],
+            timeout=PATIENCE,
         )
-        self.settle()                       # nodes grow and widgets appear a few frames later
+        self.settle()  # nodes grow and widgets appear a few frames later
         return self.nodes()
 
     def settle(self) -> None:
@@ -129,29 +148,42 @@ class Window:
 
     def theme(self, name: str) -> None:
         """Change the colours: dark, light, or another of ComfyUI's palettes."""
-        self.page.evaluate("(name) => app.extensionManager.setting.set('Comfy.ColorPalette', name)", name)
+        self.page.evaluate(
+            "(name) => app.extensionManager.setting.set('Comfy.ColorPalette', name)", name
+        )
         self.settle()
 
     def show(self, type_: str, margin: int = 12) -> bytes:
         """The first node of a type at its full size, as PNG."""
-        self.page.evaluate("""(type) => {
+        self.page.evaluate(
+            """(type) => {
             const [x, y] = app.graph.nodes.find((each) => each.type === type).boundingRect, ds = app.canvas.ds
             ds.scale = 1
             ds.offset[0] = 260 - x
             ds.offset[1] = 140 - y
             app.canvas.setDirty(true, true)
-        }""", type_)
+        }""",
+            type_,
+        )
         self.settle()
         return self.page.screenshot(clip=self.place(type_, margin))
 
     def place(self, type_: str | None = None, margin: int = 0) -> FloatRect:
-        """Where the first node of a type lies on the page, or the whole graph: x, y, width, height."""
+        """Where the first node of a type lies on the page, or the whole graph.
+
+        X, y, width, height.
+        """
         return self.page.evaluate(PLACE, [type_, margin])
 
     def heed(self, message) -> None:
-        """Keep what the console says of our scripts; an address that cannot be reached is the machine's affair."""
+        """Keep what the console says of our scripts.
+
+        An address that cannot be reached is the machine's affair.
+        """
         about = f"{message.text} {message.location.get('url')}"
-        asked = "ERR_NAME_NOT_RESOLVED" in about or about.endswith("/en.md")     # a help page falls back to the other
+        asked = "ERR_NAME_NOT_RESOLVED" in about or about.endswith(
+            "/en.md"
+        )  # a help page falls back to the other
         if message.type == "error" and "ropeslr" in about.lower() and not asked:
             self.errors.append(message.text)
 
@@ -178,7 +210,10 @@ class Window:
             button.click()
 
     def run(self) -> dict:
-        """Queue what is on the canvas as the button does; -> outputs by node id, when it is done."""
+        """Queue what is on the canvas as the button does.
+
+        -> outputs by node id, when it is done.
+        """
         self.page.evaluate("""() => {
             window.ropeslrDone = null
             const finish = (kind) => (event) => { window.ropeslrDone ??= { kind, detail: event.detail } }
@@ -199,7 +234,8 @@ class Window:
 
     def fit(self, room: float = 0.92) -> None:
         """Everything into view, frames and titles included."""
-        self.page.evaluate("""(room) => {
+        self.page.evaluate(
+            """(room) => {
             const boxes = [...app.graph.nodes, ...app.graph.groups].map((each) => each.boundingRect)
             const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
             const right = Math.max(...boxes.map((b) => b[0] + b[2]))
@@ -209,12 +245,16 @@ class Window:
             ds.offset[0] = view.width / 2 / ds.scale - (left + right) / 2
             ds.offset[1] = view.height / 2 / ds.scale - (top + bottom) / 2
             app.canvas.setDirty(true, true)
-        }""", room)
+        }""",
+            room,
+        )
         self.settle()
 
     def clear_view(self) -> None:
         """Hide everything but the canvas."""
-        self.page.evaluate("async () => await app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        self.page.evaluate(
+            "async () => await app.extensionManager.command.execute('Workspace.ToggleFocusMode')"
+        )
         self.settle()
 
     def picture(self, margin: int = 16) -> bytes:
@@ -252,7 +292,10 @@ def window(url: str, width: int = 1920, height: int = 1080) -> Iterator[Window]:
 
 
 def placeholders(base: Path) -> None:
-    """Empty files under the names that the shipped workflows ask for: the lists show them, nothing loads them."""
+    """Empty files under the names that the shipped workflows ask for.
+
+    The lists show them, nothing loads them.
+    """
     import graphs
 
     for model in graphs.MODELS.values():
@@ -271,8 +314,10 @@ def start_image(path: Path) -> None:
         Image.fromarray((140 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)).save(path)
 
 
-def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: bool = False) -> None:
-    """Write folder/NAME.jpg for shipped workflows, as the canvas shows them where every file is in its place."""
+def take_pictures(
+    tree: Path, base: Path, folder: Path, names: list[str], vue: bool = False
+) -> None:
+    """Write folder/NAME.jpg for shipped workflows, as the canvas shows them with all files there."""
     from comfy_server import ComfyServer
     from workflow import load
 
@@ -284,19 +329,32 @@ def take_pictures(tree: Path, base: Path, folder: Path, names: list[str], vue: b
             shown.drop(name, load(name))
             shown.close_dialogs()
             shown.fit()
-            (folder / f"{name}.jpg").write_bytes(_small_jpeg(Image.open(io.BytesIO(shown.picture()))))
+            (folder / f"{name}.jpg").write_bytes(
+                _small_jpeg(Image.open(io.BytesIO(shown.picture())))
+            )
 
 
 def readme_pictures(seen: Path, folder: Path) -> None:
     """Put together what tests/browser/test_pictures.py has seen: node, panel, graph and report."""
     parts = {
-        "node": ("node_classic_dark", "node_classic_dark_done", "node_vue_light", "node_vue_light_done"),
-        "panel": ("node_vue_dark_done",), "graph": ("graph_vue",), "report": ("report",),
+        "node": (
+            "node_classic_dark",
+            "node_classic_dark_done",
+            "node_vue_light",
+            "node_vue_light_done",
+        ),
+        "panel": ("node_vue_dark_done",),
+        "graph": ("graph_vue",),
+        "report": ("report",),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, of in parts.items():
         images = [Image.open(seen / f"{each}.png").convert("RGB") for each in of]
-        whole = Image.new("RGB", (sum(each.width for each in images), max(each.height for each in images)), "white")
+        whole = Image.new(
+            "RGB",
+            (sum(each.width for each in images), max(each.height for each in images)),
+            "white",
+        )
         left = 0
         for each in images:
             whole.paste(each, (left, 0))
@@ -322,7 +380,9 @@ if __name__ == "__main__":
     wanted = sys.argv[1:] or ["readme", *graphs.GRAPHS]
     if "readme" in wanted:
         wanted.remove("readme")
-        readme_pictures(Path(os.environ["ROPESLR_SCREENSHOTS"]), graphs.ROOT / "web" / "docs" / "images")
+        readme_pictures(
+            Path(os.environ["ROPESLR_SCREENSHOTS"]), graphs.ROOT / "web" / "docs" / "images"
+        )
     if wanted:
         base = Path(os.environ["ROPESLR_TEST_BASE"]) / "pictures"
         take_pictures(Path(os.environ["COMFYUI_PATH"]), base, graphs.FOLDER, wanted)

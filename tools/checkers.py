@@ -1,4 +1,4 @@
-"""The checkers of the source, as command lines: `python dev.py lint` runs all of them, tests/house one by one.
+"""The checkers of the source, as command lines: `python dev.py lint` and tests/house run them.
 
 Standard library only.
 """
@@ -46,7 +46,10 @@ def layout(python: Path) -> Check | None:
 
 
 def types(python: Path, comfyui: Path | None) -> Check:
-    """Types, where [tool.pyright] of pyproject.toml says; what ComfyUI defines is read from its tree."""
+    """Types, where [tool.pyright] of pyproject.toml says.
+
+    What ComfyUI defines is read from its tree.
+    """
     command = [str(python), "-m", "basedpyright", "--pythonpath", str(python)]
     return Check(command, {"PYTHONPATH": str(comfyui)} if comfyui else {})
 

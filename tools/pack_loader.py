@@ -1,4 +1,7 @@
-"""Loads the pack as a package under a name of its own, as ComfyUI does: its folder never enters sys.path."""
+"""Loads the pack as a package under a name of its own, as ComfyUI does.
+
+Its folder never enters sys.path.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def load(name: str = "") -> ModuleType:
         spec = importlib.util.spec_from_file_location(
             NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
-        assert spec and spec.loader         # both are there for a path that ends in .py
+        assert spec and spec.loader  # both are there for a path that ends in .py
         sys.modules[NAME] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[NAME])
     return importlib.import_module(NAME + name)

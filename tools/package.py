@@ -8,13 +8,19 @@ from pathlib import Path
 import pathspec
 
 ROOT = Path(__file__).resolve().parents[1]
-NEVER = {".git", "__pycache__", ".ruff_cache", ".hypothesis"}                 # what git does not keep either
+NEVER = {".git", "__pycache__", ".ruff_cache", ".hypothesis"}  # what git does not keep either
 
 
 def files() -> list[str]:
     """Paths from the root, with forward slashes."""
-    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
-    paths = (path for path in ROOT.rglob("*") if path.is_file() and not NEVER & set(path.relative_to(ROOT).parts))
+    ignored = pathspec.PathSpec.from_lines(
+        "gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines()
+    )
+    paths = (
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not NEVER & set(path.relative_to(ROOT).parts)
+    )
     names = (path.relative_to(ROOT).as_posix() for path in paths)
     return sorted(name for name in names if not ignored.match_file(name))
 

@@ -1,7 +1,8 @@
-"""Tiny checkpoints of real architectures: ComfyUI's own classes with random weights, 2 heads of width 128, 2 layers.
+"""Tiny checkpoints of real architectures: random weights, 2 heads of 128 channels, 2 layers.
 
-ComfyUI's stock loaders recognise and load them like the released files. Needs a booted ComfyUI (comfy_host.boot).
-`python tiny_models.py FOLDER [NAME ...]` writes them below FOLDER, as ComfyUI's models folder is laid out.
+ComfyUI's stock loaders recognise and load them like the released files. Needs a booted ComfyUI
+(comfy_host.boot). `python tiny_models.py FOLDER [NAME ...]` writes them below FOLDER, as ComfyUI's
+models folder is laid out.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from safetensors.torch import save_file
 HEADS = 2
 LAYERS = 2
 WIDTH = 128 * HEADS
-SHARPNESS = 2.0                             # sd of the attention logits; random projections alone attend to everything
-TEXT_WIDTH = 768                            # CLIP-L's; Wan's own 4096 would need a text encoder of 5.7 B parameters
+SHARPNESS = 2.0  # sd of the attention logits; random projections alone attend to everything
+TEXT_WIDTH = 768  # CLIP-L's; Wan's own 4096 would need a text encoder of 5.7 B parameters
 
 
 def make(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -31,11 +32,14 @@ def make(folder: Path, names: Iterable[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             FILES[name](partial)
-            partial.replace(path)           # an interrupted run leaves no half file under the final name
+            partial.replace(path)  # an interrupted run leaves no half file under the final name
 
 
 def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Deterministic weights of a size that keeps activations near 1: fan-in scaled matrices, norms about 1."""
+    """Deterministic weights of a size that keeps activations near 1.
+
+    Fan-in scaled matrices, norms about 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
@@ -63,18 +67,28 @@ def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 def _wan(
     seed: int, kind: str = "WanModel", module: str = "model", told: dict | None = None, **config
 ) -> Callable[[Path], None]:
-    """A class of comfy.ldm.wan; `told` goes into the file's metadata, for what the weights do not show."""
+    """A class of comfy.ldm.wan.
+
+    `told` goes into the file's metadata, for what the weights do not show.
+    """
+
     def write(path: Path) -> None:
         import comfy.ops
 
         settings = dict(
-            model_type="t2v", dim=WIDTH, ffn_dim=2 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH,
+            model_type="t2v",
+            dim=WIDTH,
+            ffn_dim=2 * WIDTH,
+            num_heads=HEADS,
+            num_layers=LAYERS,
+            text_dim=TEXT_WIDTH,
             dtype=torch.float32,
         )
         model = getattr(importlib.import_module(f"comfy.ldm.wan.{module}"), kind)(
             device="cpu", operations=comfy.ops.disable_weight_init, **(settings | config)
         )
-        # The text width is the one size that ComfyUI does not read off the weights, but it heeds the file's metadata.
+        # The text width is the one size that ComfyUI does not read off the weights, but it heeds
+        # the file's metadata.
         metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH} | (told or {})})}
         save_file(_fill(model, seed).state_dict(), path, metadata)
 
@@ -87,13 +101,31 @@ def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
         import comfy.ops
 
         settings: dict[str, Any] = dict(
-            in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH,
-            mlp_ratio=4.0, num_heads=HEADS, depth=LAYERS, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56], theta=256,
-            patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
-            use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
+            in_channels=16,
+            out_channels=16,
+            vec_in_dim=768,
+            context_in_dim=TEXT_WIDTH,
+            hidden_size=WIDTH,
+            mlp_ratio=4.0,
+            num_heads=HEADS,
+            depth=LAYERS,
+            depth_single_blocks=LAYERS,
+            axes_dim=[16, 56, 56],
+            theta=256,
+            patch_size=[1, 2, 2],
+            qkv_bias=True,
+            guidance_embed=True,
+            byt5=False,
+            meanflow=False,
+            use_cond_type_embedding=False,
+            vision_in_dim=None,
+            meanflow_sum=False,
         )
         model = comfy.ldm.hunyuan_video.model.HunyuanVideo(
-            device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **(settings | config)
+            device="cpu",
+            dtype=torch.float32,
+            operations=comfy.ops.disable_weight_init,
+            **(settings | config),
         )
         save_file(_fill(model, seed).state_dict(), path)
 
@@ -106,21 +138,45 @@ def _flux(path: Path) -> None:
     import comfy.ops
 
     model = comfy.ldm.flux.model.Flux(
-        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=WIDTH, mlp_ratio=4.0,
-        num_heads=HEADS, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
-        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], device="cpu", dtype=torch.float32,
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=768,
+        context_in_dim=4096,
+        hidden_size=WIDTH,
+        mlp_ratio=4.0,
+        num_heads=HEADS,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=True,
+        txt_ids_dims=[],
+        device="cpu",
+        dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
     )
     save_file(_fill(model, 30).state_dict(), path)
 
 
 def _wan_vae(path: Path) -> None:
-    """Width 2: PyTorch's 3-D convolution on a CPU is so slow that a wider one would take most of a test's time."""
+    """Width 2.
+
+    PyTorch's 3-D convolution on a CPU is so slow that a wider one would take most of a test's time.
+    """
     import comfy.ldm.wan.vae
 
     model = comfy.ldm.wan.vae.WanVAE(
-        dim=2, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-        temperal_downsample=[False, True, True], image_channels=3, conv_out_channels=3, dropout=0.0,
+        dim=2,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        image_channels=3,
+        conv_out_channels=3,
+        dropout=0.0,
     )
     save_file({name: weight.float() for name, weight in _fill(model, 0).state_dict().items()}, path)
 
@@ -130,19 +186,24 @@ def _taehv(seed: int, latent_channels: int, dtype: torch.dtype) -> Callable[[Pat
         import comfy.taesd.taehv
 
         model = _fill(comfy.taesd.taehv.TAEHV(latent_channels=latent_channels), seed)
-        save_file({name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}, path)
+        save_file(
+            {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()},
+            path,
+        )
 
     return write
 
 
 def _clip_l(path: Path) -> None:
-    """CLIP-L's sizes are fixed (124 M parameters), so every matrix is an overlapping view of one small storage."""
+    """CLIP-L's sizes are fixed (124 M parameters): every matrix is a view of one small storage."""
     base = torch.randn(60000, generator=torch.Generator().manual_seed(0)).half()
     small = (base * 0.03).half()
     width, hidden = 768, 3072
     weights = {
         "text_model.embeddings.token_embedding.weight": base.as_strided((49408, width), (1, 1)),
-        "text_model.embeddings.position_embedding.weight": small.as_strided((77, width), (width, 1)),
+        "text_model.embeddings.position_embedding.weight": small.as_strided(
+            (77, width), (width, 1)
+        ),
         "text_model.final_layer_norm.weight": torch.ones(width).half(),
         "text_model.final_layer_norm.bias": torch.zeros(width).half(),
         "text_projection.weight": small.as_strided((width, width), (37, 1)),
@@ -153,7 +214,9 @@ def _clip_l(path: Path) -> None:
             weights[f"{layer}{norm}.weight"] = torch.ones(width).half()
             weights[f"{layer}{norm}.bias"] = torch.zeros(width).half()
         for j, name in enumerate(("q_proj", "k_proj", "v_proj", "out_proj")):
-            weights[f"{layer}self_attn.{name}.weight"] = small.as_strided((width, width), (41 + 2 * j, 1), 7 * i)
+            weights[f"{layer}self_attn.{name}.weight"] = small.as_strided(
+                (width, width), (41 + 2 * j, 1), 7 * i
+            )
             weights[f"{layer}self_attn.{name}.bias"] = torch.zeros(width).half()
         weights[f"{layer}mlp.fc1.weight"] = small.as_strided((hidden, width), (11, 1), 13 * i)
         weights[f"{layer}mlp.fc1.bias"] = torch.zeros(hidden).half()
@@ -165,27 +228,50 @@ def _clip_l(path: Path) -> None:
 FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_wan21_t2v.safetensors": _wan(0),
     "diffusion_models/tiny_wan21_t2v_8_layers.safetensors": _wan(28, num_layers=8),
-    "diffusion_models/tiny_wan_smallest.safetensors": _wan(19, dim=128, ffn_dim=128, num_heads=1, num_layers=1),
+    "diffusion_models/tiny_wan_smallest.safetensors": _wan(
+        19, dim=128, ffn_dim=128, num_heads=1, num_layers=1
+    ),
     # Wan 2.2 A14B is two files of the Wan 2.1 layout: the experts for high and for low noise.
     "diffusion_models/tiny_wan22_t2v_high_noise.safetensors": _wan(1),
     "diffusion_models/tiny_wan22_t2v_low_noise.safetensors": _wan(2),
     "diffusion_models/tiny_wan22_ti2v_5b.safetensors": _wan(3, in_dim=48, out_dim=48),
     "diffusion_models/tiny_wan21_i2v.safetensors": _wan(4, model_type="i2v", in_dim=36),
     "diffusion_models/tiny_wan22_i2v.safetensors": _wan(5, in_dim=36),
-    "diffusion_models/tiny_wan22_fun_control_ref.safetensors": _wan(6, in_dim=52, in_dim_ref_conv=16),
+    "diffusion_models/tiny_wan22_fun_control_ref.safetensors": _wan(
+        6, in_dim=52, in_dim_ref_conv=16
+    ),
     "diffusion_models/tiny_wan21_vace.safetensors": _wan(
         7, "VaceWanModel", model_type="vace", vace_layers=1, vace_in_dim=96
     ),
-    "diffusion_models/tiny_wan22_camera.safetensors": _wan(8, "CameraWanModel", model_type="camera_2.2", in_dim=36),
-    "diffusion_models/tiny_wan22_s2v.safetensors": _wan(9, "WanModel_S2V", model_type="s2v"),
-    "diffusion_models/tiny_wan21_humo.safetensors": _wan(20, "HumoWanModel", model_type="humo", dtype=torch.bfloat16),
-    "diffusion_models/tiny_wan22_animate.safetensors": _wan(
-        21, "AnimateWanModel", "model_animate", model_type="animate", in_dim=36, num_layers=5, dtype=torch.bfloat16
+    "diffusion_models/tiny_wan22_camera.safetensors": _wan(
+        8, "CameraWanModel", model_type="camera_2.2", in_dim=36
     ),
-    "diffusion_models/tiny_wan21_scail.safetensors": _wan(22, "SCAILWanModel", model_type="scail", in_dim=20),
-    "diffusion_models/tiny_wan21_scail2.safetensors": _wan(23, "SCAIL2WanModel", model_type="scail2", in_dim=20),
+    "diffusion_models/tiny_wan22_s2v.safetensors": _wan(9, "WanModel_S2V", model_type="s2v"),
+    "diffusion_models/tiny_wan21_humo.safetensors": _wan(
+        20, "HumoWanModel", model_type="humo", dtype=torch.bfloat16
+    ),
+    "diffusion_models/tiny_wan22_animate.safetensors": _wan(
+        21,
+        "AnimateWanModel",
+        "model_animate",
+        model_type="animate",
+        in_dim=36,
+        num_layers=5,
+        dtype=torch.bfloat16,
+    ),
+    "diffusion_models/tiny_wan21_scail.safetensors": _wan(
+        22, "SCAILWanModel", model_type="scail", in_dim=20
+    ),
+    "diffusion_models/tiny_wan21_scail2.safetensors": _wan(
+        23, "SCAIL2WanModel", model_type="scail2", in_dim=20
+    ),
     "diffusion_models/tiny_wan22_wandancer.safetensors": _wan(
-        24, "WanDancerModel", "model_wandancer", {"audio_inject_layers": [0]}, model_type="wandancer", in_dim=36,
+        24,
+        "WanDancerModel",
+        "model_wandancer",
+        {"audio_inject_layers": [0]},
+        model_type="wandancer",
+        in_dim=36,
         audio_inject_layers=[0],
     ),
     "diffusion_models/tiny_wan21_flow_rvs.safetensors": _wan(27, told={"model_type": "flow_rvs"}),
@@ -196,15 +282,38 @@ FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_hunyuan_i2v.safetensors": _hunyuan(11, in_channels=33),
     "diffusion_models/tiny_hunyuan_skyreels_i2v.safetensors": _hunyuan(12, in_channels=32),
     "diffusion_models/tiny_hunyuan15_t2v.safetensors": _hunyuan(
-        13, in_channels=65, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
-        use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+        13,
+        in_channels=65,
+        out_channels=32,
+        patch_size=[1, 1, 1],
+        vec_in_dim=None,
+        guidance_embed=False,
+        byt5=True,
+        use_cond_type_embedding=True,
+        vision_in_dim=1152,
+        meanflow_sum=True,
+        depth_single_blocks=0,
     ),
     "diffusion_models/tiny_hunyuan15_sr.safetensors": _hunyuan(
-        17, in_channels=98, out_channels=32, patch_size=[1, 1, 1], vec_in_dim=None, guidance_embed=False, byt5=True,
-        use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True, depth_single_blocks=0,
+        17,
+        in_channels=98,
+        out_channels=32,
+        patch_size=[1, 1, 1],
+        vec_in_dim=None,
+        guidance_embed=False,
+        byt5=True,
+        use_cond_type_embedding=True,
+        vision_in_dim=1152,
+        meanflow_sum=True,
+        depth_single_blocks=0,
     ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
-        18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64],
+        18,
+        in_channels=64,
+        out_channels=64,
+        patch_size=[1, 1],
+        vec_in_dim=None,
+        axes_dim=[64, 64],
     ),
     "diffusion_models/tiny_flux.safetensors": _flux,
     "vae/tiny_wan_vae.safetensors": _wan_vae,

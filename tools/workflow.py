@@ -1,4 +1,7 @@
-"""Shipped workflows as prompts: convert the UI format, and put tiny checkpoints and sizes in place of the real ones."""
+"""Shipped workflows as prompts.
+
+Convert the UI format, and put tiny checkpoints and sizes in place of the real ones.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ TINY = {
     "hunyuanvideo15_vae_fp16.safetensors": "tiny_lighttae_hv15.safetensors",
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_clip_l.pt",
 }
-CLIP = "tiny_clip_l.pt"                     # one tiny text encoder takes the place of Hunyuan's two
-SEED = 42                                   # in every shipped workflow
-BYPASS = 4                                  # a node's mode in the UI format
+CLIP = "tiny_clip_l.pt"  # one tiny text encoder takes the place of Hunyuan's two
+SEED = 42  # in every shipped workflow
+BYPASS = 4  # a node's mode in the UI format
 
 
 def load(name: str) -> dict:
@@ -41,7 +44,10 @@ def load(name: str) -> dict:
 
 
 def to_prompt(workflow: dict, object_info: dict, bypass: str | None = None) -> dict:
-    """UI format -> API format; `bypass` names a node type that is bypassed first, as Ctrl+B does."""
+    """UI format -> API format.
+
+    `bypass` names a node type that is bypassed first, as Ctrl+B does.
+    """
     workflow = copy.deepcopy(workflow)
     for node in workflow["nodes"]:
         if node["type"] == bypass:
@@ -57,18 +63,24 @@ def make_tiny(prompt: dict, width: int, height: int, length: int, steps: int) ->
             node.update(class_type="CLIPLoader", inputs={"clip_name": CLIP, "type": "wan"})
         inputs = node["inputs"]
         sizes = dict(width=width, height=height, length=length) if "length" in inputs else {}
-        inputs.update({
-            name: _tiny(name, value, sizes, steps) for name, value in inputs.items() if not isinstance(value, list)
-        })
+        inputs.update(
+            {
+                name: _tiny(name, value, sizes, steps)
+                for name, value in inputs.items()
+                if not isinstance(value, list)
+            }
+        )
     return prompt
 
 
-def tiny_workflow(workflow: dict, object_info: dict, width: int, height: int, length: int, steps: int) -> dict:
+def tiny_workflow(
+    workflow: dict, object_info: dict, width: int, height: int, length: int, steps: int
+) -> dict:
     """The same for the UI format, so that a browser can run it."""
     workflow = copy.deepcopy(workflow)
     for node in workflow["nodes"]:
         if node["type"] not in object_info:
-            continue                        # notes
+            continue  # notes
         node["properties"].pop("models", None)
         if node["type"] == "DualCLIPLoader":
             node.update(type="CLIPLoader", widgets_values=[CLIP, "wan", "default"])
@@ -77,7 +89,9 @@ def tiny_workflow(workflow: dict, object_info: dict, width: int, height: int, le
         sizes = dict(width=width, height=height, length=length) if "length" in names else {}
         node["widgets_values"] = [
             _tiny(name, value, sizes, steps)
-            for name, value in zip(names, node["widgets_values"])         # an older ComfyUI may lack the last of them
+            for name, value in zip(
+                names, node["widgets_values"]
+            )  # an older ComfyUI may lack the last of them
         ]
     return workflow
 
@@ -86,12 +100,17 @@ def fresh(workflow: dict) -> dict:
     """The same with an id of its own and another seed, or ComfyUI answers from what it has kept."""
     workflow = copy.deepcopy(workflow) | {"id": str(uuid.uuid4())}
     for node in workflow["nodes"]:
-        node["widgets_values"] = [uuid.uuid4().int % 2**40 if x == SEED else x for x in node["widgets_values"]]
+        node["widgets_values"] = [
+            uuid.uuid4().int % 2**40 if x == SEED else x for x in node["widgets_values"]
+        ]
     return workflow
 
 
 def _tiny(name: str, value, sizes: dict[str, int], steps: int):
-    """A widget's value in the small: file names, the size of the video, steps and the border between two samplers."""
+    """A widget's value in the small.
+
+    File names, the size of the video, steps and the border between two samplers.
+    """
     if isinstance(value, str):
         return TINY.get(value, value)
     if name in ("start_at_step", "end_at_step"):

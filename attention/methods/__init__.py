@@ -23,7 +23,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def create(plan: ResolvedPlan) -> Method:
-    """A fresh instance of the plan's method; one that lacks its weights runs the kept blocks alone."""
+    """A fresh instance of the plan's method.
+
+    One that lacks its weights runs the kept blocks alone.
+    """
     adapter = plan.adapter
     if plan.method in ("rola", "sla") and (adapter is None or adapter.sparse_only):
         return TopK(plan)

@@ -15,7 +15,10 @@ from ..rope import axis_ids, fourier_tables, resampled_tables
 
 
 def layer_weights(adapter: Adapter, layer: Hashable, device: torch.device) -> dict[str, Tensor]:
-    """One layer's tensors on a device, without gradients; nothing is copied that is there already."""
+    """One layer's tensors on a device, without gradients.
+
+    Nothing is copied that is there already.
+    """
     return {name: tensor.detach().to(device) for name, tensor in adapter.layer(layer).items()}
 
 
@@ -24,10 +27,8 @@ def used_rank(plan: ResolvedPlan, info: AdapterInfo) -> int:
     return plan.rank if 0 < plan.rank < info.rank else info.rank
 
 
-def at_noise(
-    tensor: Tensor, dims: int, levels: tuple[float, ...], sigma: float | None
-) -> Tensor:
-    """A tensor of `dims` dimensions, or one with noise bins in front, between its two nearest bins."""
+def at_noise(tensor: Tensor, dims: int, levels: tuple[float, ...], sigma: float | None) -> Tensor:
+    """A tensor of `dims` dimensions; noise bins in front of them are interpolated."""
     tensor = tensor.float()
     if tensor.ndim == dims:
         return tensor
@@ -51,7 +52,10 @@ def gate_logits(call: AttentionCall, weight: Tensor, heads: int) -> Tensor:
 
 
 class LearnedPositions:
-    """pe(p) of the layers of one run, as axis tables; the ids of their rows are made once per grid."""
+    """pe(p) of the layers of one run, as axis tables.
+
+    The ids of their rows are made once per grid.
+    """
 
     def __init__(self, info: AdapterInfo) -> None:
         self.info = info
@@ -60,7 +64,10 @@ class LearnedPositions:
     def tables(
         self, weight: Tensor | None, call: AttentionCall, rank: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(pe, axis_ids) of a feature map's first `rank` features; None where nothing was learned."""
+        """(pe, axis_ids) of a feature map's first `rank` features.
+
+        None where nothing was learned.
+        """
         if self.info.pe == "none" or weight is None:
             return None, None
         grid, key = call.layout.grid, (call.layout, weight.device)

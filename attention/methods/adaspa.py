@@ -6,17 +6,17 @@
     heads    n = min(#heads with recall > 0.8, H // 2): the n of highest recall get the sparsity
              (1 + s) / 2, the n of lowest (3 s - 1) / 2, the others s, so that the mean stays s; for
              s < 1/3 all get s
-    when     steps before the first search, at 0.2 of the schedule, are dense; that step is dense and
-             searches; at 0.6 a second search needs no dense pass: LSE = LSE of the kept blocks now +
-             log(all mass / kept mass) then. Runs of up to 8 steps search at their first step and no
-             more: a second search would cost half a dense step
+    when     steps before the first search, at 0.2 of the schedule, are dense; that step is dense
+             and searches; at 0.6 a second search needs no dense pass: LSE = LSE of the kept blocks
+             now + log(all mass / kept mass) then. Runs of up to 8 steps search at their first step
+             and no more: a second search would cost half a dense step
 
-Masks and mass ratios belong to one layer, one conditioning, one context window, one shape, one run; a
-call that finds none is dense and searches. Masks are kept as bits, ratios in half precision.
-Source: AdaSpa (arXiv 2502.21079); no public code, written from the paper. Ours: the guard H // 2, the
-few-step rule, and the ratio, where the paper reuses the first LSE itself: on random tiny models at
-consecutive steps (q and k change by a fifth) masks found so share 95-97 % with fresh ones, and 88-92 %
-with the LSE itself.
+Masks and mass ratios belong to one layer, one conditioning, one context window, one shape, one run;
+a call that finds none is dense and searches. Masks are kept as bits, ratios in half precision.
+Source: AdaSpa (arXiv 2502.21079); no public code, written from the paper. Ours: the guard H // 2,
+the few-step rule, and the ratio, where the paper reuses the first LSE itself: on random tiny models
+at consecutive steps (q and k change by a fifth) masks found so share 95-97 % with fresh ones, and
+88-92 % with the LSE itself.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ class AdaSpa(Method):
         """The first search: dense attention gives the LSE, and is the call's result."""
         seen = self.seen_keys(call.layout, q.device)
         backend = self.plan.backend
-        dense, lse = ops.dense_attention(
-            q, k, v, seen, scale=call.scale, backend=backend, out=out
-        )
+        dense, lse = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=backend, out=out)
         found, recall = self._search(q, k, lse, call)
         cost = self._search_cost(q, call)
         if self._searches_again(call):  # a run that searches once needs no ratio
@@ -112,7 +110,10 @@ class AdaSpa(Method):
         known: SearchResult,
         out: Tensor | None,
     ) -> MethodOutput:
-        """A later search: the LSE is that of the blocks kept so far, and their old share of all mass."""
+        """A later search.
+
+        The LSE is that of the blocks kept so far, and their old share of all mass.
+        """
         _, lse = self._attend(q, k, v, known, call)
         assert known.ratio is not None  # a search that is due was foreseen
         lse = lse + known.ratio
@@ -135,14 +136,15 @@ class AdaSpa(Method):
     ) -> tuple[Tensor, Tensor]:
         blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
         mask = ops.mask_from_bits(found.bits, blocks, found.list_width, backend=backend)
-        return ops.block_sparse_attention(
-            q, k, v, mask, scale=call.scale, backend=backend, out=out
-        )
+        return ops.block_sparse_attention(q, k, v, mask, scale=call.scale, backend=backend, out=out)
 
     def _search(
         self, q: Tensor, k: Tensor, lse: Tensor, call: AttentionCall
     ) -> tuple[SearchResult, float]:
-        """Masks of the best blocks, heads sharing the work by their recall: -> result, mean recall."""
+        """Masks of the best blocks, heads sharing the work by their recall.
+
+        -> result, mean recall.
+        """
         blocks = self.blocks(call.layout, q.device)
         count = blocks.q_blocks.num_blocks
         topks = [topk_of(sparsity, count) for sparsity in head_sparsities(self.plan.sparsity)]
@@ -179,7 +181,10 @@ class AdaSpa(Method):
         ]
 
     def _lookup(self, call: AttentionCall, batch: int) -> SearchResult | None:
-        """What is known for all conditionings of the call; None where any is new or of another size."""
+        """What is known for all conditionings of the call.
+
+        None where any is new or of another size.
+        """
         keys = self._keys(call, batch)
         self._last_asked.update((key, call.step) for key, _ in keys)
         found = [self.memory.get(key) for key, _ in keys]
@@ -223,14 +228,20 @@ def search_steps(num_steps: int) -> tuple[int, ...]:
 
 
 def head_sparsities(sparsity: float) -> tuple[float, ...]:
-    """The three sparsities that heads share, highest first; one alone where the lowest is negative."""
+    """The three sparsities that heads share, highest first.
+
+    One alone where the lowest is negative.
+    """
     if sparsity < 1 / 3:
         return (sparsity,)
     return ((1 + sparsity) / 2, sparsity, max(0.0, (3 * sparsity - 1) / 2))
 
 
 def choose(recall: Tensor) -> Tensor:
-    """Which of the three sparsities each head gets: recall `(B, H)` -> `(B, H)` int64, 0 = highest."""
+    """Which of the three sparsities each head gets.
+
+    Recall `(B, H)` -> `(B, H)` int64, 0 = highest.
+    """
     heads = recall.shape[-1]
     count = (recall > GOOD_RECALL).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
     order = recall.argsort(dim=-1, descending=True, stable=True)

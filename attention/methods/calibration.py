@@ -1,20 +1,20 @@
-"""Self-calibration of RoPeSLR: a few exactly computed queries say how to scale dropped mass and background.
+"""Self-calibration of RoPeSLR: a few exact queries set the scale of the gate and the low rank.
 
-T, the dropped blocks' log-mass taken from pooled keys, is biased low, and the bias is nearly one number
-per head. On R queries with exact attention (LSE, out) and sparse attention (LSE_s, out_s):
+T, the dropped blocks' log-mass taken from pooled keys, is biased low, and the bias is nearly one
+number per head. On R queries with exact attention (LSE, out) and sparse attention (LSE_s, out_s):
 
     y = log(exp(LSE - LSE_s) - 1)          the true log-odds of the dropped mass
     u = T - LSE_s                          its estimate
     c = (cov(u, y) + .1 c0) / (var(u) + .1),  b = mean(y) - c mean(u),  g = sigmoid(c u + b)
-    beta = ridge solution of  g (v_mean + (beta q) C) = out - (1 - g) out_s,  one number per RoPE pair,
-           prior beta0
+    beta = ridge solution of  g (v_mean + (beta q) C) = out - (1 - g) out_s,
+           one number per RoPE pair, prior beta0
 
-Untrained, c0 = 1 and beta0 = 1/sqrt D; an adapter brings its own, and what it adds to gate and background
-besides (a term of the hidden state, a low-rank branch) is taken off before the fit.
+Untrained, c0 = 1 and beta0 = 1/sqrt D; an adapter brings its own, and what it adds to gate and
+background besides (a term of the hidden state, a low-rank branch) is taken off before the fit.
 
 The normal equations of beta need no query-by-query design matrix: with p, p' RoPE pairs and a, b
-channels, G_pp' = sum over a in p, b in p' of (C C^T)_ab (sum_i g_i^2 q_ia q_ib), and likewise for the
-right-hand side. Source: our own (a reconstruction; see the README).
+channels, G_pp' = sum over a in p, b in p' of (C C^T)_ab (sum_i g_i^2 q_ia q_ib), and likewise for
+the right-hand side. Source: our own (a reconstruction; see the README).
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
     O     = (O_s / s + g O_l) s               s = sqrt(mean_D(O_s^2) + 1e-5)
     O_l   = RMSNorm_D(phi_q sum(phi_k^T v))   no normaliser, no weight, eps = finfo(dtype).eps
-    phi   = rope(silu(A x)), x before RoPE    A (r, D) shared by the heads; rope: the first r/2 angles on
-                                              pairs of features, rounded to the activations' dtype
-    g     = sigmoid(x_h . w + b_h)            x_h: head h's slice of the hidden state that enters the
-                                              attention
+    phi   = rope(silu(A x)), x before RoPE    A (r, D) shared by the heads; rope: the first r/2
+                                              angles on pairs of features, rounded to the
+                                              activations' dtype
+    g     = sigmoid(x_h . w + b_h)            x_h: head h's slice of the hidden state that enters
+                                              the attention
 
-A video shorter than one block has no sparse part: O = g O_l. Source: RoLA (arXiv 2609.06712) as released.
+A video shorter than one block has no sparse part: O = g O_l. Source: RoLA (arXiv 2609.06712) as
+released.
 """
 
 from __future__ import annotations
@@ -118,7 +120,10 @@ class RoLA(RmsMethod):
 
 
 class RmsRoPeSLR(RmsMethod):
-    """RoPeSLR's form "rms" (ours): A per head, learned positions inside the SiLU, nothing rotated."""
+    """RoPeSLR's form "rms" (ours).
+
+    A per head, learned positions inside the SiLU, nothing rotated.
+    """
 
     def __init__(self, plan: ResolvedPlan) -> None:
         super().__init__(plan)

@@ -3,18 +3,18 @@
     O_i = (1 - g_i) O_s,i + g_i O_l,i                 O_s, LSE: softmax over the kept blocks
     g_i = sigmoid(c_h (T_I - LSE_i) + b_h + w . x_i)  T_I: pooled log-mass of the blocks that query
                                                       block I dropped
-    O_l = mean(v) + (beta_h * q_i) C                  C = mean((k - mean k)^T v) over the video's tokens
+    O_l = mean(v) + (beta_h * q_i) C                  C = mean((k - mean k)^T v) over the video
         + eta_h (O_lr - mean(v))                      O_lr = phi_q mean(phi_k^T v) / (1e-5 + phi_q .
-                                                      mean(phi_k)), phi = act(A_h x + E_h(p)), x = q or
-                                                      k before RoPE
+                                                      mean(phi_k)), phi = act(A_h x + E_h(p)), x = q
+                                                      or k before RoPE
 
 In code: c gate_slope, b gate_bias, w gate_weight, T dropped_lse, beta channel_scale, C cov, eta
-low_rank_scale, A proj, E pe. Without an adapter w = eta = 0, and c, b, beta are solved in closed form on
-a few exactly computed queries (see calibration.py); an adapter brings them all, and `calibrate = refine`
-refines them the same way. Softmax attention IS such a mix of its kept and its dropped part, and the
-first-order term of the dropped part keeps relative position exactly, since q and k enter after RoPE.
-Source: RoPeSLR (arXiv 2605.20659) names the parts, its formulas are not public; this form is our
-reconstruction.
+low_rank_scale, A proj, E pe. Without an adapter w = eta = 0, and c, b, beta are solved in closed
+form on a few exactly computed queries (see calibration.py); an adapter brings them all, and
+`calibrate = refine` refines them the same way. Softmax attention IS such a mix of its kept and its
+dropped part, and the first-order term of the dropped part keeps relative position exactly, since q
+and k enter after RoPE. Source: RoPeSLR (arXiv 2605.20659) names the parts, its formulas are not
+public; this form is our reconstruction.
 """
 
 from __future__ import annotations
@@ -139,11 +139,12 @@ class RoPeSLR(Method):
     def _calibrating(
         self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
     ) -> tuple[Tensor, float]:
-        """A call that computes some queries exactly and fits gate and channel scale: -> out, FLOPs."""
+        """A call that computes some queries exactly and fits gate and channel scale.
+
+        -> out, FLOPs.
+        """
         mask = parts.routing.mask
-        sparse = ops.block_sparse_attention(
-            *qkv, mask, scale=call.scale, backend=self.plan.backend
-        )
+        sparse = ops.block_sparse_attention(*qkv, mask, scale=call.scale, backend=self.plan.backend)
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
@@ -157,7 +158,7 @@ class RoPeSLR(Method):
     def _exact_queries(
         self, qkv: QKV, call: AttentionCall, parts: Parts, sparse: tuple[Tensor, Tensor]
     ) -> ExactQueries:
-        """Exact attention of queries spread evenly over the blocks, the same ones for every head."""
+        """Exact attention of queries spread evenly over the blocks, the same for every head."""
         (q, k, v), (_, dropped_lse, *_), trained = qkv, parts.routing, parts.trained
         q_blocks = parts.routing.mask.q_blocks
         slots = _spread(q_blocks.num_listed, self.plan.calibrate_rows, call.step)
@@ -165,9 +166,7 @@ class RoPeSLR(Method):
         tokens = q_blocks.slots[slots]  # only the last slots of all are empty
         some_q = q.index_select(2, tokens)
         seen = self.seen_keys(call.layout, q.device)
-        exact = ops.dense_attention(
-            some_q, k, v, seen, scale=call.scale, backend=self.plan.backend
-        )
+        exact = ops.dense_attention(some_q, k, v, seen, scale=call.scale, backend=self.plan.backend)
         own_logits, branch = None, None
         if trained is not None and trained.gate_logits is not None:
             own_logits = trained.gate_logits.index_select(2, tokens)
@@ -182,10 +181,11 @@ class RoPeSLR(Method):
             branch,
         )
 
-    def _trained(
-        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> Trained | None:
-        """What the adapter says about this call; what it does not have is as in a run without one."""
+    def _trained(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Trained | None:
+        """What the adapter says about this call.
+
+        What it does not have is as in a run without one.
+        """
         adapter = self.plan.adapter
         if adapter is None:
             return None
@@ -236,7 +236,10 @@ class RoPeSLR(Method):
         return LowRank(q_map, state, weights["low_rank_scale"].float())
 
     def _lookup(self, call: AttentionCall, batch: int) -> tuple[Calibration | None, bool]:
-        """What is known for all conditionings of the call, None where any is new; whether more is due."""
+        """What is known for all conditionings of the call, None where any is new.
+
+        Whether more is due.
+        """
         rows = call.conditionings(batch)
         found = [self.memory.get((call.layer, key)) for key, _ in rows]
         counts = [own.stop - own.start for _, own in rows]

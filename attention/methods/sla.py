@@ -3,8 +3,8 @@
     released   O = O_s + W O_l + b,  O_l = phi(q) sum(phi(k)^T v) / (1e-5 + phi(q) . sum(phi(k))),
                over ALL tokens
     paper      the same with O_l over a row's marginal blocks only: neither kept nor among its worst
-               10 %; phi = softmax over the channels of the rotated q and k; W (D, D), b (D) shared by a
-               layer's heads
+               10 %; phi = softmax over the channels of the rotated q and k; W (D, D), b (D) shared
+               by a layer's heads
 
 Exact saving of the released form: W is folded into the state, sum(phi(k)^T v) W^T, once per head.
 Source: SLA (arXiv 2509.24006), thu-ml/SLA and thu-ml/TurboDiffusion, whose checkpoints are of the
@@ -50,7 +50,9 @@ class SLA(Method):
             found = (near.float() + far.float() @ weight.T + bias).to(q.dtype)
             counts = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
             flops = marginal_flops(tokens, head_dim, heads, *counts)
-            return MethodOutput(found if out is None else out.copy_(found), routing.density, batch * flops)
+            return MethodOutput(
+                found if out is None else out.copy_(found), routing.density, batch * flops
+            )
         k_seen, v_seen = self._seen(k, v, call)
         kv_state, normalizer = ops.low_rank_state(
             k_seen, v_seen, FEATURES, backend=self.plan.backend

@@ -1,8 +1,9 @@
 """Block top-k: softmax over the kept blocks, with or without one pooled key per dropped block.
 
     plain   O_i = softmax over kept tokens of (q_i k^T / sqrt D) v
-    pooled  the same softmax also holds, for every dropped block j, the logit q_i mean(k_j) / sqrt D +
-            log n_j with the value mean(v_j); n_j is the number of tokens of the block
+    pooled  the same softmax also holds, for every dropped block j, the logit
+            q_i mean(k_j) / sqrt D + log n_j with the value mean(v_j); n_j is the block's number
+            of tokens
 
 Source: the pooled keys are those of sol-attn (arXiv 2607.24027); no state, no training.
 """

@@ -1,4 +1,7 @@
-"""Linear branches added to the sparse output: RoLA's, and SLA's paper form. Plain PyTorch everywhere."""
+"""Linear branches added to the sparse output.
+
+RoLA's, and SLA's paper form. Plain PyTorch everywhere.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,12 @@ def block_sparse_attention_backward_op(
     forward = Forward(q, k, v, out, lse, found, pooled_kv, scale)
     return list(
         dispatch.run(
-            "block_sparse_attention_backward", backend, mask_operands(q, found), d_out, d_lse, forward
+            "block_sparse_attention_backward",
+            backend,
+            mask_operands(q, found),
+            d_out,
+            d_lse,
+            forward,
         )
     )
 

@@ -1,4 +1,4 @@
-"""Kept blocks and what is added to them in one operation, so that neither travels to memory alone."""
+"""Kept blocks and the background in one operation, so that neither goes through memory alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def block_sparse_mixed(
 ) -> Tensor:
     """Kept blocks and background, mixed by their shares of the softmax mass: -> `(B, H, Lq, D)`.
 
-    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are wanted.
+    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are
+    wanted.
     """
     check_backend(backend)
     check_attention(q, k, v)
@@ -164,7 +165,8 @@ def block_sparse_linear(
 ) -> Tensor:
     """Kept blocks plus a linear branch (SLA): -> `(B, H, Lq, D)`.
 
-    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are wanted.
+    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are
+    wanted.
     """
     check_backend(backend)
     check_attention(q, k, v)

@@ -44,7 +44,7 @@ def block_pool_state(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> block means of k `(B, H, Nk, D)`, v_mean `(B, H, D)`, cov `(B, H, r, D)`; float32 or wider.
+    """Block means of k `(B, H, Nk, D)`, v_mean `(B, H, D)`, cov `(B, H, r, D)`; float32 or wider.
 
     The last two are of the keys that stand at a query's place, and of the channels of k that
     channel_ids `(B, H, r)` names.
@@ -65,7 +65,12 @@ def block_pool_state(
 
 @operation("block_pool_state")
 def block_pool_state_op(
-    k: Tensor, v: Tensor, tokens: Tensor, listed: list[int], channel_ids: Tensor | None, backend: str
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    listed: list[int],
+    channel_ids: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv_listed, queries = listed
     # Of the queries only the number counts here.

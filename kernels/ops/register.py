@@ -1,7 +1,7 @@
 """How operations become torch.library custom ops, and when those are used.
 
-A custom op is opaque to torch.compile and carries gradients. Eager calls without gradients go straight
-to the body that `dispatch` picks: nothing would be gained by the detour.
+A custom op is opaque to torch.compile and carries gradients. Eager calls without gradients go
+straight to the body that `dispatch` picks: nothing would be gained by the detour.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _free_namespace() -> str:
     PyTorch would free that copy's ops while they are in use.
     """
     number = 1
-    while hasattr(getattr(torch.ops, name := f"ropeslr_{number}" if number > 1 else "ropeslr"), "block_pool"):
+    while hasattr(
+        getattr(torch.ops, name := f"ropeslr_{number}" if number > 1 else "ropeslr"), "block_pool"
+    ):
         number += 1
     return name
 

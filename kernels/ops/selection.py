@@ -1,4 +1,7 @@
-"""Which key blocks each query block keeps: by the score of block means, or by exact softmax mass."""
+"""Which key blocks each query block keeps.
+
+By the score of block means, or by exact softmax mass.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def block_select(
     check_heads(pooled_q=pooled_q, pooled_k=pooled_k)
     q_blocks, kv_blocks = layout.q_blocks, layout.kv_blocks
     check_shape("pooled_q", pooled_q, (*pooled_q.shape[:2], q_blocks.num_blocks, pooled_q.shape[3]))
-    check_shape("pooled_k", pooled_k, (*pooled_q.shape[:2], kv_blocks.num_blocks, pooled_q.shape[3]))
+    check_shape(
+        "pooled_k", pooled_k, (*pooled_q.shape[:2], kv_blocks.num_blocks, pooled_q.shape[3])
+    )
     topk = min(whole_number("topk", topk, 1), kv_blocks.num_blocks)
     scale = softmax_scale(pooled_q, scale)
     with torch.no_grad():
@@ -58,9 +63,7 @@ def _run_select(
     pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = operands(pooled_q)
-    return dispatch.run(
-        "block_select", backend, found, pooled_q, pooled_k, layout, topk, scale
-    )
+    return dispatch.run("block_select", backend, found, pooled_q, pooled_k, layout, topk, scale)
 
 
 @operation("block_select")

@@ -1,6 +1,7 @@
 """Checks of an operation's arguments: a ValueError names the argument, what was found and expected.
 
-What a bundle can check alone it checks when it is made (see `types`); here is what has to fit q, k, v.
+What a bundle can check alone it checks when it is made (see `types`); here is what has to fit q, k,
+v.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
 
 
 def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:
-    """A tensor to write into, of q's shape and dtype; as in PyTorch, not where gradients are wanted."""
+    """A tensor to write into, of q's shape and dtype.
+
+    As in PyTorch, not where gradients are wanted.
+    """
     if out is None:
         return
     check_shape("out", out, q.shape)
@@ -137,7 +141,8 @@ def check_map(feature_map: FeatureMap, x: Tensor) -> None:
         check_shape("feature_map.proj", feature_map.proj, (heads, rank, head_dim))
     elif feature_map.rope_cos is not None:
         raise ValueError(
-            "rope_cos and rope_sin undo RoPE before proj; without proj there is nothing to undo it for"
+            "rope_cos and rope_sin undo RoPE before proj; without proj there is nothing to undo it "
+            "for"
         )
     _check_rope(feature_map, tokens, head_dim)
     _check_positions(feature_map, heads, tokens, rank)
@@ -176,9 +181,7 @@ def _check_rope(feature_map: FeatureMap | SiluMap, tokens: int, head_dim: int) -
         check_shape("feature_map.rope_sin", sin, (tokens, head_dim // 2))
 
 
-def _check_positions(
-    feature_map: FeatureMap | SiluMap, heads: int, tokens: int, rank: int
-) -> None:
+def _check_positions(feature_map: FeatureMap | SiluMap, heads: int, tokens: int, rank: int) -> None:
     pe, axis_ids = feature_map.pe, feature_map.axis_ids
     if (pe is None) != (axis_ids is None):
         raise ValueError("pe and axis_ids go together")

@@ -1,4 +1,7 @@
-"""Linear branches added to the sparse output, in plain PyTorch: RoLA's normalised one, SLA's paper one."""
+"""Linear branches added to the sparse output, in plain PyTorch.
+
+RoLA's normalised one, SLA's paper one.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,7 @@ def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
     return per_head(q, lambda b, h: (_rms_low_rank(q, k, v, branch, b, h),))[0]
 
 
-def _rms_low_rank(
-    q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank, b: int, h: int
-) -> Tensor:
+def _rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank, b: int, h: int) -> Tensor:
     phi = silu_features(q[b, h].to(acc_dtype(q.dtype)), branch.q_map, h)
     read = phi @ _state(k, v, branch.k_map, b, h)
     return read * (read.square().mean(dim=-1, keepdim=True) + branch.eps).rsqrt()

@@ -1,4 +1,7 @@
-"""Sparse output and what is added to it in one call, in plain PyTorch; every part differentiable."""
+"""Sparse output and what is added to it in one call, in plain PyTorch.
+
+Every part differentiable.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Triton kernels, each beside its launcher; nothing here is imported before a call can run on them."""
+"""Triton kernels, each beside its launcher.
+
+Nothing here is imported before a call can run on them.
+"""

@@ -1,19 +1,20 @@
 """Dense and block-sparse attention, forward; an epilogue may be added before anything is written.
 
-One program per query block and head goes through the key blocks that the block keeps. Its epilogue may
-add, in registers, what the dropped blocks would have said; see `_forward`. Rows of D numbers that a
-whole call of the training-free method moves per token and head (D = 128, half precision: 256 bytes a
-row):
+One program per query block and head goes through the key blocks that the block keeps. Its epilogue
+may add, in registers, what the dropped blocks would have said; see `_forward`. Rows of D numbers
+that a whole call of the training-free method moves per token and head (D = 128, half precision: 256
+bytes a row):
 
     block_pool           read q                      1 row
     block_pool_state     read k, v                   2 rows
-    this kernel          read q, k, v; write out     4 rows       a low-rank branch reads q once more
+    this kernel          read q, k, v; write out     4 rows   a low-rank branch reads q once more
     floor                read q, k, v; write out     4 rows
 
-With the small tensors 2,042 bytes at 75,600 tokens against a floor of 1,024 (benchmarks/traffic.py; a
-test counts the rows load by load): routing needs every key before the first query block can start, so
-q, k and v are read twice. k and v are counted once here; each query block that keeps them reads them
-again, from the cache as far as it holds. Sparse output and background never travel to memory.
+With the small tensors 2,042 bytes at 75,600 tokens against a floor of 1,024 (benchmarks/traffic.py;
+a test counts the rows load by load): routing needs every key before the first query block can
+start, so q, k and v are read twice. k and v are counted once here; each query block that keeps them
+reads them again, from the cache as far as it holds. Sparse output and background never travel to
+memory.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def launch(
 
 
 def normalised(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A matrix per head scaled to at most 1, so that no half precision overflows; its scale `(B, H)`.
+    """A matrix per head scaled to at most 1, so that half precision holds it; its scale `(B, H)`.
 
     The scale is a power of two: what is divided and multiplied by it comes back bit for bit.
     """
@@ -248,9 +249,9 @@ def _forward(
 ):  # fmt: skip
     """Every group of pointers is optional: None leaves its code out.
 
-    Mixing: out = (1 - g) sparse + g background, g = sigmoid(slope (dropped_lse - LSE) + bias + logits),
-    background = v_mean + q M [+ branch_scale (low rank - v_mean)]. Without it, kv_state ... out_bias:
-    out = sparse + linear + out_bias (SLA).
+    Mixing: out = (1 - g) sparse + g background, g = sigmoid(slope (dropped_lse - LSE) + bias +
+    logits), background = v_mean + q M [+ branch_scale (low rank - v_mean)]. Without it, kv_state
+    ... out_bias: out = sparse + linear + out_bias (SLA).
     """
     q_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -339,8 +340,8 @@ def _forward(
             acc += tl.load(out_bias_ptr + channels, mask=channels < D, other=0.0)[None, :]
     if kv_state_ptr is not None:
         phi = feature_tile(
-            q_ptr, q_rows, q_row, h, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows, rank,
-            D, DP, RP, BLOCK_Q, ACT,
+            q_ptr, q_rows, q_row, h, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows,
+            rank, D, DP, RP, BLOCK_Q, ACT,
         )  # fmt: skip
         acc = add_linear(
             acc, phi, share, head, kv_state_ptr, kv_state_scale_ptr, normalizer_ptr, eps_ptr, rank,

@@ -1,8 +1,9 @@
 """Block-sparse attention, backward: dQ by the row lists, dK and dV by the transposed lists.
 
-No atomics, so deterministic. Weights are recomputed from the LSE. delta = sum(out * d_out) - d_lse is
-summed in float32 from the rounded tensors, and the softmax scale is applied in float32, to the scores
-and to the finished gradients: a k scaled in bf16 is right at unit activations and wrong at 16 times that.
+No atomics, so deterministic. Weights are recomputed from the LSE. delta = sum(out * d_out) - d_lse
+is summed in float32 from the rounded tensors, and the softmax scale is applied in float32, to the
+scores and to the finished gradients: a k scaled in bf16 is right at unit activations and wrong at
+16 times that.
 """
 
 from __future__ import annotations

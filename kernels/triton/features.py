@@ -72,12 +72,11 @@ def add_linear(
     """acc + share (phi S) / (eps + phi z): S `(B*H, rank, D)` in scaled units, z `(B*H, rank)`.
 
     The quotient is taken into phi before the product, and the sum is made in S's units, so that acc
-    is the only tile that the product needs. No weight that is rounded for it exceeds half precision.
+    is the only tile that the product needs. No weight that is rounded for it exceeds half
+    precision.
     """
     features, channels = tl.arange(0, RP), tl.arange(0, DP)
-    normalizer = tl.load(
-        normalizer_ptr + head * rank + features, mask=features < rank, other=0.0
-    )
+    normalizer = tl.load(normalizer_ptr + head * rank + features, mask=features < rank, other=0.0)
     under = tl.load(eps_ptr + head) + tl.sum(phi * normalizer[None, :], 1)
     weights = tl.clamp(phi * (share / under)[:, None], -60000.0, 60000.0)
     mask = (features < rank)[:, None] & (channels < D)[None, :]

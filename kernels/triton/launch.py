@@ -1,7 +1,8 @@
-"""How kernels are declared and launched: nothing specialises on a size, and a shipped table holds the parameters.
+"""Declares and launches kernels: nothing specialises on a size, a table holds the parameters.
 
-A kernel's pointers end in `_ptr`, its constexprs are written in capitals; every other argument is a run-time number
-that Triton is told not to specialise on, so a new length, sparsity or rank never compiles anything.
+A kernel's pointers end in `_ptr`, its constexprs are written in capitals; every other argument is a
+run-time number that Triton is told not to specialise on, so a new length, sparsity or rank never
+compiles anything.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself where the kernels can read it in place, else a copy: rows contiguous, starting at multiples of 8."""
+    """x itself where the kernels can read it in place, else a copy.
+
+    Rows contiguous, starting at multiples of 8.
+    """
     in_place = x.stride(3) == 1 and all(
         x.stride(i) % UNIT == 0 and x.stride(i) >= 0 for i in range(3) if x.shape[i] > 1
     )
@@ -48,25 +52,47 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 32, that holds a width: a product takes 16 channels, and features come in pairs."""
+    """The power of two, at least 32, that holds a width.
+
+    A product takes 16 channels, and features come in pairs.
+    """
     return max(32, triton.next_power_of_2(width))
 
 
-# Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks (registers, spills,
-# shared memory, useful MMA: benchmarks/results/compile.json), not yet by measurement. "other" serves what is not named.
+# Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks
+# (registers, spills, shared memory, useful MMA: benchmarks/results/compile.json), not yet by
+# measurement. "other" serves what is not named.
 TABLE: dict[str, dict[str, Launch]] = {
     "other": {
-        "forward": Launch(4, 3), "mixed": Launch(8, 3), "tail": Launch(8, 3), "linear": Launch(8, 3),
-        "low_rank": Launch(8, 3), "d_queries": Launch(8, 2), "d_keys": Launch(8, 2), "mass": Launch(4, 3),
-        "pool": Launch(4, 1), "state": Launch(8, 2), "features": Launch(8, 1), "select": Launch(8, 1),
+        "forward": Launch(4, 3),
+        "mixed": Launch(8, 3),
+        "tail": Launch(8, 3),
+        "linear": Launch(8, 3),
+        "low_rank": Launch(8, 3),
+        "d_queries": Launch(8, 2),
+        "d_keys": Launch(8, 2),
+        "mass": Launch(4, 3),
+        "pool": Launch(4, 1),
+        "state": Launch(8, 2),
+        "features": Launch(8, 1),
+        "select": Launch(8, 1),
     },
     "80": {"mixed": Launch(4, 3)},
-    # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as much again.
+    # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as
+    # much again.
     "90": {
-        "mixed": Launch(4, 3), "tail": Launch(4, 3), "linear": Launch(4, 3), "d_queries": Launch(4, 2),
+        "mixed": Launch(4, 3),
+        "tail": Launch(4, 3),
+        "linear": Launch(4, 3),
+        "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
-    "100": {"forward": Launch(8, 3), "features": Launch(8, 2), "d_queries": Launch(4, 2), "d_keys": Launch(4, 1)},
+    "100": {
+        "forward": Launch(8, 3),
+        "features": Launch(8, 2),
+        "d_queries": Launch(4, 2),
+        "d_keys": Launch(4, 1),
+    },
     "gfx942": {"mixed": Launch(4, 3), "d_queries": Launch(4, 1), "d_keys": Launch(4, 1)},
 }
 
@@ -93,7 +119,10 @@ def pe_rows(feature_map: FeatureMap) -> int:
 
 
 def launch_options(name: str) -> dict[str, int | bool]:
-    """Keyword arguments of a launch. FP fusion is asked for by name: Triton 3.10 turns it off by default."""
+    """Keyword arguments of a launch.
+
+    FP fusion is asked for by name: Triton 3.10 turns it off by default.
+    """
     found = TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
     return {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True}
 
@@ -102,6 +131,6 @@ def architecture() -> str:
     """The name of the active device's architecture in TABLE: "90" for sm_90, "gfx942"."""
     try:
         arch = triton.runtime.driver.active.get_current_target().arch
-    except Exception:                       # the interpreter has no driver
+    except Exception:  # the interpreter has no driver
         return "other"
-    return "100" if arch in (101, 103, 110) else str(arch)          # datacentre Blackwell, all with tcgen05
+    return "100" if arch in (101, 103, 110) else str(arch)  # datacentre Blackwell, all with tcgen05

@@ -122,8 +122,8 @@ def _pool_state(
     """Block means of k; of the first own_blocks also those of v, and sum (k - k_b)^T (v - v_b).
 
     One program takes `per_program` blocks of one head and reads k and v once. A block's product is
-    centred on its own means as it is added, since a sum of products of numbers far from 0 would lose
-    what is sought. products `(B*H, programs, D, D)`, float32.
+    centred on its own means as it is added, since a sum of products of numbers far from 0 would
+    lose what is sought. products `(B*H, programs, D, D)`, float32.
     """
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

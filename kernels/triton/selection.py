@@ -1,8 +1,8 @@
-"""Choosing blocks: the best of each row by an exact threshold, as sorted lists or as bits; exact mass.
+"""Choosing blocks: the best of each row by an exact threshold, as sorted lists or as bits.
 
-The threshold is found bit by bit on order-preserving integers, so a row of any length costs 32 counting
-passes over data that stays in the cache, whatever is kept. Equal scores at the threshold go to the
-lower block number.
+The threshold is found bit by bit on order-preserving integers, so a row of any length costs 32
+counting passes over data that stays in the cache, whatever is kept. Equal scores at the threshold
+go to the lower block number.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def block_mass(
             CHUNK=SELECT_CHUNK,
             **launch_options("select"),
         )
-    bits, kept_mass = (
-        x.unflatten(0, (batch, heads)).movedim(3, 2) for x in (bits, kept_mass)
-    )
+    bits, kept_mass = (x.unflatten(0, (batch, heads)).movedim(3, 2) for x in (bits, kept_mass))
     return bits.contiguous(), kept_mass.sum(dim=-1) / torch.cat(all_mass).view(batch, heads, 1)
 
 
@@ -220,9 +218,7 @@ def _select_lists(
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
         mask = columns < n_k
-        kept, equals_left = _kept(
-            scores_ptr, required_ptr, columns, n_k, threshold, equals_left
-        )
+        kept, equals_left = _kept(scores_ptr, required_ptr, columns, n_k, threshold, equals_left)
         place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(lists_ptr + place, columns, mask=kept & (place < list_width))
         written += tl.sum(kept.to(tl.int32), 0)
@@ -246,7 +242,10 @@ def _select_bits(
     first_line, n_q, n_k, words, choices,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Masks of `words` int32, and the mass that they keep: one program per row and choice of topk."""
+    """Masks of `words` int32, and the mass that they keep.
+
+    One program per row and choice of topk.
+    """
     line = tl.program_id(0).to(tl.int64)
     choice = tl.program_id(1)
     mass_ptr += line * n_k

@@ -1,4 +1,7 @@
-"""Pieces that every kernel shares: tokens of a block, tiles of rows, one step of the online softmax."""
+"""Pieces that every kernel shares.
+
+Tokens of a block, tiles of rows, one step of the online softmax.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +78,8 @@ def store_rows(base_ptr, rows, stride, tile, D: tl.constexpr, DP: tl.constexpr):
 def softmax_step(scores, v, running_max, running_sum, acc):
     """Take one tile of scores (log2 units, -inf = absent) and its values into the running softmax.
 
-    running_max, running_sum `(BLOCK,)`; acc `(BLOCK, DP)`: running sum of values. All in float32; the
-    scale is applied to the float32 scores, never to a half-precision q or k.
+    running_max, running_sum `(BLOCK,)`; acc `(BLOCK, DP)`: running sum of values. All in float32;
+    the scale is applied to the float32 scores, never to a half-precision q or k.
     """
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     shift = tl.where(new_max == -float("inf"), 0.0, new_max)

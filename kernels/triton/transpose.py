@@ -1,4 +1,7 @@
-"""A block mask turned around: from each query block's key blocks to each key block's query blocks."""
+"""A block mask turned around.
+
+From each query block's key blocks to each key block's query blocks.
+"""
 
 from __future__ import annotations
 

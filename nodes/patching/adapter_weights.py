@@ -1,4 +1,7 @@
-"""Makes an adapter's tensors travel as ComfyUI's other weights do: loaded with the model, offloaded, freed."""
+"""Makes an adapter's tensors travel as ComfyUI's other weights do.
+
+Loaded with the model, offloaded, freed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from ...attention.adapters import Adapter
 
 
 class AdapterWeights(torch.nn.Module):
-    """An adapter's tensors as parameters, one group per layer, so that ComfyUI moves them in pieces."""
+    """An adapter's tensors as parameters, one group per layer, which ComfyUI moves one by one."""
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class AdapterWeights(torch.nn.Module):
 
 
 def carried(adapter: Adapter, like: Any) -> tuple[Any, Adapter]:
-    """A model patcher that holds the adapter's weights, and the adapter reading them wherever they are.
+    """A model patcher that holds the adapter's weights, and the adapter that reads them from it.
 
     like: the MODEL that they run with; they live on its devices.
     """

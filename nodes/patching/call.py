@@ -35,10 +35,10 @@ OUTSIDE_BLOCKS = "outside the transformer blocks"
 class CallFacts:
     """What a model call is told from outside.
 
-    conditioning: (key, batch rows) in batch order. window: the frames that the call looks at, of a longer
-    video. context_lengths: tokens of each context that blocks attend to besides themselves. sequence: how
-    its tokens lie; unsupported: why that is not known. previous: the override that was set before, or
-    None for ComfyUI's own attention.
+    conditioning: (key, batch rows) in batch order. window: the frames that the call looks at, of a
+    longer video. context_lengths: tokens of each context that blocks attend to besides themselves.
+    sequence: how its tokens lie; unsupported: why that is not known. previous: the override that
+    was set before, or None for ComfyUI's own attention.
     """
 
     sigma: float
@@ -124,8 +124,9 @@ class ModelCall:
     def _next_turn(self, layer: Hashable, host: HostCall) -> int | None:
         """Which self-attention of its layer a call is, counted from 0; None for cross-attention.
 
-        A block calls self-attention first, then one cross-attention per context, whose tokens may happen
-        to be as many as the video's. VACE has a second block of the same number, for its control video.
+        A block calls self-attention first, then one cross-attention per context, whose tokens may
+        happen to be as many as the video's. VACE has a second block of the same number, for its
+        control video.
         """
         shape = (host.batch, host.tokens)
         if host.tokens != host.kv_tokens or self._shapes.setdefault(layer, shape) != shape:
@@ -139,8 +140,8 @@ class ModelCall:
     def _take_identity(self, layer: Layer, turn: int) -> Layer:
         """The layer itself, or the control block of the same number that is under way.
 
-        Other nodes skip blocks, so a hook tells when a control block is entered; without one the turn has
-        to do.
+        Other nodes skip blocks, so a hook tells when a control block is entered; without one the
+        turn has to do.
         """
         if layer.number not in self.run.info.control_layers:
             return layer
@@ -150,7 +151,7 @@ class ModelCall:
     def layout_of(
         self, options: Mapping[str, Any], tokens: int, mask: Tensor | None
     ) -> TokenLayout | DenseReason:
-        """Where the video lies in a sequence of so many tokens, and what a mask hides of the others."""
+        """Where the video lies in a sequence of so many tokens, and which others a mask hides."""
         assert self.facts.sequence is not None
         layout = self.facts.sequence.layout(options, tokens, self.run.plan.block_order)
         if mask is None or not isinstance(layout, TokenLayout):

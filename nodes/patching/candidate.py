@@ -1,4 +1,4 @@
-"""One attention call as the host hands it over, and what is known of it before it may run sparse."""
+"""One attention call as the host hands it over, and what is known of it before it runs sparse."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ class Candidate:
 
     @cached_property
     def layout(self) -> TokenLayout | DenseReason:
-        """Where the video lies in this sequence and which tokens are hidden; or why that is not known."""
+        """Where the video lies in this sequence and which tokens are hidden.
+
+        Or why that is not known.
+        """
         host = self.host
         return self.call.layout_of(host.options, host.tokens, host.mask)
 

@@ -1,4 +1,7 @@
-"""One dense model call on a finished latent, with every method tried beside it: which one suits this model?"""
+"""One dense model call on a finished latent, with every method tried beside it.
+
+Which one suits this model?
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa")  # those that need no we
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare: all methods or one, at a place (0-1) of the schedule; whose blocks to draw."""
+    """What to compare.
+
+    All methods or one, at a place (0-1) of the schedule; whose blocks to draw.
+    """
 
     every_method: bool = False
     at: float = 0.5
@@ -37,12 +43,14 @@ class SilentPatch(SparsePatch):
         """Nothing."""
 
 
-def compare(model: Any, latent: Tensor, positive: list, request: Request) -> MethodComparison | None:
+def compare(
+    model: Any, latent: Tensor, positive: list, request: Request
+) -> MethodComparison | None:
     """Put noise on the first of some latents `(B, C, ...)` and denoise it once.
 
     Uses the plan and the adapter of the RoPeSLR node on MODEL, default settings without one; steps,
-    layers and lengths that the plan leaves dense are tried too. None where the model cannot run sparse,
-    or nothing is left out. PyTorch's random state is left as it was.
+    layers and lengths that the plan leaves dense are tried too. None where the model cannot run
+    sparse, or nothing is left out. PyTorch's random state is left as it was.
     """
     info = model_info(model.model.diffusion_model)
     if info.unsupported:

@@ -1,4 +1,7 @@
-"""Why an attention call stays dense: one ordered list of checks, each of which gives a reason or None."""
+"""Why an attention call stays dense.
+
+One ordered list of checks, each of which gives a reason or None.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ MISSING_INPUT = "{missing} (does another node replace the layer's self-attention
 FAILED = "the sparse path failed ({error})"
 NOT_FINITE = "computed again, because the sparse output was not finite"
 OTHER_MODEL = "a second model, {name}, takes part in this run without a node of its own"
-REPLACED = "{silent} never called the attention override: another node replaced their self-attention"
+REPLACED = (
+    "{silent} never called the attention override: another node replaced their self-attention"
+)
 SKIPPED = "{silent} were skipped or replaced by another node's block patch"
 OVERWRITTEN = (
     "{silent} never called the attention override: another node took it inside the model call"
@@ -33,7 +38,10 @@ SILENT = "{silent} never called the attention override"
 
 
 class DenseReason(NamedTuple):
-    """Why a call stays dense; chosen: the person asked for it, so nothing has to be said or refused."""
+    """Why a call stays dense.
+
+    Chosen: the person asked for it, so nothing has to be said or refused.
+    """
 
     text: str
     chosen: bool = False
@@ -72,7 +80,10 @@ def _layer(candidate: Candidate) -> DenseReason | None:
 
 
 def _gradients(candidate: Candidate) -> DenseReason | None:
-    """Training recomputes layers and steps several times; what a run remembers would be of another."""
+    """Training recomputes layers and steps several times.
+
+    What a run remembers would be of another.
+    """
     host = candidate.host
     if torch.is_grad_enabled() and any(x.requires_grad for x in (host.q, host.k, host.v)):
         return DenseReason(TRAINING)

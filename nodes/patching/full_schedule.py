@@ -1,9 +1,10 @@
 """The full schedule around the slice of it that one sampler runs.
 
-Two experts share one schedule: each sampler is handed only its own noise levels, and "the first 2 steps"
-must not be counted anew by the second. What is known: a sampler that adds noise starts a schedule, and one
-whose levels end at 0 ends it. What lies beyond is found by looking for the slice in the schedules that
-ComfyUI itself can make; for levels made by hand it is estimated from the slice's own spacing.
+Two experts share one schedule: each sampler is handed only its own noise levels, and "the first 2
+steps" must not be counted anew by the second. What is known: a sampler that adds noise starts a
+schedule, and one whose levels end at 0 ends it. What lies beyond is found by looking for the slice
+in the schedules that ComfyUI itself can make; for levels made by hand it is estimated from the
+slice's own spacing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ TOLERANCE = 1e-4  # of a level; samplers pass float32 slices of float32 schedule
 def step_schedule(
     plan: ResolvedPlan, sigmas: Tensor, starts: bool, model_sampling: Any
 ) -> StepSchedule:
-    """What a plan says about a sampler's noise levels. starts: it begins a schedule with its own noise."""
+    """What a plan says about a sampler's noise levels.
+
+    Starts: it begins a schedule with its own noise.
+    """
     levels = [float(sigma) for sigma in sigmas]
     adaspa = plan.method == "adaspa"
     outside = steps_outside(
@@ -44,7 +48,8 @@ def step_schedule(
 def sigma_window(start: float, end: float, model_sampling: Any) -> tuple[float, float]:
     """The highest and lowest noise level of a percent window; of an empty one, none fits.
 
-    The ends of the schedule mean "no limit": samplers may start a little above the model's own maximum.
+    The ends of the schedule mean "no limit": samplers may start a little above the model's own
+    maximum.
     """
     if start >= end:
         return -math.inf, math.inf
@@ -69,9 +74,12 @@ class Outside(NamedTuple):
 
 
 def steps_outside(
-    sigmas: list[float], starts: bool, model_sampling: Any, asked: Asked = Asked()  # noqa: B008
+    sigmas: list[float],
+    starts: bool,
+    model_sampling: Any,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> Outside:
-    """Steps of the full schedule around `sigmas` (one more level than steps); 0 for what is not asked.
+    """Steps of the full schedule around `sigmas` (one more level than steps); 0 if not asked for.
 
     Levels that rise, where a video is turned into noise, are a schedule of their own.
     """
@@ -95,7 +103,9 @@ def _known_schedules(model_sampling: Any, at_least: int) -> Iterator[list[float]
         for name in comfy.samplers.SCHEDULER_NAMES:
             try:
                 levels = comfy.samplers.calculate_sigmas(model_sampling, name, steps)
-            except Exception:  # other packs add schedulers, and not each fits each model or step count
+            except (
+                Exception
+            ):  # other packs add schedulers, and not each fits each model or step count
                 continue
             levels = [float(sigma) for sigma in levels]
             yield levels
@@ -120,5 +130,8 @@ def _estimate(sigmas: list[float], begins: bool, ends: bool, sigma_max: float) -
 
 
 def adds_noise(noise: Tensor) -> bool:
-    """Whether a sampler starts from noise of its own; one that goes on with another's gets zeros."""
+    """Whether a sampler starts from noise of its own.
+
+    One that goes on with another's gets zeros.
+    """
     return bool(torch.count_nonzero(noise))

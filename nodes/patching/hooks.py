@@ -1,8 +1,8 @@
-"""What an attention layer is given besides q, k, v, seen by forward pre-hooks: hidden state and RoPE.
+"""Forward pre-hooks that see what an attention layer is given: the hidden state and RoPE.
 
-Attention itself shows neither: q and k arrive projected and rotated. The hooks live for one sampling run,
-only where an adapter needs them, and hold nothing themselves: they write into the model call that is
-under way, if there is one.
+Attention itself shows neither: q and k arrive projected and rotated. The hooks live for one
+sampling run, only where an adapter needs them, and hold nothing themselves: they write into the
+model call that is under way, if there is one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ CALL = "ropeslr_call"
 
 
 class EnteringLayer:
-    """The hidden state and RoPE that the layer under way was called with; its attention takes them."""
+    """The hidden state and RoPE that the layer under way was called with.
+
+    Its attention takes them.
+    """
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
@@ -75,7 +78,9 @@ class ControlBlocks:
 
 
 def read_rope(
-    rope: Tensor | None, tokens: int, video: slice = slice(None)  # noqa: B008  read only
+    rope: Tensor | None,
+    tokens: int,
+    video: slice = slice(None),  # noqa: B008  read only
 ) -> RopeTable | None:
     """cos and sin of ComfyUI's rotation matrices `(1, L, 1, D/2, 2, 2)`, the video's; else None."""
     if not isinstance(rope, Tensor) or rope.ndim != 6 or rope.shape[-2:] != (2, 2):
@@ -88,7 +93,7 @@ def read_rope(
 
 @torch.compiler.disable
 def note_inputs(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a self-attention module, called with (x, rope, transformer_options=...)."""
+    """Forward pre-hook of a self-attention module: (x, rope, transformer_options=...)."""
     call = _call_under_way(kwargs)
     if call is not None and args:
         call.entering.enter(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))

@@ -13,8 +13,8 @@ except ImportError:  # older than it
 def unrecorded() -> contextlib.AbstractContextManager:
     """A context whose allocations may outlive the block of the model that they were made in.
 
-    Newer ComfyUI records what every block allocates and expects it all to be free again at the block's
-    end; what a run remembers from step to step is not.
+    Newer ComfyUI records what every block allocates and expects it all to be free again at the
+    block's end; what a run remembers from step to step is not.
     """
     pause = getattr(model_prefetch, "pause_malloc_graph", None)
     return contextlib.nullcontext() if pause is None else pause()

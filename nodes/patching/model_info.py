@@ -17,16 +17,17 @@ Identity = tuple[str, str]  # a class's module and name
 class Arrangement:
     """How a class of models arranges a sequence: the video, and what may stand around it.
 
-    after: conditionings of a model call whose tokens follow the video's. text_first: everything else
-    stands in front.
+    after: conditionings of a model call whose tokens follow the video's. text_first: everything
+    else stands in front.
     """
 
     after: tuple[str, ...] = ()
     text_first: bool = False
 
 
-# Exact classes, by module and name: a subclass may arrange its tokens in another way, and older versions
-# of ComfyUI have fewer of them. A frame of reference tokens in front is told by the model's `ref_conv`.
+# Exact classes, by module and name: a subclass may arrange its tokens in another way, and older
+# versions of ComfyUI have fewer of them. A frame of reference tokens in front is told by the
+# model's `ref_conv`.
 ARRANGEMENTS: dict[Identity, Arrangement] = {
     # T2V, I2V, Fun, Phantom, 5B, A14B
     (WAN, "WanModel"): Arrangement(after=("context_latents",)),
@@ -64,9 +65,10 @@ class Layer(NamedTuple):
 class ModelInfo:
     """What the patch has to know about a diffusion model.
 
-    unsupported: why its self-attention stays dense; None = it can be sparse. double_layers: those that
-    ComfyUI counts apart from the rest. control_layers: layers with a second block of their own number,
-    for VACE's control video. image_attention: blocks attend to the text a second time, for images.
+    unsupported: why its self-attention stays dense; None = it can be sparse. double_layers: those
+    that ComfyUI counts apart from the rest. control_layers: layers with a second block of their own
+    number, for VACE's control video. image_attention: blocks attend to the text a second time, for
+    images.
     """
 
     name: str
@@ -117,7 +119,10 @@ def unwrap(diffusion_model: Any) -> Any:
 
 
 def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Every block of a model, as it stands there: behind a wrapper where blocks are compiled singly."""
+    """Every block of a model, as it stands there.
+
+    Behind a wrapper where blocks are compiled singly.
+    """
     model = unwrap(diffusion_model)
     names = ("blocks", "vace_blocks", "double_blocks", "single_blocks")
     return [block for name in names for block in getattr(model, name, ())]

@@ -25,7 +25,10 @@ class Notices:
             logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
 
     def dense(self, reason: DenseReason, with_traceback: bool = False) -> None:
-        """Say that calls stay dense; strict makes it an error where the person did not choose it."""
+        """Say that calls stay dense.
+
+        Strict makes it an error where the person did not choose it.
+        """
         if reason.chosen:
             return
         if self.strict:

@@ -1,8 +1,8 @@
-"""The attention override: decides for every attention call between the sparse path and the previous override.
+"""The attention override: sends each attention call to the sparse path or the previous override.
 
-It is set only while one model call runs, so it captures nothing when the node is executed: an override
-that another node set, before or after this pack's node, becomes the previous one and keeps every call
-that stays dense.
+It is set only while one model call runs, so it captures nothing when the node is executed: an
+override that another node set, before or after this pack's node, becomes the previous one and keeps
+every call that stays dense.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ from .malloc_graph import unrecorded
 
 @torch.compiler.disable
 def sparse_override(
-    func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any
+    func: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
-    """What ComfyUI calls; a compiled model breaks its graph here, so that settings always take effect."""
+    """What ComfyUI calls.
+
+    A compiled model breaks its graph here, so that settings always take effect.
+    """
     host = HostCall(func, q, k, v, heads, mask, kwargs)
     call: ModelCall = host.options[CALL]
     layer = call.next_self_attention(host)
@@ -34,7 +43,8 @@ def sparse_override(
         found = _sparse(candidate)
     if isinstance(found, Tensor):
         return found
-    # Here a failed call's tensors are free again, so a dense call may fit where the sparse one did not.
+    # Here a failed call's tensors are free again, so a dense call may fit where the sparse one did
+    # not.
     del candidate
     return call.run_dense(host, layer, found)
 

@@ -1,4 +1,4 @@
-"""Installs the plan on a clone of a MODEL: wrappers around a sampling run and around each model call.
+"""Installs the plan on a clone of a MODEL: wrappers around sampling runs and model calls.
 
 The model itself is never touched, so bypassing or deleting the node leaves nothing behind.
 """
@@ -37,13 +37,13 @@ RUNS = "ropeslr_runs"
 OWN_STEPS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}
 
 NO_WEIGHTS = "{method} has no adapter, and without its weights only block-sparse attention runs"
-CONNECT_ADAPTER = "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none."
+CONNECT_ADAPTER = (
+    "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none."
+)
 ADAPTER_IGNORED = "{method} takes no adapter; '{adapter}' is ignored"
 PROJECTION_ZERO = "the projection in '{adapter}' is zero: only block-sparse attention runs"
 NO_SUCH_LAYERS = "dense_layers has {beyond}; {model} has {count} layers, counted 0-{last}"
-EMPTY_WINDOW = (
-    "start_percent {start:g} is not below end_percent {end:g}, so no step runs sparse"
-)
+EMPTY_WINDOW = "start_percent {start:g} is not below end_percent {end:g}, so no step runs sparse"
 NOT_AN_ADAPTER = (
     "adapter is a {kind}; connect the output of Load RoPeSLR Adapter or Load Sparse Checkpoint."
 )
@@ -58,7 +58,10 @@ class Runs:
     by_model: dict[Any, SamplingRun] = field(default_factory=dict)
 
     def of(self, base_model: Any) -> SamplingRun | None:
-        """The run of a model; that of the guider's own for one without a node, which is counted there."""
+        """The run of a model.
+
+        That of the guider's own for one without a node, which is counted there.
+        """
         return self.by_model.get(base_model) or self.main
 
 
@@ -76,7 +79,9 @@ class SparsePatch:
         self.make_attention = make_attention
         self.last_report: RunReport | None = None
         self.notices = Notices(plan.strict)
-        self.known_missing: set[frozenset[Hashable]] = set()  # layers that stay silent when compiled
+        self.known_missing: set[frozenset[Hashable]] = (
+            set()
+        )  # layers that stay silent when compiled
         self._guest: SamplingRun | None = None  # begun in another model's sampling
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +96,9 @@ class SparsePatch:
         if self.plan.strict and self.plan.backend != "dense":
             run.refuse_hopeless(noise)
         options = guider.model_options.setdefault("transformer_options", {})
-        options[RUNS] = Runs(run, dict.fromkeys(run.models, run))  # in a copy that ends with the run
+        options[RUNS] = Runs(
+            run, dict.fromkeys(run.models, run)
+        )  # in a copy that ends with the run
         completed = False
         try:
             with watching(_modules(run), self._needs_inputs(run)):
@@ -106,8 +113,8 @@ class SparsePatch:
     ) -> None:
         """ON_PREPARE_STATE callback, before the model calls of a step.
 
-        A guider with two models hands the first one's options to the second, whose own wrappers nobody
-        calls: the second one's run begins here, so that it follows its own node.
+        A guider with two models hands the first one's options to the second, whose own wrappers
+        nobody calls: the second one's run begins here, so that it follows its own node.
         """
         if not isinstance(model_options, dict):  # an older ComfyUI, which has no such guider
             return
@@ -194,9 +201,9 @@ def install(
 ) -> Any:
     """A clone of MODEL that samples as the plan says; a plan that this node set before is replaced.
 
-    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as asked,
-    ValueError when the adapter fits neither the plan's method nor the model, TritonNotUsable when the
-    plan demands Triton in vain.
+    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as
+    asked, ValueError when the adapter fits neither the plan's method nor the model, TritonNotUsable
+    when the plan demands Triton in vain.
     """
     if adapter is not None and not isinstance(adapter, Adapter):
         raise ValueError(NOT_AN_ADAPTER.format(kind=type(adapter).__name__))
@@ -235,9 +242,7 @@ def put_on(model: Any, patch: SparsePatch) -> None:
     model.set_attachments(KEY, patch)
 
 
-def _check_fit(
-    model: Any, info: ModelInfo, plan: ResolvedPlan, adapter: Adapter | None
-) -> None:
+def _check_fit(model: Any, info: ModelInfo, plan: ResolvedPlan, adapter: Adapter | None) -> None:
     """The adapter, the backend and the layer numbers against a supported model."""
     if adapter is not None:
         identities = info.layer_identities()
@@ -292,6 +297,9 @@ def _say_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
 
 
 def last_report(model: Any) -> RunReport | None:
-    """The report of the last sampling run of a patched MODEL or any of its clones; None before it."""
+    """The report of the last sampling run of a patched MODEL or any of its clones.
+
+    None before it.
+    """
     patch: SparsePatch | None = model.get_attachment(KEY)
     return None if patch is None else patch.last_report

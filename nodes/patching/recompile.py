@@ -1,9 +1,9 @@
-"""A model that was compiled without the node: its graphs never call the override, so it is compiled anew.
+"""Recompiles a model that was compiled without the node: its graphs never call the override.
 
-torch.compile nodes drop the guards on transformer_options: a graph, of the whole model or of one block, that
-was made without this node is used again and never calls the override. Layers that other nodes skip do not
-either; so a shape that once was complete is believed, and layers that stay silent when compiled anew are known
-from then on.
+torch.compile nodes drop the guards on transformer_options: a graph, of the whole model or of one
+block, that was made without this node is used again and never calls the override. Layers that other
+nodes skip do not either; so a shape that once was complete is believed, and layers that stay silent
+when compiled anew are known from then on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Recompiler:
         return True
 
     def settle(self, missing: Layers) -> None:
-        """Layers that stay silent in a graph made with the override: that is how this model runs."""
+        """Layers that stay silent in a graph made with the override.
+
+        That is how this model runs.
+        """
         if missing:
             self.known_missing.add(missing)
 

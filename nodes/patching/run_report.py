@@ -35,8 +35,8 @@ class RunReport:
     seconds: float  # wall time of the run
     completed: bool
     tokens: int  # of the longest sparse sequence
-    # Time in sparse and in dense self-attention, and the median of one such call, since the first calls
-    # may compile kernels; None on devices without a clock.
+    # Time in sparse and in dense self-attention, and the median of one such call, since the first
+    # calls may compile kernels; None on devices without a clock.
     attention_seconds: dict[str, float] | None
     call_seconds: dict[str, float] | None
     spent_parts: dict[str, float]  # spent_tflop by what it was spent on, see tally.COMPONENTS
@@ -66,7 +66,9 @@ class RunReport:
     def _method(self) -> str:
         if self.adapter:
             return f"{self.method} ({self.adapter})"
-        return f"{self.method} without its weights" if self.method in ("rola", "sla") else self.method
+        return (
+            f"{self.method} without its weights" if self.method in ("rola", "sla") else self.method
+        )
 
     def _how(self) -> str:
         if not self.sparse_calls:
@@ -100,8 +102,8 @@ class RunReport:
 def _running_workflow(prompt_server: Any) -> str | None:
     """The id of the workflow that runs, since the browser may show another by now; None if unknown.
 
-    Read from the queue: a node's own hidden inputs are those of its first run, as long as ComfyUI keeps
-    its output.
+    Read from the queue: a node's own hidden inputs are those of its first run, as long as ComfyUI
+    keeps its output.
     """
     try:
         (item,) = prompt_server.prompt_queue.currently_running.values()

@@ -1,4 +1,7 @@
-"""One sampling run of a patched model: its schedule, what its method remembers, and what happened."""
+"""One sampling run of a patched model.
+
+Its schedule, what its method remembers, and what happened.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ from .timing import AttentionTiming
 logger = logging.getLogger(__name__)
 
 SLOW_BACKEND = (
-    "sparse attention runs in plain PyTorch, which may be slower on {device} than dense attention: {why}"
+    "sparse attention runs in plain PyTorch, which may be slower on {device} than dense attention: "
+    "{why}"
 )
 NOT_FINITE_HERE = "a sparse output was not finite (NaN or infinite)"
 MAKE_LONGER = "Lower min_tokens, make the video larger or longer, or switch strict off."
@@ -61,7 +65,9 @@ class SamplingRun:
         self.tally = Tally()
         self.timing = AttentionTiming()
         self.previous = ""  # who else had set an override
-        self.unguarded: set[Hashable] = set()  # conditionings that dense attention makes infinite too
+        self.unguarded: set[Hashable] = (
+            set()
+        )  # conditionings that dense attention makes infinite too
         self.started = time.perf_counter()
         self._make_attention = make_attention
         # The first device takes the attention that is there already.
@@ -76,7 +82,7 @@ class SamplingRun:
         return any(base_model is each for each in self.models)
 
     def refuse_hopeless(self, latent: Tensor) -> None:
-        """Raise before the first step if no call could be sparse for a reason that was not chosen."""
+        """Raise before the first step if no call can be sparse, for a reason that nobody chose."""
         if self.info.unsupported:
             raise SparseNotPossible(self.info.unsupported)
         if latent.ndim == 5:
@@ -121,7 +127,10 @@ class SamplingRun:
         return backend
 
     def begin_call(self, previous: Callable | None) -> None:
-        """Count a model call. previous: the override that was set before, which gets dense calls."""
+        """Count a model call.
+
+        Previous: the override that was set before, which gets dense calls.
+        """
         with self._lock:
             self.tally.model_calls += 1
             first = self.tally.model_calls == 1

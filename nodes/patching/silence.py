@@ -1,4 +1,7 @@
-"""Layers that never called the attention override in a model call: which, and why as far as can be told."""
+"""Layers that never called the attention override in a model call.
+
+Which, and why as far as can be told.
+"""
 
 from __future__ import annotations
 
@@ -69,5 +72,3 @@ def _block(diffusion_model: Any, layer: Hashable) -> Any:
     else:
         found, number = getattr(model, "blocks", ()), layer
     return unwrap(found[number]) if isinstance(number, int) and number < len(found) else None
-
-

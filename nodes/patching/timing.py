@@ -1,4 +1,4 @@
-"""Time spent in self-attention during one run, without ever waiting for the device while it runs."""
+"""Time spent in self-attention during one run, without waiting for the device meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 
 class AttentionTiming:
-    """Spans by kind ("sparse", "dense"): device events on CUDA and ROCm, the wall on a CPU, else none."""
+    """Spans by kind ("sparse", "dense").
+
+    Device events on CUDA and ROCm, the wall on a CPU, else none.
+    """
 
     def __init__(self) -> None:
         self._walls: list[tuple[str, float]] = []

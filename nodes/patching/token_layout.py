@@ -1,4 +1,4 @@
-"""Where the video's tokens lie in the sequence of one attention call, and which text tokens a mask hides."""
+"""Where the video's tokens lie in the sequence of a call, and which text tokens a mask hides."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MASK_VALUES = "an attention mask that weighs tokens, or hides some of the video,
 class SequenceInfo:
     """What one model call tells of its tokens, before any layer runs.
 
-    grid: the video's, as its latent has it; what the model itself writes into transformer_options counts
-    for more. text_first: everything that is not video stands before it. reference: a frame of reference
-    tokens stands before it. after: what this call brings stands after it.
+    grid: the video's, as its latent has it; what the model itself writes into transformer_options
+    counts for more. text_first: everything that is not video stands before it. reference: a frame
+    of reference tokens stands before it. after: what this call brings stands after it.
     """
 
     grid: tuple[int, ...]
@@ -55,7 +55,7 @@ class SequenceInfo:
 def sequence_info(
     info: ModelInfo, model: torch.nn.Module, latent: Tensor, conditions: Mapping[str, Any]
 ) -> SequenceInfo:
-    """What a model call with a latent `(B, C, T, H, W)` and such conditionings tells of its tokens."""
+    """The tokens of a model call with a latent `(B, C, T, H, W)` and these conditionings."""
     shape = list(latent.shape)
     more_frames = conditions.get("time_dim_concat")  # Phantom's subjects, as frames after the video
     if more_frames is not None and not info.arrangement.text_first:

@@ -1,4 +1,7 @@
-"""Adapter files and released checkpoints: what goes in comes out, what fits is told, what is wrong is refused."""
+"""Adapter files and released checkpoints.
+
+What goes in comes out, what fits is told, what is wrong is refused.
+"""
 
 import contextlib
 import dataclasses
@@ -52,10 +55,12 @@ def attend(adapter, grid=GRID, **plan):
 
 
 ADAPTERS = {
-    "ropeslr": lambda: ropeslr_adapter(2, HEADS, WIDTH), "binned": lambda: ropeslr_adapter(
-        2, HEADS, WIDTH, noise_levels=(0.1, 0.5)), "table": lambda: ropeslr_adapter(2, HEADS, WIDTH, pe="table"),
+    "ropeslr": lambda: ropeslr_adapter(2, HEADS, WIDTH),
+    "binned": lambda: ropeslr_adapter(2, HEADS, WIDTH, noise_levels=(0.1, 0.5)),
+    "table": lambda: ropeslr_adapter(2, HEADS, WIDTH, pe="table"),
     "rms": lambda: ropeslr_adapter(2, HEADS, WIDTH, fusion="rms", act="elu"),
-    "rola": lambda: rola_adapter(2, HEADS, WIDTH, rank=16), "sla": lambda: sla_adapter(2, HEADS, WIDTH),
+    "rola": lambda: rola_adapter(2, HEADS, WIDTH, rank=16),
+    "sla": lambda: sla_adapter(2, HEADS, WIDTH),
 }
 
 
@@ -63,17 +68,24 @@ ADAPTERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_it_gives_the_same_bits(kind, dtype, tmp_path):
     made = ADAPTERS[kind]()
-    layers = {layer: {name: x.to(dtype) for name, x in weights.items()} for layer, weights in made.layers.items()}
+    layers = {
+        layer: {name: x.to(dtype) for name, x in weights.items()}
+        for layer, weights in made.layers.items()
+    }
     made = adapters.Adapter(made.info, layers, made.name)
     path = adapters.write_adapter(made, tmp_path / "folder" / "mine.safetensors")
     read = adapters.read_adapter(path)
     assert read.info == made.info and read.name == "mine.safetensors"
-    assert {key: x.dtype for key, x in read.tensors().items()} == {key: dtype for key in made.tensors()}
+    assert {key: x.dtype for key, x in read.tensors().items()} == {
+        key: dtype for key in made.tensors()
+    }
     assert torch.equal(attend(read)[0], attend(made)[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-def test_a_malformed_file_gives_a_clear_error_runs_nothing_and_leaves_nothing(case, tmp_path, monkeypatch):
+def test_a_malformed_file_gives_a_clear_error_runs_nothing_and_leaves_nothing(
+    case, tmp_path, monkeypatch
+):
     _, ending, write, word = case
     marked = tmp_path / "marked"
     monkeypatch.setattr(malformed.Evil, "MARK", str(marked))
@@ -84,7 +96,8 @@ def test_a_malformed_file_gives_a_clear_error_runs_nothing_and_leaves_nothing(ca
     before = sorted(folder.iterdir())
     first = lambda: malformed.read(path)  # noqa: E731
     for do in (
-        first, lambda: adapters.describe(path),
+        first,
+        lambda: adapters.describe(path),
         lambda: adapters.convert(path, folder / "out.safetensors", folder / "adapter.safetensors"),
     ):
         with pytest.raises(adapters.AdapterError) as caught:
@@ -111,7 +124,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     monkeypatch.setattr(load(".attention.adapters.atomic"), "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapters.write_adapter(sla_adapter(1, 2, 16, size=2.0), path)
-    assert path.read_bytes() == old and [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == old and [each.name for each in tmp_path.iterdir()] == [
+        "a.safetensors"
+    ]
 
 
 def test_readers_of_a_file_that_is_written_anew_never_see_a_part(tmp_path):
@@ -147,7 +162,9 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
 def test_an_adapter_that_is_not_valid_is_not_written(tmp_path):
     made = sla_adapter(1, 2, 16)
     single(made)["weight"][0, 0] = torch.nan
-    with pytest.raises(adapters.AdapterError, match="a.safetensors: .*weight has 1 of 256 values that are NaN"):
+    with pytest.raises(
+        adapters.AdapterError, match="a.safetensors: .*weight has 1 of 256 values that are NaN"
+    ):
         adapters.write_adapter(made, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -155,17 +172,33 @@ def test_an_adapter_that_is_not_valid_is_not_written(tmp_path):
 def test_the_error_for_another_model_names_both_and_says_what_to_do():
     with pytest.raises(adapters.AdapterError) as caught:
         adapters.check_model(ropeslr_adapter(2, 4, 16), range(30), 12, 128, "this WanModel")
-    for word in ("random.safetensors", "2 layers, 4 heads of 16", "30 layers, 12 heads of 128", "disconnect it"):
+    for word in (
+        "random.safetensors",
+        "2 layers, 4 heads of 16",
+        "30 layers, 12 heads of 128",
+        "disconnect it",
+    ):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("family, ending, prefix, wrap", [
-    ("sparkwan", ".pth", "net.", None), ("sparkwan", ".pth", "net_ema.", "state_dict"),
-    ("sparkwan", ".safetensors", "", None), ("sparkwan", ".safetensors", "model.diffusion_model.", None),
-    ("turbowan", ".pth", "", None), ("turbowan", ".pth", "net.", "model"), ("turbowan", ".safetensors", "net.", None),
-])
-@pytest.mark.parametrize("model", [dict(), dict(channels=36), dict(channels=36, image=True), dict(channels=48)])
-def test_released_checkpoints_become_a_model_and_an_adapter(family, ending, prefix, wrap, model, tmp_path):
+@pytest.mark.parametrize(
+    "family, ending, prefix, wrap",
+    [
+        ("sparkwan", ".pth", "net.", None),
+        ("sparkwan", ".pth", "net_ema.", "state_dict"),
+        ("sparkwan", ".safetensors", "", None),
+        ("sparkwan", ".safetensors", "model.diffusion_model.", None),
+        ("turbowan", ".pth", "", None),
+        ("turbowan", ".pth", "net.", "model"),
+        ("turbowan", ".safetensors", "net.", None),
+    ],
+)
+@pytest.mark.parametrize(
+    "model", [dict(), dict(channels=36), dict(channels=36, image=True), dict(channels=48)]
+)
+def test_released_checkpoints_become_a_model_and_an_adapter(
+    family, ending, prefix, wrap, model, tmp_path
+):
     weights = getattr(checkpoints, family)(**model)
     path = checkpoints.save(weights, tmp_path / f"Wan-0.95Sparsity{ending}", prefix, wrap)
     file = adapters.open_checkpoint(path)
@@ -177,11 +210,15 @@ def test_released_checkpoints_become_a_model_and_an_adapter(family, ending, pref
     sparse = adapter.tensors()
     assert set(sparse) | set(backbone) == set(weights) and not set(sparse) & set(backbone)
     for name, tensor in (sparse | backbone).items():
-        assert torch.equal(tensor.flatten(), weights[name].flatten()) and tensor.dtype == weights[name].dtype
+        assert (
+            torch.equal(tensor.flatten(), weights[name].flatten())
+            and tensor.dtype == weights[name].dtype
+        )
     out = adapters.convert(path, tmp_path / "out.safetensors", tmp_path / "adapter.safetensors")
     converted = adapters.open_checkpoint(out)
     assert {name: x.tolist() for name, x in converted.adapter().tensors().items()} == {
-        name: x.tolist() for name, x in sparse.items()}
+        name: x.tolist() for name, x in sparse.items()
+    }
     assert all(torch.equal(x, backbone[name]) for name, x in converted.backbone().items())
     assert adapters.read_adapter(tmp_path / "adapter.safetensors").info.source == path.name
 
@@ -189,9 +226,13 @@ def test_released_checkpoints_become_a_model_and_an_adapter(family, ending, pref
 def test_weights_of_an_average_go_before_those_of_the_last_step(tmp_path):
     """Training files hold both; the average is what was meant to be sampled with."""
     last, average = checkpoints.sparkwan(), checkpoints.sparkwan(seed=9)
-    both = {f"net.{k}": x for k, x in last.items()} | {f"net_ema.{k}": x for k, x in average.items()}
+    both = {f"net.{k}": x for k, x in last.items()} | {
+        f"net_ema.{k}": x for k, x in average.items()
+    }
     path = checkpoints.save(both, tmp_path / "both.pth")
-    assert torch.equal(adapters.open_checkpoint(path).backbone()["head.modulation"], average["head.modulation"])
+    assert torch.equal(
+        adapters.open_checkpoint(path).backbone()["head.modulation"], average["head.modulation"]
+    )
 
 
 def test_the_int8_files_are_taken_back_to_numbers(tmp_path):
@@ -207,8 +248,13 @@ def test_the_int8_files_are_taken_back_to_numbers(tmp_path):
 def test_the_shapes_of_the_real_1_3b_model(tmp_path):
     """One layer of it, both families: the tensors that a real file holds, in their real sizes."""
     base = checkpoints.wan_weights(1536, 1, 8960)
-    assert base["blocks.0.ffn.0.weight"].shape == (8960, 1536) and base["patch_embedding.weight"].shape == (1536, 64)
-    for name, extra in (("rola", checkpoints.rola_weights(1536, 1)), ("sla", checkpoints.sla_weights(1))):
+    assert base["blocks.0.ffn.0.weight"].shape == (8960, 1536) and base[
+        "patch_embedding.weight"
+    ].shape == (1536, 64)
+    for name, extra in (
+        ("rola", checkpoints.rola_weights(1536, 1)),
+        ("sla", checkpoints.sla_weights(1)),
+    ):
         path = checkpoints.save(base | extra, tmp_path / f"{name}.pth", "net.")
         file = adapters.open_checkpoint(path)
         info = file.adapter().info
@@ -218,7 +264,9 @@ def test_the_shapes_of_the_real_1_3b_model(tmp_path):
 
 def test_a_large_file_is_mapped_and_not_read(tmp_path):
     """Opening a checkpoint must not take memory for its weights."""
-    path = checkpoints.save(checkpoints.sparkwan(dim=1024, layers=2), tmp_path / "large.pth", "net.")
+    path = checkpoints.save(
+        checkpoints.sparkwan(dim=1024, layers=2), tmp_path / "large.pth", "net."
+    )
     assert path.stat().st_size > 60e6
     file = adapters.open_checkpoint(path)
     storage = file.read("blocks.1.ffn.0.weight").untyped_storage()
@@ -230,7 +278,13 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path):
 def test_what_a_file_is_in_words(tmp_path):
     path = checkpoints.save(checkpoints.sparkwan(), tmp_path / "SparkWan-0.90Sparsity.pth", "net.")
     text = "\n".join(adapters.describe(path))
-    for word in ("RoLA (SparkWan)", "2 layers, 2 heads of 128", "sparsity 0.9", "raster", "(256, 16, 1, 2, 2)"):
+    for word in (
+        "RoLA (SparkWan)",
+        "2 layers, 2 heads of 128",
+        "sparsity 0.9",
+        "raster",
+        "(256, 16, 1, 2, 2)",
+    ):
         assert word in text
     own = adapters.write_adapter(sla_adapter(2, 2, 16, size=0.0), tmp_path / "zero.safetensors")
     text = "\n".join(adapters.describe(own))
@@ -245,7 +299,7 @@ def little_memory(megabytes=100):
     """What runs inside may not take more than this, not even for a moment."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs Linux's own count of memory")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")            # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before = peak_kilobytes()
     yield
     taken = (peak_kilobytes() - before) / 1024
@@ -253,7 +307,9 @@ def little_memory(megabytes=100):
 
 
 def peak_kilobytes():
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[1])
+    return int(
+        re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[1]
+    )
 
 
 def refused(do, path):
@@ -265,10 +321,13 @@ def refused(do, path):
     return said
 
 
-@pytest.mark.parametrize("make, words", [
-    (malformed.large_checkpoint, "it is a whole checkpoint, not an adapter"),
-    (malformed.large_adapter, r"weight has the shape \(16384, 16384\); expected \(16, 16\)"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (malformed.large_checkpoint, "it is a whole checkpoint, not an adapter"),
+        (malformed.large_adapter, r"weight has the shape \(16384, 16384\); expected \(16, 16\)"),
+    ],
+)
 def test_load_adapter_refuses_a_gigabyte_by_its_header_without_reading_it(make, words, tmp_path):
     path = make(tmp_path / "large.safetensors", 16384)
     assert path.stat().st_size > 1 << 30
@@ -277,14 +336,20 @@ def test_load_adapter_refuses_a_gigabyte_by_its_header_without_reading_it(make, 
     assert re.search(words, said), said
 
 
-@pytest.mark.parametrize("count, words", [
-    (1_000_000, "header has 72,889,302 bytes; expected at most 16,777,216"),
-    (100_000, "header lists 100,000 tensors; expected at most 65,536"),
-])
+@pytest.mark.parametrize(
+    "count, words",
+    [
+        (1_000_000, "header has 72,889,302 bytes; expected at most 16,777,216"),
+        (100_000, "header lists 100,000 tensors; expected at most 65,536"),
+    ],
+)
 def test_a_million_keys_are_refused_quickly_and_in_words(count, words, tmp_path):
     path = malformed.many_keys(tmp_path / "many.safetensors", count)
     started = time.monotonic()
-    said = [refused(do, path) for do in (adapters.read_adapter, adapters.open_checkpoint, adapters.describe)]
+    said = [
+        refused(do, path)
+        for do in (adapters.read_adapter, adapters.open_checkpoint, adapters.describe)
+    ]
     assert time.monotonic() - started < 10
     assert all(words in each for each in said), said
 
@@ -311,16 +376,23 @@ def test_a_compressed_checkpoint_is_refused_by_name_and_saved_again_as_advised_i
 
 def test_a_refused_pickle_is_told_in_our_own_words(tmp_path):
     """Torch advises to load it again without protection, in escape codes."""
-    for how, name in (("open", "io.open"), ("system", f"{os.system.__module__}.system"), ("eval", "eval")):
+    for how, name in (
+        ("open", "io.open"),
+        ("system", f"{os.system.__module__}.system"),
+        ("eval", "eval"),
+    ):
         path = tmp_path / f"{how}.pth"
         torch.save({"x": malformed.Evil(how)}, path)
         assert f"contains objects other than tensors ('{name}'); nothing was executed" in refused(
-            adapters.open_checkpoint, path)
+            adapters.open_checkpoint, path
+        )
     painted = refused(adapters.open_checkpoint, malformed.painted_pickle(tmp_path / "painted.pth"))
     assert "\\x1b[31mmodule" in painted and "nothing was executed" in painted
     for path in tmp_path.iterdir():
         said = refused(adapters.open_checkpoint, path)
-        assert "weights_only" not in said and "e-running" not in said and "torch.load" not in said, said
+        assert (
+            "weights_only" not in said and "e-running" not in said and "torch.load" not in said
+        ), said
 
 
 @pytest.fixture
@@ -348,7 +420,10 @@ def another_user():
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_a_file_without_read_permission_is_told_as_one(open_folder):
     own = adapters.write_adapter(sla_adapter(1, 2, 16), open_folder / "own.safetensors")
-    released = [checkpoints.save(checkpoints.sparkwan(), open_folder / f"wan{end}") for end in (".pth", ".safetensors")]
+    released = [
+        checkpoints.save(checkpoints.sparkwan(), open_folder / f"wan{end}")
+        for end in (".pth", ".safetensors")
+    ]
     cases = [(adapters.read_adapter, own), *((adapters.open_checkpoint, path) for path in released)]
     for _, path in cases:
         path.chmod(0)
@@ -366,9 +441,14 @@ def test_a_file_without_read_permission_is_told_as_one(open_folder):
 PAINTED = "\x1b[31mred\x00\x1b[0m\n\u202e" + "x" * 100
 
 
-@pytest.mark.parametrize("value", [PAINTED, "7" * 5_000, "0.5," * 15_000, PAINTED * 50_000], ids=lambda x: str(len(x)))
-@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(adapters.AdapterInfo)] + [
-    "format", "format_version", "rope_axes"])
+@pytest.mark.parametrize(
+    "value", [PAINTED, "7" * 5_000, "0.5," * 15_000, PAINTED * 50_000], ids=lambda x: str(len(x))
+)
+@pytest.mark.parametrize(
+    "field",
+    [each.name for each in dataclasses.fields(adapters.AdapterInfo)]
+    + ["format", "format_version", "rope_axes"],
+)
 def test_text_from_a_header_is_short_and_printable_wherever_it_is_shown(field, value, tmp_path):
     made = ropeslr_adapter(1, 2, 16, rank=6)
     path = tmp_path / "a.safetensors"
@@ -425,8 +505,13 @@ def test_numbers_that_are_too_large_for_float32_are_refused():
     made = sla_adapter(1, 2, 16)
     large = single(made) | {"weight": single(made)["weight"].double()}
     large["weight"][0, :3] = torch.tensor([1e300, -1e39, 1e38], dtype=torch.float64)
-    with pytest.raises(adapters.AdapterError, match="weight has 2 of 256 values that are NaN, infinite or too large"):
-        adapters.write_adapter(adapters.Adapter(made.info, {"blocks.0.self_attn": large}), "unused.safetensors")
+    with pytest.raises(
+        adapters.AdapterError,
+        match="weight has 2 of 256 values that are NaN, infinite or too large",
+    ):
+        adapters.write_adapter(
+            adapters.Adapter(made.info, {"blocks.0.self_attn": large}), "unused.safetensors"
+        )
 
 
 def test_an_sla_adapter_with_another_feature_map_is_refused():
@@ -440,13 +525,24 @@ def test_an_sla_adapter_with_another_feature_map_is_refused():
 def test_a_layer_is_found_by_its_identity_in_the_model_and_by_its_name():
     wan = sla_adapter(11, 2, 16)
     for index in range(11):
-        assert wan.layer(index) is wan.layer(f"blocks.{index}.self_attn") is wan.layers[f"blocks.{index}.self_attn"]
-    hunyuan = adapters.Adapter(wan.info, {"double_blocks.0": single(wan), "single_blocks.12": single(wan)})
+        assert (
+            wan.layer(index)
+            is wan.layer(f"blocks.{index}.self_attn")
+            is wan.layers[f"blocks.{index}.self_attn"]
+        )
+    hunyuan = adapters.Adapter(
+        wan.info, {"double_blocks.0": single(wan), "single_blocks.12": single(wan)}
+    )
     assert hunyuan.layer(("single", 12)) is hunyuan.layers["single_blocks.12"]
-    assert hunyuan.knows(("double", 0)) and not hunyuan.knows(("double", 12)) and not hunyuan.knows(0)
+    assert (
+        hunyuan.knows(("double", 0)) and not hunyuan.knows(("double", 12)) and not hunyuan.knows(0)
+    )
     with pytest.raises(KeyError):
         hunyuan.layer(("double", 12))
-    assert [adapters.layer_name(layer) for layer in (10, ("double", 3))] == ["blocks.10.self_attn", "double_blocks.3"]
+    assert [adapters.layer_name(layer) for layer in (10, ("double", 3))] == [
+        "blocks.10.self_attn",
+        "double_blocks.3",
+    ]
 
 
 # What is left behind
@@ -527,7 +623,7 @@ def test_the_next_save_removes_what_a_killed_save_left_and_nothing_else(tmp_path
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert left.exists() and not path.exists()
-        adapters.write_adapter(sla_adapter(1, 2, 16), other)                  # the save of another file
+        adapters.write_adapter(sla_adapter(1, 2, 16), other)  # the save of another file
         assert left.exists()
         adapters.write_adapter(sla_adapter(1, 2, 16), path)
         assert not left.exists() and others_than(path, other, own) == []
@@ -541,17 +637,23 @@ def test_a_save_never_removes_what_a_living_process_is_writing(tmp_path):
         (left,) = others_than(path)
         files = list(left.iterdir())
         for each in (left, *files):
-            os.utime(each, (0, 0))          # asleep for years: still alive
+            os.utime(each, (0, 0))  # asleep for years: still alive
         adapters.write_adapter(sla_adapter(1, 2, 16), path)
         assert left.exists() and list(left.iterdir()) == files and files
 
 
 def test_an_unfinished_file_of_another_machine_is_removed_after_a_day_without_a_write(tmp_path):
-    """Process numbers say nothing there; nor does our own, which a container may have given before."""
+    """Process numbers say nothing there.
+
+    Nor does our own, which a container may have given before.
+    """
     path = tmp_path / "mine.safetensors"
     atomic = load(".attention.adapters.atomic")
     ours = atomic._machine()
-    strangers = [tmp_path / f"mine.{name}-00dead.partial" for name in (f"abcdef-{2**22 + 7}", f"{ours}-{os.getpid()}")]
+    strangers = [
+        tmp_path / f"mine.{name}-00dead.partial"
+        for name in (f"abcdef-{2**22 + 7}", f"{ours}-{os.getpid()}")
+    ]
     for each in strangers:
         each.mkdir()
         (each / "tensors").touch()
@@ -561,7 +663,7 @@ def test_an_unfinished_file_of_another_machine_is_removed_after_a_day_without_a_
     for each in strangers:
         os.utime(each, (yesterday, yesterday))
     adapters.write_adapter(sla_adapter(1, 2, 16), path)
-    assert others_than(path) == sorted(strangers)                             # written to a moment ago
+    assert others_than(path) == sorted(strangers)  # written to a moment ago
     for each in strangers:
         os.utime(each / "tensors", (yesterday, yesterday))
     adapters.write_adapter(sla_adapter(1, 2, 16), path)
@@ -589,7 +691,7 @@ def test_the_rank_of_the_loader_counts_where_the_plan_says_nothing(kind):
     assert torch.equal(attend(limited)[0], attend(made, rank=8)[0])
     assert torch.equal(attend(limited, rank=12)[0], attend(made, rank=12)[0])
     assert not torch.equal(attend(limited)[0], attend(made)[0])
-    assert torch.equal(attend(made, rank=128)[0], attend(made)[0])            # more than there is: all
+    assert torch.equal(attend(made, rank=128)[0], attend(made)[0])  # more than there is: all
 
 
 # Without what an adapter needs
@@ -603,7 +705,9 @@ def test_a_missing_input_is_named():
         run.attend(q, k, v, Call(layout))
     with pytest.raises(ValueError, match="rola's low-rank branch needs the model's RoPE angles"):
         run.attend(q, k, v, Call(layout, inputs=inputs()._replace(rope=None)))
-    plain = ropeslr_adapter(1, HEADS, WIDTH, pe="none", without={"proj_q", "proj_k", "low_rank_scale", "gate_weight"})
+    plain = ropeslr_adapter(
+        1, HEADS, WIDTH, pe="none", without={"proj_q", "proj_k", "low_rank_scale", "gate_weight"}
+    )
     run = run_of(plain)
     assert run.missing(attention.LayerInputs()) is None
 
@@ -625,4 +729,9 @@ def test_another_method_than_the_adapters_is_refused_or_leaves_it_out():
     with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola"):
         run_of(made, method="sla")
     run = run_of(made, method="top-k")
-    assert not run.needs_x and run.plan.adapter is None and run.plan.method == "top-k" and run.plan.block_order == "cube"
+    assert (
+        not run.needs_x
+        and run.plan.adapter is None
+        and run.plan.method == "top-k"
+        and run.plan.block_order == "cube"
+    )

@@ -1,4 +1,7 @@
-"""AdaSpa: which blocks it finds, how heads share the work, when it searches, and whose masks are whose."""
+"""AdaSpa.
+
+Which blocks it finds, how heads share the work, when it searches, and whose masks are whose.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from support.data.runs import run_of as run_by
 attention = load(".attention")
 adaspa = load(".attention.methods.adaspa")
 ops = load(".kernels.ops")
-GRID = (8, 14, 18)                          # 2016 tokens, 31.5 blocks
+GRID = (8, 14, 18)  # 2016 tokens, 31.5 blocks
 
 
 def run_of(sparsity=0.8, **plan):
@@ -21,7 +24,11 @@ def run_of(sparsity=0.8, **plan):
 
 def masks(bits, blocks):
     """Bits as booleans."""
-    return ((bits[..., None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten(-2)[..., :blocks].bool()
+    return (
+        ((bits[..., None] >> torch.arange(32, dtype=torch.int32)) & 1)
+        .flatten(-2)[..., :blocks]
+        .bool()
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -51,19 +58,22 @@ def block_mass(q, k, lse, table):
     """Softmax mass of every pair of blocks, straight from its definition: `(1, H, N, N)`."""
     weights = (q @ k.mT * q.shape[-1] ** -0.5 - lse[..., None]).exp()
     rows = [[int(t) for t in row if t >= 0] for row in table]
-    return torch.stack([
-        torch.stack([weights[:, :, i][..., j].sum((-1, -2)) for j in rows], -1) for i in rows
-    ], -2)
+    return torch.stack(
+        [torch.stack([weights[:, :, i][..., j].sum((-1, -2)) for j in rows], -1) for i in rows], -2
+    )
 
 
-@pytest.mark.parametrize("recall, expected", [
-    ([0.95, 0.9, 0.85, 0.5, 0.6, 0.7], [0, 0, 0, 2, 2, 2]),                   # three good heads, half of them
-    ([0.95, 0.2, 0.5, 0.6], [0, 2, 1, 1]),
-    ([0.9, 0.91, 0.92, 0.93], [2, 2, 0, 0]),                                  # all good: no more than half of the heads
-    ([0.1, 0.2, 0.3], [1, 1, 1]),
-    ([0.99], [1]),
-    ([0.99, 0.98, 0.97], [0, 1, 2]),
-])
+@pytest.mark.parametrize(
+    "recall, expected",
+    [
+        ([0.95, 0.9, 0.85, 0.5, 0.6, 0.7], [0, 0, 0, 2, 2, 2]),  # three good heads, half of them
+        ([0.95, 0.2, 0.5, 0.6], [0, 2, 1, 1]),
+        ([0.9, 0.91, 0.92, 0.93], [2, 2, 0, 0]),  # all good: no more than half of the heads
+        ([0.1, 0.2, 0.3], [1, 1, 1]),
+        ([0.99], [1]),
+        ([0.99, 0.98, 0.97], [0, 1, 2]),
+    ],
+)
 def test_heads_of_high_recall_give_to_those_of_low_recall(recall, expected):
     assert adaspa.choose(torch.tensor([recall])).tolist() == [expected]
 
@@ -72,16 +82,16 @@ def test_the_three_sparsities_and_their_mean():
     assert adaspa.head_sparsities(0.8) == pytest.approx((0.9, 0.8, 0.7))
     assert adaspa.head_sparsities(1 / 3)[2] == pytest.approx(0.0, abs=1e-9)
     assert adaspa.head_sparsities(0.2) == (0.2,)
-    grid = (10, 16, 20)                     # 50 blocks: 5, 10, 15 of them are whole numbers
+    grid = (10, 16, 20)  # 50 blocks: 5, 10, 15 of them are whole numbers
     heads = 6
     q, k, v = smooth_qkv(grid, heads=heads, sharpness=1.0)
-    q[:, :3] *= 12                          # three sharp heads, whose mass lies in few blocks
+    q[:, :3] *= 12  # three sharp heads, whose mass lies in few blocks
     run = run_of(0.8)
     layout = attention.TokenLayout(grid)
     run.attend(q, k, v, Call(layout))
     (found,) = run.method.memory.values()
     kept = masks(found.bits, 50).sum(-1)[0]
-    assert (kept == kept[:, :1]).all()                                        # every row of a head alike
+    assert (kept == kept[:, :1]).all()  # every row of a head alike
     assert sorted(kept[:, 0].tolist()) == [5, 5, 5, 15, 15, 15]
     assert set(kept[:3, 0].tolist()) == {5}
     assert found.density == pytest.approx(0.2) and found.list_width == 15
@@ -89,9 +99,17 @@ def test_the_three_sparsities_and_their_mean():
     assert cost.density == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("steps, expected", [
-    (50, (10, 30)), (30, (6, 18)), (9, (1, 5)), (8, (0,)), (4, (0,)), (1, (0,)),
-])
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (50, (10, 30)),
+        (30, (6, 18)),
+        (9, (1, 5)),
+        (8, (0,)),
+        (4, (0,)),
+        (1, (0,)),
+    ],
+)
 def test_when_it_searches(steps, expected):
     assert adaspa.search_steps(steps) == expected
     method = adaspa.AdaSpa(attention.SparsePlan(method="adaspa").resolve())
@@ -104,8 +122,13 @@ def test_a_run_searches_dense_first_then_once_more_without_a_dense_pass(monkeypa
     layout, run = attention.TokenLayout((4, 8, 16)), run_of(0.6)
     dense_calls = []
     real = ops.dense_attention
-    monkeypatch.setattr(ops, "dense_attention", lambda *a, **b: dense_calls.append(1) or real(*a, **b))
-    costs = {step: run.attend(q, k, v, Call(layout, step=step, num_steps=50))[1] for step in range(10, 50)}
+    monkeypatch.setattr(
+        ops, "dense_attention", lambda *a, **b: dense_calls.append(1) or real(*a, **b)
+    )
+    costs = {
+        step: run.attend(q, k, v, Call(layout, step=step, num_steps=50))[1]
+        for step in range(10, 50)
+    }
     assert len(dense_calls) == 1
     assert [step for step, cost in costs.items() if cost.calibration] == [10, 30]
     assert [step for step, cost in costs.items() if cost.density == 1.0] == [10]
@@ -116,7 +139,10 @@ def test_a_run_searches_dense_first_then_once_more_without_a_dense_pass(monkeypa
 
 
 def test_a_run_that_starts_late_searches_at_once():
-    """start_percent, the second expert, or a sampler that goes on: nothing is known, so the first call searches."""
+    """start_percent, the second expert, or a sampler that goes on.
+
+    Nothing is known, so the first call searches.
+    """
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
     dense = ops.dense_attention(q, k, v)[0]
@@ -131,7 +157,9 @@ def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
     seen = [
-        dict(conditioning=(("a", 1),)), dict(conditioning=(("b", 1),)), dict(layer=1, conditioning=(("a", 1),)),
+        dict(conditioning=(("a", 1),)),
+        dict(conditioning=(("b", 1),)),
+        dict(layer=1, conditioning=(("a", 1),)),
         dict(conditioning=(("a", 1),), window=8),
     ]
     for arguments in seen:
@@ -144,7 +172,7 @@ def test_nothing_is_shared_between_conditionings_layers_shapes_windows():
 
 
 def test_a_conditioning_that_comes_late_is_searched_with_the_others():
-    """Found after the last search it has no ratio, and the others' next search could not use one for both."""
+    """A layer met after the last search has no ratio, and the next search cannot use one for both."""
     layout = attention.TokenLayout((4, 8, 16))
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
@@ -158,7 +186,10 @@ def test_a_conditioning_that_comes_late_is_searched_with_the_others():
 
 
 def test_windows_that_move_leave_nothing_behind():
-    """Some schedules shift the windows at every step: what was found for one that is gone is dropped."""
+    """Some schedules shift the windows at every step.
+
+    What was found for one that is gone is dropped.
+    """
     layout = attention.TokenLayout((4, 8, 16))
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
@@ -174,7 +205,9 @@ def test_windows_that_move_leave_nothing_behind():
 def test_a_run_that_searches_once_does_no_more_than_that(monkeypatch):
     calls = []
     real = ops.block_sparse_attention
-    monkeypatch.setattr(ops, "block_sparse_attention", lambda *a, **b: calls.append(1) or real(*a, **b))
+    monkeypatch.setattr(
+        ops, "block_sparse_attention", lambda *a, **b: calls.append(1) or real(*a, **b)
+    )
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
     run.attend(q, k, v, Call(attention.TokenLayout((4, 8, 16)), step=0, num_steps=4))
@@ -211,7 +244,9 @@ def test_masks_are_kept_as_bits_and_ratios_in_half_precision(grid, heads):
             for key in "ab":
                 layout = attention.TokenLayout(grid)
                 run.attend(q, k, v, Call(layout, layer, step, 50, conditioning=((key, 1),)))
-        both = [tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)]
+        both = [
+            tensor for found in run.method.memory.values() for tensor in (found.bits, found.ratio)
+        ]
         held = sum(tensor.untyped_storage().nbytes() for tensor in both if tensor is not None)
         # One bit per block pair, in words of 32; two bytes per token until the last search. At Wan
         # 14B 720p: 7.0 MB of bits and 6.0 MB of ratios in each layer and conditioning.
@@ -229,7 +264,7 @@ def test_text_is_always_kept_and_text_rows_are_dense():
     assert relative_error(out[:, :, -30:], dense[:, :, -30:]) < 1e-5
     (found,) = run.method.memory.values()
     blocks = run.method.blocks(layout, q.device).kv_blocks.num_blocks
-    assert masks(found.bits, blocks)[..., 8:].all()                           # the text's own blocks
+    assert masks(found.bits, blocks)[..., 8:].all()  # the text's own blocks
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])

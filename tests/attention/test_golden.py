@@ -1,4 +1,7 @@
-"""Every method against the slow float64 transcription of its formulas: 1e-5 in float32, 1e-2 in bfloat16."""
+"""Every method against the slow float64 transcription of its formulas.
+
+1e-5 in float32, 1e-2 in bfloat16.
+"""
 
 import dataclasses
 
@@ -22,20 +25,25 @@ attention = load(".attention")
 rope = load(".attention.rope")
 reference = load(".kernels.reference")
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-GRID, HEADS = (4, 5, 8), 2                  # 160 tokens: two blocks and a short one
+GRID, HEADS = (4, 5, 8), 2  # 160 tokens: two blocks and a short one
 DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=["float32", "bfloat16"])
 ORDERS = pytest.mark.parametrize("order", ["cube", "raster"])
 
 
 class Case:
-    """Rotated q and k in a dtype, exactly the float64 ones that the transcription rotates; and everything around."""
+    """Rotated q and k in a dtype, exactly the float64 ones that the transcription rotates.
+
+    And everything around.
+    """
 
     def __init__(self, dtype, width=128, order="cube", grid=GRID, heads=HEADS, seed=0):
         generator = torch.Generator().manual_seed(seed)
         tokens = grid[0] * grid[1] * grid[2]
         self.grid, self.dtype, self.heads = grid, dtype, heads
         self.angles = golden.wan_angles(grid, width)
-        place = torch.stack(torch.meshgrid(*(torch.linspace(0, 3, n) for n in grid), indexing="ij"), -1).view(-1, 3)
+        place = torch.stack(
+            torch.meshgrid(*(torch.linspace(0, 3, n) for n in grid), indexing="ij"), -1
+        ).view(-1, 3)
 
         def field():
             phase = torch.rand(heads * width, generator=generator)
@@ -76,7 +84,7 @@ class Case:
 @DTYPES
 @ORDERS
 @pytest.mark.parametrize("tail", [True, False])
-@pytest.mark.parametrize("sparsity", [0.3, 0.7])                               # two blocks of three, and one
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])  # two blocks of three, and one
 def test_top_k(dtype, order, tail, sparsity):
     case = Case(dtype, order=order)
     found, _ = case.attend(method="top-k" if tail else "top-k plain", sparsity=sparsity)
@@ -89,7 +97,10 @@ def test_top_k(dtype, order, tail, sparsity):
 def test_ropeslr_untrained_and_uncalibrated(dtype, order, rank):
     case = Case(dtype, order=order)
     found, _ = case.attend(method="ropeslr", sparsity=0.5, calibrate="off", rank=rank)
-    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {}, rank=rank))
+    case.check(
+        found,
+        golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {}, rank=rank),
+    )
 
 
 @DTYPES
@@ -99,15 +110,20 @@ def test_ropeslr_calibrated(dtype, order):
     case = Case(dtype, order=order)
     tokens, width = case.q.shape[1:]
     start = {
-        "gate_slope": torch.ones(HEADS), "gate_bias": torch.zeros(HEADS), "gate_logits": None, "branch": None,
+        "gate_slope": torch.ones(HEADS),
+        "gate_bias": torch.zeros(HEADS),
+        "gate_logits": None,
+        "branch": None,
         "channel_scale": torch.full((HEADS, width // 2), width**-0.5),
     }
     rows = list(range(tokens))
     values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, rows, start)
-    assert values["channel_scale"].abs().max() < 4 * width**-0.5                       # beyond that the method clamps
+    assert values["channel_scale"].abs().max() < 4 * width**-0.5  # beyond that the method clamps
     found, cost = case.attend(method="ropeslr", sparsity=0.5, calibrate_rows=tokens)
     assert cost.calibration > 0
-    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, values))
+    case.check(
+        found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, values)
+    )
 
 
 @DTYPES
@@ -119,10 +135,22 @@ def test_ropeslr_trained(dtype, width, act, pe, rank):
     case = Case(dtype, width=width)
     adapter = ropeslr_adapter(1, HEADS, width, rank=24, act=act, pe=pe)
     found, _ = case.attend(adapter, sparsity=0.5, rank=rank)
-    case.check(found, golden.ropeslr(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter), act=act, pe=pe,
-        pe_grid=adapter.info.pe_grid or None, rank=rank,
-    ))
+    case.check(
+        found,
+        golden.ropeslr(
+            *case.tensors,
+            case.x,
+            case.angles,
+            case.blocks,
+            0.5,
+            GRID,
+            single(adapter),
+            act=act,
+            pe=pe,
+            pe_grid=adapter.info.pe_grid or None,
+            rank=rank,
+        ),
+    )
 
 
 @pytest.mark.parametrize("missing", SHAPES)
@@ -132,9 +160,10 @@ def test_ropeslr_without_one_of_its_tensors_uses_the_initial_value(missing):
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe="none", without=missing)
     case = Case(torch.float32)
     found, _ = case.attend(adapter, sparsity=0.5)
-    case.check(found, golden.ropeslr(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter)
-    ))
+    case.check(
+        found,
+        golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter)),
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.4, 0.95, 1.0])
@@ -147,7 +176,9 @@ def test_noise_bins_are_interpolated(noise):
         assert weights[name].shape[0] == 3
         weights[name] = golden.interpolate_noise(weights[name].double(), list(levels), noise)
     found, _ = case.attend(adapter, sigma=noise, sparsity=0.5)
-    case.check(found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, weights))
+    case.check(
+        found, golden.ropeslr(*case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, weights)
+    )
 
 
 @DTYPES
@@ -158,16 +189,24 @@ def test_calibration_on_top_of_an_adapter(dtype, pe):
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe=pe)
     weights = single(adapter)
     term = (case.x.view(tokens, HEADS, 128) @ weights["gate_weight"].double()).T
-    branch = golden.low_rank_branch(*case.tensors, case.angles, GRID, weights, "softmax", pe, None, 0)
-    start = {name: weights[name].double() for name in ("gate_slope", "gate_bias", "channel_scale")} | {"gate_logits": term, "branch": branch}
-    values = golden.calibrate(*case.tensors, case.angles, case.blocks, 0.5, list(range(tokens)), start)
+    branch = golden.low_rank_branch(
+        *case.tensors, case.angles, GRID, weights, "softmax", pe, None, 0
+    )
+    start = {
+        name: weights[name].double() for name in ("gate_slope", "gate_bias", "channel_scale")
+    } | {"gate_logits": term, "branch": branch}
+    values = golden.calibrate(
+        *case.tensors, case.angles, case.blocks, 0.5, list(range(tokens)), start
+    )
     expected = golden.ropeslr(
         *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, {**weights, **values}, pe=pe
     )
     found, cost = case.attend(adapter, sparsity=0.5, calibrate="refine", calibrate_rows=tokens)
     assert cost.calibration > 0
     case.check(found, expected)
-    assert relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3       # it is not the adapter alone
+    assert (
+        relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3
+    )  # it is not the adapter alone
 
 
 @DTYPES
@@ -178,10 +217,21 @@ def test_rola(dtype, width, rank):
     adapter = rola_adapter(1, HEADS, width, rank=rank)
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=0.5)
-    case.check(found, golden.rola(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
-        weights["gate_bias"].flatten(), dtype,
-    ))
+    case.check(
+        found,
+        golden.rola(
+            *case.tensors,
+            case.x,
+            case.angles,
+            case.blocks,
+            0.5,
+            weights["proj_q"],
+            weights["proj_k"],
+            weights["gate_weight"],
+            weights["gate_bias"].flatten(),
+            dtype,
+        ),
+    )
 
 
 @DTYPES
@@ -190,19 +240,40 @@ def test_rola_on_less_than_a_block_is_its_low_rank_alone(dtype):
     adapter = rola_adapter(1, HEADS, 128)
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=0.5)
-    case.check(found, golden.rola(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
-        weights["gate_bias"].flatten(), dtype,
-    ))
+    case.check(
+        found,
+        golden.rola(
+            *case.tensors,
+            case.x,
+            case.angles,
+            case.blocks,
+            0.5,
+            weights["proj_q"],
+            weights["proj_k"],
+            weights["gate_weight"],
+            weights["gate_bias"].flatten(),
+            dtype,
+        ),
+    )
 
 
 def test_rola_rounds_its_angles_as_the_training_did():
-    """In half precision exact angles would be another function: far places turn by up to half a radian less or more."""
+    """In half precision exact angles would be another function.
+
+    Far places turn by up to half a radian less or more.
+    """
     case = Case(torch.bfloat16, order="raster", grid=(2, 3, 60), heads=1)
     adapter = rola_adapter(1, 1, 128, gate=3.0)
     weights = single(adapter)
     arguments = (
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, weights["proj_q"], weights["proj_k"], weights["gate_weight"],
+        *case.tensors,
+        case.x,
+        case.angles,
+        case.blocks,
+        0.5,
+        weights["proj_q"],
+        weights["proj_k"],
+        weights["gate_weight"],
         weights["gate_bias"].flatten(),
     )
     rounded = golden.rola(*arguments, torch.bfloat16)
@@ -221,10 +292,21 @@ def test_ropeslr_in_the_form_rms(dtype, pe):
     case = Case(dtype)
     adapter = ropeslr_adapter(1, HEADS, 128, rank=24, pe=pe, fusion="rms")
     found, _ = case.attend(adapter, sparsity=0.5)
-    case.check(found, golden.ropeslr_rms(
-        *case.tensors, case.x, case.angles, case.blocks, 0.5, GRID, single(adapter), pe, adapter.info.pe_grid or None,
-        dtype,
-    ))
+    case.check(
+        found,
+        golden.ropeslr_rms(
+            *case.tensors,
+            case.x,
+            case.angles,
+            case.blocks,
+            0.5,
+            GRID,
+            single(adapter),
+            pe,
+            adapter.info.pe_grid or None,
+            dtype,
+        ),
+    )
 
 
 @DTYPES
@@ -235,9 +317,18 @@ def test_sla(dtype, variant, grid, sparsity):
     adapter = sla_adapter(1, HEADS, 128)
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=sparsity, sla_variant=variant)
-    case.check(found, golden.sla(
-        *case.tensors, case.angles, case.blocks, 1 - sparsity, weights["weight"], weights["bias"], variant
-    ))
+    case.check(
+        found,
+        golden.sla(
+            *case.tensors,
+            case.angles,
+            case.blocks,
+            1 - sparsity,
+            weights["weight"],
+            weights["bias"],
+            variant,
+        ),
+    )
 
 
 @DTYPES
@@ -246,7 +337,9 @@ def test_adaspa(dtype, sparsity):
     """The first call is dense and searches; the second one uses the masks."""
     case = Case(dtype, grid=(4, 9, 10))
     dense, lse = golden.dense(*case.tensors, case.angles)
-    masks, _, _ = golden.adaspa_masks(golden.block_mass(case.q, case.k, case.angles, case.blocks, lse), sparsity)
+    masks, _, _ = golden.adaspa_masks(
+        golden.block_mass(case.q, case.k, case.angles, case.blocks, lse), sparsity
+    )
     run = run_of(method="adaspa", sparsity=sparsity)
     given = (case.q_hat, case.k_hat, case.v_hat)
     first, cost = run.attend(*given, Call(case.layout, step=10, num_steps=50))
@@ -262,14 +355,20 @@ def test_adaspa(dtype, sparsity):
 KINDS = {
     "ropeslr": lambda: ropeslr_adapter(1, HEADS, 32),
     "ropeslr, table": lambda: ropeslr_adapter(1, HEADS, 32, pe="table"),
-    "rms": lambda: ropeslr_adapter(1, HEADS, 32, fusion="rms"), "rola": lambda: rola_adapter(1, HEADS, 32, rank=16),
-    "rola, lower rank": lambda: dataclasses.replace(rola_adapter(1, HEADS, 32, rank=16), use_rank=8),
+    "rms": lambda: ropeslr_adapter(1, HEADS, 32, fusion="rms"),
+    "rola": lambda: rola_adapter(1, HEADS, 32, rank=16),
+    "rola, lower rank": lambda: dataclasses.replace(
+        rola_adapter(1, HEADS, 32, rank=16), use_rank=8
+    ),
     "sla": lambda: sla_adapter(1, HEADS, 32),
 }
 
 
 def attend_with_text(adapter, case, before, after, x, **plan):
-    """The case's video between `before` and `after` tokens of text; q, k, v as the host lays them out in memory."""
+    """The case's video between `before` and `after` tokens of text.
+
+    Q, k, v as the host lays them out in memory.
+    """
     grow = torch.Generator().manual_seed(9)
 
     def around(video):
@@ -279,7 +378,9 @@ def attend_with_text(adapter, case, before, after, x, **plan):
 
     run = run_of(adapter, **({"sparsity": 0.5} | plan))
     layout = attention.TokenLayout(GRID, before, after, run.plan.block_order)
-    inputs = case.inputs._replace(x=torch.cat((x[:, :before] * 0 + 7, x, x[:, :after] * 0 - 7), dim=1))
+    inputs = case.inputs._replace(
+        x=torch.cat((x[:, :before] * 0 + 7, x, x[:, :after] * 0 - 7), dim=1)
+    )
     q, k, v = (around(video) for video in (case.q_hat, case.k_hat, case.v_hat))
     out, _ = run.attend(q, k, v, Call(layout, inputs=inputs))
     return out[:, :, before : before + case.layout.tokens], out, (q, k, v)
@@ -287,7 +388,7 @@ def attend_with_text(adapter, case, before, after, x, **plan):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_before_and_text_after_the_video_are_the_same(kind):
-    """The background, its positions and the gate belong to the video's tokens, wherever those stand."""
+    """The background, its positions and the gate belong to the video's tokens, wherever they are."""
     case = Case(torch.float32, width=32)
     adapter = KINDS[kind]()
     before, whole, tensors = attend_with_text(adapter, case, 70, 0, case.x_hat)
@@ -296,7 +397,7 @@ def test_text_before_and_text_after_the_video_are_the_same(kind):
     dense = reference.dense_attention(*tensors)[0]
     assert relative_error(whole[:, :, :70], dense[:, :, :70]) < 1e-5
     plain, _, _ = attend_with_text(adapter, case, 0, 0, case.x_hat)
-    assert relative_error(before, plain) > 1e-3                               # the text is read
+    assert relative_error(before, plain) > 1e-3  # the text is read
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -306,13 +407,15 @@ def test_a_batch_of_two_conditionings_gives_what_each_gives(kind):
     b.x_hat = layer_x(a.layout.tokens, HEADS * 32, torch.float32, seed=8)
     run = run_of(adapter, sparsity=0.5)
     layout = attention.TokenLayout(GRID, order=run.plan.block_order)
-    both = [torch.cat(pair) for pair in ((a.q_hat, b.q_hat), (a.k_hat, b.k_hat), (a.v_hat, b.v_hat))]
+    both = [
+        torch.cat(pair) for pair in ((a.q_hat, b.q_hat), (a.k_hat, b.k_hat), (a.v_hat, b.v_hat))
+    ]
     inputs = a.inputs._replace(x=torch.cat((a.x_hat, b.x_hat)))
     together, _ = run.attend(*both, Call(layout, conditioning=(("a", 1), ("b", 1)), inputs=inputs))
     for i, case in enumerate((a, b)):
         alone = run_of(adapter, sparsity=0.5)
         own = case.inputs._replace(x=case.x_hat)
-        if kind == "rola, lower rank":      # features are chosen once per layer, on the first call
+        if kind == "rola, lower rank":  # features are chosen once per layer, on the first call
             alone.method._kept = run.method._kept
         found, _ = alone.attend(case.q_hat, case.k_hat, case.v_hat, Call(layout, inputs=own))
         assert relative_error(together[i : i + 1], found) < 1e-5

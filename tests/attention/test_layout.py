@@ -1,4 +1,7 @@
-"""Token layouts: every token stands in exactly one block, whatever the grid, and blocks are as compact as promised."""
+"""Token layouts.
+
+Every token stands in exactly one block, whatever the grid, and blocks are as compact as promised.
+"""
 
 import math
 
@@ -26,7 +29,9 @@ def test_every_token_is_in_exactly_one_block(grid, before, after, order):
     assert torch.equal(video.tokens[video.tokens >= 0].sort().values, torch.arange(math.prod(grid)))
     assert torch.equal(keys.sizes, (keys.tokens >= 0).sum(dim=1))
     assert (keys.sizes > 0).all()
-    assert (keys.sizes[: video.num_blocks - 1] == 64).all()  # only the last video block may be short
+    assert (
+        keys.sizes[: video.num_blocks - 1] == 64
+    ).all()  # only the last video block may be short
     own = blocks.kv_of_queries
     assert torch.equal(own.tokens, torch.where(video.empty, -1, video.tokens + before))
     assert own.num_listed == video.num_listed
@@ -75,7 +80,7 @@ def test_diagonal_and_first_frame_are_required_on_request():
 
 @pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (9, 17, 23)])
 def test_cube_blocks_are_compact(grid):
-    """Every full block lies within two bars across and a few columns, those on a turn of the walk included."""
+    """Every full block lies within two bars and a few columns, also where the snake turns."""
     table = layout.TokenLayout(grid, order="cube").blocks().q_blocks.tokens
     full = table[(table >= 0).all(dim=1)]
     t, h, w = full // (grid[1] * grid[2]), full // grid[2] % grid[1], full % grid[2]
@@ -96,7 +101,9 @@ def test_cube_blocks_hold_more_of_the_attention_than_raster_blocks(grid):
         weights = torch.softmax(q @ k.mT / 8, dim=-1)
         member = torch.nn.functional.one_hot(blocks.block_of_token).float()
         mass = member.T @ weights @ member / member.sum(0)[:, None]
-        recall[order] = mass.topk(max(1, blocks.num_blocks // 10), dim=-1).values.sum(dim=-1).mean().item()
+        recall[order] = (
+            mass.topk(max(1, blocks.num_blocks // 10), dim=-1).values.sum(dim=-1).mean().item()
+        )
     assert recall["cube"] > recall["raster"]
 
 
@@ -107,6 +114,15 @@ def test_wrong_layouts_are_refused():
         layout.TokenLayout((1, 4, 4), before=-1)
     with pytest.raises(ValueError, match="'spiral'"):
         layout.TokenLayout((1, 4, 4), order="spiral")
-    for spans in (((4, 6),), ((2, 2),), ((3, 5), (0, 2)), ((0, 3), (2, 4)), ((20, 40),), ((-1, 2),)):
-        with pytest.raises(ValueError, match="hidden must be ascending spans .* before or after the video"):
+    for spans in (
+        ((4, 6),),
+        ((2, 2),),
+        ((3, 5), (0, 2)),
+        ((0, 3), (2, 4)),
+        ((20, 40),),
+        ((-1, 2),),
+    ):
+        with pytest.raises(
+            ValueError, match="hidden must be ascending spans .* before or after the video"
+        ):
             layout.TokenLayout((1, 4, 4), before=5, after=9, hidden=spans)

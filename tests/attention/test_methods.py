@@ -1,4 +1,7 @@
-"""The methods on structured inputs: against slow transcriptions of their formulas, and against each other."""
+"""The methods on structured inputs.
+
+Against slow transcriptions of their formulas, and against each other.
+"""
 
 import math
 
@@ -12,7 +15,7 @@ from support.data.runs import Call, run_of
 
 attention = load(".attention")
 reference = load(".kernels.reference")
-GRID = (8, 14, 18)                          # 2016 tokens, 31.5 blocks
+GRID = (8, 14, 18)  # 2016 tokens, 31.5 blocks
 
 
 def run(q, k, v, layout, **plan):
@@ -47,7 +50,10 @@ def test_calibrated_ropeslr_is_clearly_below_the_others(order, sparsity, seed):
 @pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
 def test_error_falls_as_density_rises(method):
     q, k, v = smooth_qkv(GRID, sharpness=1.5)
-    errors = [error(q, k, v, method=method, sparsity=sparsity) for sparsity in (0.95, 0.9, 0.75, 0.5, 0.25, 0.0)]
+    errors = [
+        error(q, k, v, method=method, sparsity=sparsity)
+        for sparsity in (0.95, 0.9, 0.75, 0.5, 0.25, 0.0)
+    ]
     assert all(more > less for more, less in zip(errors, errors[1:])), errors
 
 
@@ -57,7 +63,7 @@ def test_calibration_and_rank_take_effect():
     assert calibrated < 0.9 * uncalibrated
     by_rank = [error(q, k, v, rank=rank) for rank in (2, 16, 64)]
     assert by_rank[0] > by_rank[1] > by_rank[2] == pytest.approx(calibrated)
-    assert error(q, k, v, rank=33) < by_rank[1]                               # an odd rank is no special case
+    assert error(q, k, v, rank=33) < by_rank[1]  # an odd rank is no special case
 
 
 def test_lower_rank_costs_less():
@@ -75,15 +81,23 @@ def test_lower_rank_costs_less():
         assert high_counted - low_counted == pytest.approx(high - low, rel=0.01)
 
 
-@pytest.mark.parametrize("method, rank, variant", [
-    ("rola", 0, "released"), ("rola", 16, "released"), ("sla", 0, "released"), ("sla", 0, "paper"),
-    ("ropeslr", 0, "released"), ("ropeslr", 8, "released"), ("adaspa", 0, "released"),
-])
+@pytest.mark.parametrize(
+    "method, rank, variant",
+    [
+        ("rola", 0, "released"),
+        ("rola", 16, "released"),
+        ("sla", 0, "released"),
+        ("sla", 0, "paper"),
+        ("ropeslr", 0, "released"),
+        ("ropeslr", 8, "released"),
+        ("adaspa", 0, "released"),
+    ],
+)
 def test_the_accounting_is_what_is_computed(method, rank, variant):
     """Counted by PyTorch over the whole call, but for sums and means, which it does not count."""
     from support.data import adapters as made
 
-    grid, heads, width = (8, 16, 16), 2, 64                                   # 32 whole blocks
+    grid, heads, width = (8, 16, 16), 2, 64  # 32 whole blocks
     q, k, v = smooth_qkv(grid, heads=heads, width=width)
     adapter = getattr(made, f"{method}_adapter")(1, heads, width) if method != "adaspa" else None
     if method == "ropeslr":
@@ -93,7 +107,7 @@ def test_the_accounting_is_what_is_computed(method, rank, variant):
     inputs = attention.LayerInputs(made.layer_x(q.shape[2], heads * width, torch.float32), rope)
     session = run_of(adapter, method=method, rank=rank, sparsity=0.75, sla_variant=variant)
     layout = attention.TokenLayout(grid, order=session.plan.block_order)
-    for _ in range(2):                      # the first call searches, or chooses features
+    for _ in range(2):  # the first call searches, or chooses features
         with FlopCounterMode(display=False) as counter:
             _, cost = session.attend(q, k, v, Call(layout, inputs=inputs))
     assert counter.get_total_flops() == pytest.approx(cost.total, rel=0.03)
@@ -108,9 +122,7 @@ def test_uncalibrated_ropeslr_is_its_formula():
 
 def slow_ropeslr(q, k, v, layout, keep):
     """Written from the formulas alone, token by token."""
-    width, blocks = q.shape[-1], [
-        row[row >= 0].tolist() for row in layout.blocks().q_blocks.tokens
-    ]
+    width, blocks = q.shape[-1], [row[row >= 0].tolist() for row in layout.blocks().q_blocks.tokens]
     kept = round(keep * len(blocks))
     out = torch.zeros_like(q)
     for h in range(q.shape[1]):
@@ -121,14 +133,18 @@ def slow_ropeslr(q, k, v, layout, keep):
             scores = means @ queries[block].mean(0) / width**0.5
             best = scores.argsort(descending=True)[:kept].tolist()
             rest = [j for j in range(len(blocks)) if j not in best]
-            tail = torch.logsumexp(torch.stack([scores[j] + math.log(len(blocks[j])) for j in rest]), 0)
+            tail = torch.logsumexp(
+                torch.stack([scores[j] + math.log(len(blocks[j])) for j in rest]), 0
+            )
             near = [token for j in best for token in blocks[j]]
             for token in block:
                 logits = keys[near] @ queries[token] / width**0.5
                 lse = torch.logsumexp(logits, 0)
                 sparse = torch.softmax(logits, 0) @ values[near]
                 share = torch.sigmoid(tail - lse)
-                out[0, h, token] = (1 - share) * sparse + share * (values.mean(0) + queries[token] @ cov / width**0.5)
+                out[0, h, token] = (1 - share) * sparse + share * (
+                    values.mean(0) + queries[token] @ cov / width**0.5
+                )
     return out
 
 
@@ -149,7 +165,9 @@ def test_calibration_solves_its_normal_equations():
     found = module.calibrate(exact, state, module.untrained(state))
     odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
     estimate = (tail - sparse_lse).flatten()
-    c = (((estimate - estimate.mean()) * (odds - odds.mean())).mean() + 0.1) / (estimate.var(correction=0) + 0.1)
+    c = (((estimate - estimate.mean()) * (odds - odds.mean())).mean() + 0.1) / (
+        estimate.var(correction=0) + 0.1
+    )
     b = odds.mean() - c * estimate.mean()
     assert found.gate_slope.item() == pytest.approx(c.item())
     assert found.gate_bias.item() == pytest.approx(b.item())
@@ -159,12 +177,18 @@ def test_calibration_solves_its_normal_equations():
     for p in range(pairs):
         part = q[0, 0, :, 2 * p : 2 * p + 2] @ cov[0, 0, 2 * p : 2 * p + 2]
         design[:, p] = (gate[:, None] * part).flatten()
-    wanted = (out[0, 0] - (1 - gate)[:, None] * sparse[0, 0] - gate[:, None] * v_mean[0, 0]).flatten()
+    wanted = (
+        out[0, 0] - (1 - gate)[:, None] * sparse[0, 0] - gate[:, None] * v_mean[0, 0]
+    ).flatten()
     normal = design.T @ design
     ridge = 0.05 * normal.diagonal().mean()
     prior = width**-0.5
-    solved = torch.linalg.solve(normal + ridge * torch.eye(pairs), design.T @ wanted + ridge * prior)
-    torch.testing.assert_close(found.channel_scale[0, 0], solved.clamp(-4 * prior, 4 * prior).repeat_interleave(2))
+    solved = torch.linalg.solve(
+        normal + ridge * torch.eye(pairs), design.T @ wanted + ridge * prior
+    )
+    torch.testing.assert_close(
+        found.channel_scale[0, 0], solved.clamp(-4 * prior, 4 * prior).repeat_interleave(2)
+    )
 
 
 def test_a_calibration_that_is_not_finite_keeps_the_previous_values():
@@ -210,12 +234,12 @@ def test_a_scale_of_the_callers_own_is_heeded(method, calibrate):
     found, _ = session.attend(4 * q, k, v, Call(layout, scale=64**-0.5 / 4))
     if method != "ropeslr" or calibrate == "off":
         assert relative_error(found, expected) < 1e-4
-    else:                                   # the ridge pulls towards the scale itself: close, and not the same
+    else:  # the ridge pulls towards the scale itself: close, and not the same
         assert relative_error(found, expected) < 1e-2
 
 
 def test_each_conditioning_has_its_own_calibration():
-    """Two conditionings in one batch give what each gives alone, and a later call in another order finds its own."""
+    """Two conditionings in one batch give what each gives alone, in any order of later calls."""
     one, two = smooth_qkv(GRID, seed=0), smooth_qkv(GRID, seed=5, sharpness=1.4)
     layout = attention.TokenLayout(GRID)
     together = run_of(calibrate="first step")
@@ -230,9 +254,15 @@ def test_each_conditioning_has_its_own_calibration():
     assert relative_error(swapped.flip(0), both) < 1e-5
 
 
-@pytest.mark.parametrize("mode, expected", [
-    ("off", []), ("first step", [0]), ("every step", list(range(12))), ("auto", [0, 5, 10]),
-])
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ("off", []),
+        ("first step", [0]),
+        ("every step", list(range(12))),
+        ("auto", [0, 5, 10]),
+    ],
+)
 def test_calibration_follows_its_schedule(mode, expected):
     q, k, v = smooth_qkv((4, 8, 8), heads=1, width=32)
     session = run_of(calibrate=mode, sparsity=0.5)
@@ -252,8 +282,15 @@ def test_text_and_reference_tokens_attend_and_are_attended_to_in_full(method, be
     q, k, v = smooth_qkv(grid, width=32)
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
-        torch.cat([torch.randn(1, 2, before, 32, generator=generator), x,
-                   torch.randn(1, 2, after, 32, generator=generator)], dim=2) for x in (q, k, v)
+        torch.cat(
+            [
+                torch.randn(1, 2, before, 32, generator=generator),
+                x,
+                torch.randn(1, 2, after, 32, generator=generator),
+            ],
+            dim=2,
+        )
+        for x in (q, k, v)
     )
     layout = attention.TokenLayout(grid, before, after)
     out, cost = run(q, k, v, layout, method=method, sparsity=0.8)

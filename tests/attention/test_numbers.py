@@ -11,7 +11,8 @@ from support.data.runs import Call, run_of
 attention = load(".attention")
 GRID = (4, 8, 9)
 TRAINED = {
-    "ropeslr": lambda: adapters.ropeslr_adapter(1, 2, 64), "rola": lambda: adapters.rola_adapter(1, 2, 64),
+    "ropeslr": lambda: adapters.ropeslr_adapter(1, 2, 64),
+    "rola": lambda: adapters.rola_adapter(1, 2, 64),
     "sla": lambda: adapters.sla_adapter(1, 2, 64),
     "ropeslr, form rms": lambda: adapters.ropeslr_adapter(1, 2, 64, fusion="rms"),
 }
@@ -33,13 +34,13 @@ def attend(case, q, k, v, x, rope, dtype):
 @pytest.mark.parametrize("size", [1.0, 64.0])
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision_at_large_activations(case, size):
-    """q and k as sharp as 64 times the usual makes them (logits of tens of thousands), v and x 64 times as large."""
+    """q and k 64 times as large as usual (logits of tens of thousands), v and x 64 times as well."""
     q, k, v = smooth_qkv(GRID)
     q, k, v = (size * tensor for tensor in (q, k, v))
     x = size * torch.randn(1, q.shape[2], 2 * 64, generator=torch.Generator().manual_seed(2))
     angles = rope_angles(GRID, 64)
     rope = attention.RopeTable(angles.cos(), angles.sin())
-    q, k, v, x = (tensor.half().float() for tensor in (q, k, v, x))            # both see the same numbers
+    q, k, v, x = (tensor.half().float() for tensor in (q, k, v, x))  # both see the same numbers
     found = attend(case, q, k, v, x, rope, torch.float16)
     assert torch.isfinite(found).all() and found.dtype == torch.float16
     exact = attend(case, q, k, v, x, rope, torch.float32)

@@ -1,4 +1,7 @@
-"""The plan: every field is checked, and an error names the field, what was found and what was expected."""
+"""The plan.
+
+Every field is checked, and an error names the field, what was found and what was expected.
+"""
 
 from types import SimpleNamespace
 
@@ -12,34 +15,57 @@ plan = load(".attention.plan")
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.mark.parametrize("field, value, says", [
-    ("method", "magic", "method is 'magic'; it must be one of: auto, ropeslr, rola, sla, adaspa, top-k, top-k plain"),
-    ("sparsity", 1.5, "sparsity is 1.5; it must be from 0.0 to 0.98"),
-    ("sparsity", float("nan"), "sparsity is nan"),
-    ("rank", -2, "rank is -2; it must be from 0 to 128"),
-    ("dense_first_steps", -2, "dense_first_steps is -2; it must be -1 or more"),
-    ("calibrate", "sometimes", "calibrate is 'sometimes'"),
-    ("calibrate_rows", 0, "calibrate_rows is 0"),
-    ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, triton, pytorch, dense"),
-    ("block_order", "hilbert", "block_order is 'hilbert'"),
-    ("dense_layers", frozenset({-3}), "dense_layers has -3"),
-])
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        (
+            "method",
+            "magic",
+            "method is 'magic'; it must be one of: auto, ropeslr, rola, sla, adaspa, top-k, top-k "
+            "plain",
+        ),
+        ("sparsity", 1.5, "sparsity is 1.5; it must be from 0.0 to 0.98"),
+        ("sparsity", float("nan"), "sparsity is nan"),
+        ("rank", -2, "rank is -2; it must be from 0 to 128"),
+        ("dense_first_steps", -2, "dense_first_steps is -2; it must be -1 or more"),
+        ("calibrate", "sometimes", "calibrate is 'sometimes'"),
+        ("calibrate_rows", 0, "calibrate_rows is 0"),
+        ("backend", "cuda", "backend is 'cuda'; it must be one of: auto, triton, pytorch, dense"),
+        ("block_order", "hilbert", "block_order is 'hilbert'"),
+        ("dense_layers", frozenset({-3}), "dense_layers has -3"),
+    ],
+)
 def test_a_wrong_value_is_named(field, value, says):
     with pytest.raises(ValueError, match=says):
         plan.SparsePlan(**{field: value})
 
 
-@pytest.mark.parametrize("text, layers", [
-    ("", []), (" , ", []), ("0", [0]), ("0, 1, 38-39", [0, 1, 38, 39]), (" 3 - 5 ,4", [3, 4, 5]),
-])
+@pytest.mark.parametrize(
+    "text, layers",
+    [
+        ("", []),
+        (" , ", []),
+        ("0", [0]),
+        ("0, 1, 38-39", [0, 1, 38, 39]),
+        (" 3 - 5 ,4", [3, 4, 5]),
+    ],
+)
 def test_layer_lists_are_read(text, layers):
     assert plan.parse_layers(text) == frozenset(layers)
 
 
-@pytest.mark.parametrize("text, bad", [
-    ("0,x,9-", ["'x'", "'9-'"]), ("5-2", ["'5-2'"]), ("-1", ["'-1'"]), ("1-2-3", ["'1-2-3'"]), ("1.5", ["'1.5'"]),
-    ("²", ["'²'"]), ("99999", ["'99999'"]),
-])
+@pytest.mark.parametrize(
+    "text, bad",
+    [
+        ("0,x,9-", ["'x'", "'9-'"]),
+        ("5-2", ["'5-2'"]),
+        ("-1", ["'-1'"]),
+        ("1-2-3", ["'1-2-3'"]),
+        ("1.5", ["'1.5'"]),
+        ("²", ["'²'"]),
+        ("99999", ["'99999'"]),
+    ],
+)
 def test_every_unreadable_layer_is_named(text, bad):
     with pytest.raises(ValueError, match="dense_layers is") as error:
         plan.parse_layers(text)
@@ -64,15 +90,22 @@ def test_kept_blocks_follow_the_sparsity_without_rounding_surprises(blocks, perc
     assert kept == max(1, (100 - percent) * blocks // 100)
 
 
-@pytest.mark.parametrize("asked, trained, expected", [
-    (dict(), None, ("ropeslr", "cube", 1, "periodic")),
-    (dict(), "ropeslr", ("ropeslr", "cube", 1, "off")),
-    (dict(), "rola", ("rola", "raster", 0, "off")),
-    (dict(method="sla"), None, ("sla", "raster", 1, "periodic")),
-    (dict(method="adaspa"), None, ("adaspa", "cube", 0, "periodic")),
-    (dict(method="top-k"), "rola", ("top-k", "cube", 1, "periodic")),
-    (dict(block_order="cube", dense_first_steps=2, calibrate="refine"), "rola", ("rola", "cube", 2, "refine")),
-])
+@pytest.mark.parametrize(
+    "asked, trained, expected",
+    [
+        (dict(), None, ("ropeslr", "cube", 1, "periodic")),
+        (dict(), "ropeslr", ("ropeslr", "cube", 1, "off")),
+        (dict(), "rola", ("rola", "raster", 0, "off")),
+        (dict(method="sla"), None, ("sla", "raster", 1, "periodic")),
+        (dict(method="adaspa"), None, ("adaspa", "cube", 0, "periodic")),
+        (dict(method="top-k"), "rola", ("top-k", "cube", 1, "periodic")),
+        (
+            dict(block_order="cube", dense_first_steps=2, calibrate="refine"),
+            "rola",
+            ("rola", "cube", 2, "refine"),
+        ),
+    ],
+)
 def test_what_auto_means(asked, trained, expected):
     found = plan.SparsePlan(**asked).resolve(an_adapter(trained))
     assert (found.method, found.block_order, found.dense_first_steps, found.calibrate) == expected
@@ -93,7 +126,9 @@ def test_an_adapters_own_rank_counts_where_the_plan_names_none():
 
 
 def test_a_method_that_the_adapter_was_not_trained_for_is_refused():
-    with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola. Set method to auto"):
+    with pytest.raises(
+        ValueError, match="method is sla, but the adapter was trained for rola. Set method to auto"
+    ):
         plan.SparsePlan(method="sla").resolve(an_adapter("rola"))
 
 

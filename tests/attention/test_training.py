@@ -1,4 +1,7 @@
-"""Gradients through a whole run, step after step: nothing that is remembered keeps an old graph alive."""
+"""Gradients through a whole run, step after step.
+
+Nothing that is remembered keeps an old graph alive.
+"""
 
 import pytest
 import torch
@@ -45,7 +48,10 @@ def test_an_adapter_refined_during_training_keeps_no_graph():
 @pytest.mark.parametrize("settings", [dict(), dict(method="adaspa"), dict(method="top-k")])
 @pytest.mark.parametrize("before, hidden", [(0, ()), (20, ()), (20, ((5, 20),))])
 def test_gradients_and_results_are_those_of_the_call_without_gradients(settings, before, hidden):
-    """With gradients the parts are put together, without them written into one tensor: the same numbers."""
+    """With gradients the parts are put together, without them written into one tensor.
+
+    The same numbers.
+    """
     q, k, v = smooth_qkv(GRID, width=32)
     text = torch.randn(1, 2, before, 32, generator=torch.Generator().manual_seed(0))
     q, k, v = (torch.cat((text, x), dim=2) for x in (q, k, v))

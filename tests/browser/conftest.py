@@ -1,4 +1,7 @@
-"""A real ComfyUI server on the CPU and a real browser at it, in both renderers; skipped where there is no browser."""
+"""A real ComfyUI server on the CPU and a real browser at it, in both renderers.
+
+Skipped where there is no browser.
+"""
 
 import os
 from pathlib import Path

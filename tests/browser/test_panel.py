@@ -1,4 +1,7 @@
-"""The panel on the main node, in a real browser: it follows the slider at once, asks nobody, and tells of the run."""
+"""The panel on the main node, in a real browser.
+
+It follows the slider at once, asks nobody, and tells of the run.
+"""
 
 from workflow import fresh, load, tiny_workflow
 
@@ -20,7 +23,8 @@ MOVE = """async ([name, value]) => {
     return [panel.innerText, panel.innerText !== before]
 }"""
 
-# Link an output of a new node to an input of the latent's node, and wait for the panel; -> the panel's text.
+# Link an output of a new node to an input of the latent's node, and wait for the panel; -> the
+# panel's text.
 LINK = """async ([type, values, output, input, wanted]) => {
     const latent = app.graph.nodes.find((each) => each.type === "EmptyHunyuanLatentVideo")
     const source = LiteGraph.createNode(type)
@@ -56,14 +60,20 @@ def test_it_follows_the_slider_and_asks_nobody(shown):
     assert changed and "FLOPs saved" not in text
     assert shown.page.evaluate(MOVE, ["sparsity", 0.9])[0] == first
     assert not [url for url in asked if "ropeslr" in url.lower() or "/prompt" in url]
-    saved = next(node for node in shown.saved()["nodes"] if node["type"] == "RoPeSLRSparseAttention")
-    wanted = next(node for node in load("wan2.1_t2v")["nodes"] if node["type"] == "RoPeSLRSparseAttention")
-    assert saved["widgets_values"] == wanted["widgets_values"]                # the panel is in none of them
+    saved = next(
+        node for node in shown.saved()["nodes"] if node["type"] == "RoPeSLRSparseAttention"
+    )
+    wanted = next(
+        node for node in load("wan2.1_t2v")["nodes"] if node["type"] == "RoPeSLRSparseAttention"
+    )
+    assert saved["widgets_values"] == wanted["widgets_values"]  # the panel is in none of them
 
 
 def test_a_report_finds_its_workflow_though_another_is_open(shown, server):
     """Nodes of two workflows often bear the same number."""
-    small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=2))
+    small = fresh(
+        tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=2)
+    )
     another = fresh(load("wan2.1_t2v"))
     shown.drop("mine", small)
     shown.page.evaluate("""() => {
@@ -76,17 +86,21 @@ def test_a_report_finds_its_workflow_though_another_is_open(shown, server):
     shown.settle()
     assert "Last run" not in shown.page.evaluate(PANEL)
     shown.drop("mine", small)
-    assert "Last run" in shown.page.evaluate(PANEL) and "with other settings" not in shown.page.evaluate(PANEL)
+    assert "Last run" in shown.page.evaluate(
+        PANEL
+    ) and "with other settings" not in shown.page.evaluate(PANEL)
     shown.drop("another", another)
     assert "Last run" not in shown.page.evaluate(PANEL)
-    if shown.renderer == "classic":         # loading the page again takes long
+    if shown.renderer == "classic":  # loading the page again takes long
         shown.open()
         shown.drop("mine", small)
-        assert "Last run" in shown.page.evaluate(PANEL) and "with other settings" not in shown.page.evaluate(PANEL)
+        assert "Last run" in shown.page.evaluate(
+            PANEL
+        ) and "with other settings" not in shown.page.evaluate(PANEL)
 
 
 def test_a_linked_size_is_that_of_the_very_output(shown):
-    """With the frontend's own nodes, whose widgets and outputs have the names that a release gives them."""
+    """With the frontend's own nodes, whose widgets and outputs are named as in that release."""
     shown.drop("wan2.1_t2v", fresh(load("wan2.1_t2v")))
     camera = {"width": 1280, "height": 720, "length": 33}
     for name, text in (("length", "832 × 480, 33 frames"), ("width", "1280 × 480, 33 frames")):
@@ -123,7 +137,9 @@ def test_the_help_page_is_shown_with_its_picture(shown):
     shown.page.locator("[data-testid=info-button]").first.click()
     page = shown.page.locator(".node-help-content")
     page.get_by_text("Start here").wait_for()
-    shown.page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
+    shown.page.wait_for_function(
+        "() => document.querySelector('.node-help-content img')?.naturalWidth > 100"
+    )
     assert "share of key blocks that is NOT computed" in page.inner_text()
 
 
@@ -142,7 +158,9 @@ def test_the_doctor_writes_on_its_own_node(shown):
 
 
 def test_after_a_run_it_tells_what_happened(shown, server):
-    small = fresh(tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3))
+    small = fresh(
+        tiny_workflow(load("wan2.1_t2v"), server.get("/object_info"), 128, 128, length=9, steps=3)
+    )
     shown.drop("wan2.1_t2v", small)
     assert "Last run" not in shown.page.evaluate(PANEL)
     shown.run()

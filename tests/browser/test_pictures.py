@@ -1,7 +1,7 @@
-"""The main node, a finished graph and a report as a person sees them, in both themes: nothing clipped, all readable.
+"""Node, graph and report as a person sees them, in both themes: nothing clipped, all readable.
 
-ROPESLR_SCREENSHOTS names a folder for what is seen, ROPESLR_LARGE takes a video that is worth looking at; `python
-dev.py pictures` sets both for the README's pictures.
+ROPESLR_SCREENSHOTS names a folder for what is seen, ROPESLR_LARGE takes a video that is worth
+looking at; `python dev.py pictures` sets both for the README's pictures.
 """
 
 import os
@@ -52,18 +52,26 @@ LOOK = """() => {
 
 def luminance(colour):
     parts = [each / 255 for each in colour]
-    red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts)
+    red, green, blue = (
+        each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(one, other):
-    """As the web's accessibility guidelines (WCAG 2) define it: 1 to 21; 4.5 is what small text needs."""
+    """As the web's accessibility guidelines (WCAG 2) define it.
+
+    1 to 21; 4.5 is what small text needs.
+    """
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
 
 def check(look, node):
-    """Nothing of the panel clipped, nothing over anything else, every text told from its ground; node: its place."""
+    """Nothing of the panel clipped, nothing over anything else, every text told from its ground.
+
+    Node: its place.
+    """
     left, top, right, bottom = look["frame"]
     for i, each in enumerate(look["texts"]):
         x, y, end, low = each["box"]
@@ -74,15 +82,26 @@ def check(look, node):
             apart = min(end, c) - max(x, a) < 1 or min(low, d) - max(y, b) < 1
             assert apart, f"{each['text']!r} over {other['text']!r}"
     x, y, end, low = look["around"]
-    assert x <= left + 1 and right <= end + 1 and bottom <= low + 1, f"the panel leaves its place: {look}"
+    assert x <= left + 1 and right <= end + 1 and bottom <= low + 1, (
+        f"the panel leaves its place: {look}"
+    )
     edge = node["y"] + node["height"]
-    assert bottom <= edge <= bottom + 90, f"the node ends at {edge}, its panel at {bottom}"        # buttons stand below
+    assert bottom <= edge <= bottom + 90, (
+        f"the node ends at {edge}, its panel at {bottom}"
+    )  # buttons stand below
 
 
 def runnable(server, name, steps):
-    """A workflow with tiny checkpoints; for pictures that are kept, long enough to be worth looking at."""
+    """A workflow with tiny checkpoints.
+
+    For pictures that are kept, long enough to be worth looking at.
+    """
     width, height, length = (512, 288, 17) if LARGE else (128, 128, 9)
-    small = fresh(tiny_workflow(load(name), server.get("/object_info"), width, height, length, steps if LARGE else 2))
+    small = fresh(
+        tiny_workflow(
+            load(name), server.get("/object_info"), width, height, length, steps if LARGE else 2
+        )
+    )
     for node in small["nodes"] if LARGE else ():
         node["widgets_values"] = [DEEPER.get(x, x) for x in node["widgets_values"]]
     return small

@@ -1,4 +1,7 @@
-"""Every shipped workflow in a real browser: dropped, drawn, saved, opened again, and run to a video."""
+"""Every shipped workflow in a real browser.
+
+Dropped, drawn, saved, opened again, and run to a video.
+"""
 
 import json
 import os
@@ -9,12 +12,20 @@ import pytest
 from workflow import ROOT, fresh, load, tiny_workflow
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-OLDER = "ROPESLR_FRONTEND" in os.environ      # a frontend of its own: nodes look, and messages read, a little different
-QUICK = ("sparkwan_few_step", "wan2.1_t2v")  # tried in every way by default; the others as they are dropped
+OLDER = (
+    "ROPESLR_FRONTEND" in os.environ
+)  # a frontend of its own: nodes look, and messages read, a little different
+QUICK = (
+    "sparkwan_few_step",
+    "wan2.1_t2v",
+)  # tried in every way by default; the others as they are dropped
 
 
 def contents(workflow):
-    """What a person would miss if it were lost: widgets, titles, modes and links, whatever the browser adds."""
+    """What a person would miss if it were lost.
+
+    Widgets, titles, modes and links, whatever the browser adds.
+    """
     nodes = {node["id"]: node for node in workflow["nodes"]}
 
     def end(node, slots, slot):
@@ -33,14 +44,23 @@ def contents(workflow):
 
 
 def named(workflow, like=None):
-    """Titles as the browser has them: a node without one of its own bears its type's. An older ComfyUI's nodes may lack
+    """Titles as the browser has them: a node without one bears its type's. An older ComfyUI's nodes may lack
     the last widgets that the file has; like: a workflow that it has saved."""
     nodes, links = contents(workflow)
-    most = {node["id"]: len(node["widgets_values"] or []) for node in like["nodes"]} if OLDER and like else {}
-    return {key: (kind, mode, values[: most.get(key)]) for key, (kind, mode, _, values) in nodes.items()}, links
+    most = (
+        {node["id"]: len(node["widgets_values"] or []) for node in like["nodes"]}
+        if OLDER and like
+        else {}
+    )
+    return {
+        key: (kind, mode, values[: most.get(key)]) for key, (kind, mode, _, values) in nodes.items()
+    }, links
 
 
-SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough")) for name in NAMES]
+SOME = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough"))
+    for name in NAMES
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +72,7 @@ def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough
     shown.fit()
     shown.screenshot(f"{name}_{shown.renderer}")
     assert not [node["type"] for node in nodes if node["missing"]]
-    assert shown.dialogs() == ""            # no missing node, no missing file, no complaint about the format
+    assert shown.dialogs() == ""  # no missing node, no missing file, no complaint about the format
     saved = shown.saved()
     assert named(saved) == named(workflow, like=saved)
     titles = {node["id"]: node["title"] for node in workflow["nodes"] if "title" in node}
@@ -64,7 +84,10 @@ def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough
 
 @pytest.mark.parametrize("name", SOME)
 def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
-    """Boxes with titles; the pack's node has its panel by then. Vue nodes take the height that they need."""
+    """Boxes with titles.
+
+    The pack's node has its panel by then. Vue nodes take the height that they need.
+    """
     if OLDER and shown.renderer == "vue":
         pytest.skip("the files are laid out for the newest frontend, where Vue nodes are lower")
     nodes = shown.drop(name, load(name))
@@ -80,8 +103,10 @@ def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
 
 @pytest.mark.parametrize("name", SOME)
 def test_it_runs_to_a_video_that_is_shown(shown, server, name):
-    side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
-    small = fresh(tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2))
+    side = 256 if name == "wan2.2_5b" else 128  # its tokens are twice as large each way
+    small = fresh(
+        tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2)
+    )
     shown.drop(name, small)
     outputs = shown.run()
     (save,) = (node["id"] for node in small["nodes"] if node["type"] == "SaveVideo")
@@ -94,16 +119,29 @@ def test_it_runs_to_a_video_that_is_shown(shown, server, name):
     assert shown.dialogs() == ""
 
 
-@pytest.mark.parametrize("kind, was, becomes, says", [
-    ("ModelSamplingSD3", "ModelSamplingSD3", "NobodyKnowsThisNode", "Missing node: NobodyKnowsThisNode"),
-    ("group", "bounding", "bounding_box", "nvalid"),
-    ("VAELoader", "wan_2.1_vae.safetensors", "nobody_has_this.safetensors", "nobody_has_this.safetensors is missing"),
-])
+@pytest.mark.parametrize(
+    "kind, was, becomes, says",
+    [
+        (
+            "ModelSamplingSD3",
+            "ModelSamplingSD3",
+            "NobodyKnowsThisNode",
+            "Missing node: NobodyKnowsThisNode",
+        ),
+        ("group", "bounding", "bounding_box", "nvalid"),
+        (
+            "VAELoader",
+            "wan_2.1_vae.safetensors",
+            "nobody_has_this.safetensors",
+            "nobody_has_this.safetensors is missing",
+        ),
+    ],
+)
 def test_what_is_missing_is_noticed(shown, kind, was, becomes, says):
     """The checks above can fail: a node that nobody knows, a file that is not there."""
     workflow = json.loads(json.dumps(load("wan2.1_t2v")).replace(f'"{was}"', f'"{becomes}"'))
     workflow["id"] = str(uuid.uuid4())
     nodes = shown.drop("spoiled", workflow)
     assert [node["type"] for node in nodes if node["missing"]] == [becomes] * (kind == was)
-    if not (OLDER and says == "nvalid"):    # which says nothing of a wrong group
+    if not (OLDER and says == "nvalid"):  # which says nothing of a wrong group
         shown.wait_for_dialog("missing" if OLDER else says)

@@ -8,22 +8,47 @@ from pathlib import Path
 from support import needs
 
 ROOT = Path(__file__).resolve().parents[2]
-# What benchmarks.correctness compares with the definition, each in three combinations of dtype and width.
+# What benchmarks.correctness compares with the definition, each in three combinations of dtype and
+# width.
 OPERATIONS = {
-    "block_pool", "block_pool_state", "low_rank_state", "block_select", "block_mass", "mask_from_bits",
-    "dense_attention", "dense_attention some keys", "block_sparse_attention", "block_sparse_attention tail", "block_sparse_attention_backward dq",
-    "block_sparse_attention_backward dk", "block_sparse_attention_backward dv", "block_sparse_mixed",
-    "block_sparse_mixed low rank", "block_sparse_linear",
+    "block_pool",
+    "block_pool_state",
+    "low_rank_state",
+    "block_select",
+    "block_mass",
+    "mask_from_bits",
+    "dense_attention",
+    "dense_attention some keys",
+    "block_sparse_attention",
+    "block_sparse_attention tail",
+    "block_sparse_attention_backward dq",
+    "block_sparse_attention_backward dk",
+    "block_sparse_attention_backward dv",
+    "block_sparse_mixed",
+    "block_sparse_mixed low rank",
+    "block_sparse_linear",
 }
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_the_cpu_benchmark_runs_and_records(tmp_path):
     out = tmp_path / "cpu.json"
-    done = run("benchmarks.cpu", "--tokens", "4096", "--dtypes", "float32", "--repeats", "1", "--out", str(out))
+    done = run(
+        "benchmarks.cpu",
+        "--tokens",
+        "4096",
+        "--dtypes",
+        "float32",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert [row["sparsity"] for row in record["rows"]] == [0.8, 0.9, 0.95]
@@ -33,20 +58,29 @@ def test_the_cpu_benchmark_runs_and_records(tmp_path):
 
 
 def test_the_kernel_benchmark_runs_on_a_cpu_and_records(tmp_path):
-    """Its correctness part runs first, on every operation; the rest shows that the harness works."""
+    """Its correctness part runs first, on every operation.
+
+    The rest shows that the harness works.
+    """
     out = tmp_path / "kernels.json"
     done = run("benchmarks.kernels", "--device", "cpu", "--out", str(out))
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     compared = [name.rsplit(" ", 2)[0] for name in record["errors"]]
-    assert set(compared) == OPERATIONS and all(compared.count(name) == 3 for name in OPERATIONS), compared
+    assert set(compared) == OPERATIONS and all(compared.count(name) == 3 for name in OPERATIONS), (
+        compared
+    )
     assert all(row["error"] < row["limit"] for row in record["errors"].values())
     (case,) = record["cases"]
     assert [row["sparsity"] for row in case["rows"]] == [0.8, 0.9] and not record["skipped"]
     for row in case["rows"]:
-        assert all(found["ms"] > 0 for group in ("parts", "whole") for found in row[group].values()), row
+        assert all(
+            found["ms"] > 0 for group in ("parts", "whole") for found in row[group].values()
+        ), row
     assert case["backward"]["efficiency"] > 0
-    assert record["cold_start"]["seconds"] > 0 and set(record["targets"]) >= {"sparse efficiency at 90 %"}
+    assert record["cold_start"]["seconds"] > 0 and set(record["targets"]) >= {
+        "sparse efficiency at 90 %"
+    }
     assert "errors against float64" in done.stdout and "not measured" in done.stdout
 
 
@@ -57,15 +91,22 @@ def test_the_model_benchmark_runs_on_tiny_models(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     methods = ["dense", "ropeslr", "top-k", "top-k plain"]
-    assert [row["method"] for row in rows] == methods * 2 and len({row["model"] for row in rows}) == 2
-    assert all(row["sparse_calls"] == 8 and row["backend"] == "pytorch" for row in rows if row["method"] != "dense")
+    assert [row["method"] for row in rows] == methods * 2 and len(
+        {row["model"] for row in rows}
+    ) == 2
+    assert all(
+        row["sparse_calls"] == 8 and row["backend"] == "pytorch"
+        for row in rows
+        if row["method"] != "dense"
+    )
 
 
 def test_the_readme_shows_the_record_as_it_is():
     code = (
         "from benchmarks import ROOT, readme; import sys; "
         "texts = {name: (ROOT / name).read_text(encoding='utf-8') for name in readme.FILES}; "
-        "sys.exit(any(text != readme.with_tables(text, readme.FILES[name]) for name, text in texts.items()))"
+        "sys.exit(any(text != readme.with_tables(text, readme.FILES[name]) for name, text in "
+        "texts.items()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"run `python -m benchmarks.readme`\n{done.stderr}"

@@ -19,7 +19,12 @@ LINT = TOOLS["ruff"]["lint"]
 
 def run(check):
     return subprocess.run(
-        check.command, cwd=ROOT, env=os.environ | check.places, capture_output=True, text=True, errors="replace"
+        check.command,
+        cwd=ROOT,
+        env=os.environ | check.places,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
 
 
@@ -33,13 +38,19 @@ def test_the_source_is_laid_out_by_ruff_format():
     needs.need("ruff")
     check = checkers.layout(PYTHON)
     if check is None:
-        pytest.skip("pyproject.toml has no section [tool.ruff.format] yet; add one, and run `python dev.py format`")
+        pytest.skip(
+            "pyproject.toml has no section [tool.ruff.format] yet; add one, and run `python dev.py "
+            "format`"
+        )
     done = run(check)
     assert done.returncode == 0, f"run `python dev.py format`\n{done.stdout}{done.stderr}"
 
 
 def test_types_agree():
-    """Where [tool.pyright] includes; what ComfyUI defines is followed into its tree where there is one."""
+    """Where [tool.pyright] includes.
+
+    What ComfyUI defines is followed into its tree where there is one.
+    """
     needs.need("basedpyright")
     tree = os.environ.get("COMFYUI_PATH")
     done = run(checkers.types(PYTHON, Path(tree) if tree else None))

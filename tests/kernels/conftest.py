@@ -1,7 +1,8 @@
-"""The kernel tests, in a process of one of two kinds; support/needs.py says which files run in which.
+"""The kernel tests run in one of two kinds of process; support/needs.py says which.
 
-TRITON_INTERPRET=1 (set before Triton is imported): the operations on Triton's kernels, in the watched interpreter.
-Otherwise: the operations in plain PyTorch, and where Triton is importable, the compile checks.
+TRITON_INTERPRET=1 (set before Triton is imported): the operations on Triton's kernels, in the
+watched interpreter. Otherwise: the operations in plain PyTorch, and where Triton is importable, the
+compile checks.
 """
 
 import os
@@ -13,7 +14,7 @@ from support import needs
 INTERPRET = needs.INTERPRET and needs.is_here("triton")
 
 if INTERPRET:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")        # its threads fight over small products
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads fight over small products
     from support.oracle import interpreter
 
     interpreter.repair()
@@ -22,7 +23,7 @@ if INTERPRET:
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_take_cpu_tensors():
-    """Under the interpreter the kernels run on CPU tensors, so nothing stands against them there."""
+    """Under the interpreter the kernels run on CPU tensors, so there is no reason against them."""
     if INTERPRET:
         from pack_loader import load
 

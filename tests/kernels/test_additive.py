@@ -1,4 +1,7 @@
-"""RoLA's branch and SLA's paper form against their definition in float64; plain PyTorch everywhere."""
+"""RoLA's branch and SLA's paper form against their definition in float64.
+
+Plain PyTorch everywhere.
+"""
 
 import pytest
 import torch

@@ -23,7 +23,9 @@ from support.data.blocks import (
 ops = load(".kernels.ops")
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 129, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tokens", [1, 63, 64, 65, 127, 129, pytest.param(1000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_attention_matches_its_definition(tokens, dtype):
     batch = 2 if tokens < 100 else 1
@@ -47,7 +49,7 @@ def test_many_blocks():
 @pytest.mark.parametrize("scale", [1.0, 16.0, 64.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_large_activations_stay_finite_and_right(head_dim, scale, dtype):
-    """Keys scaled in bf16 before the product were right at unit activations, wrong at 16 times that."""
+    """Keys scaled in bf16 before the product are right at unit scale and wrong at 16 times it."""
     case, _ = sparse_case(200, dtype, head_dim, scale=scale, topk=2)
     out, lse = ops.block_sparse_attention(*case, **BACKEND)
     expected, _ = reference.block_sparse_attention(*wide(case))
@@ -111,7 +113,10 @@ def test_all_blocks_kept_is_dense_attention(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooled", [False, True])
 def test_keys_in_no_block_are_never_seen(dtype, pooled):
-    """Text that a mask hides: its keys and values hold NaN here, and nothing of it may come through."""
+    """Text that a mask hides.
+
+    Its keys and values hold NaN here, and nothing of it may come through.
+    """
     q, k, v = tensors(*[(1, 2, 200, 64)] * 3, dtype=dtype)
     listed = torch.cat((torch.arange(0, 90), torch.arange(110, 200)))
     k[:, :, 90:110], v[:, :, 90:110] = torch.nan, torch.nan
@@ -161,10 +166,13 @@ def test_strides_of_the_caller_are_taken_as_they_are():
 def test_results_are_written_where_the_caller_wants_them():
     """Into a part of a larger tensor, whatever its strides; nothing beside that part is touched."""
     case, _ = sparse_case(150, torch.float32)
-    (q, k, v, mask), batch = case, 1
+    (q, k, v, _), batch = case, 1
     expected, _ = ops.block_sparse_attention(*case, **BACKEND)
     dense, _ = ops.dense_attention(q, k, v, **BACKEND)
-    for whole in (torch.zeros(batch, 200, 2, 64).transpose(1, 2), torch.zeros(batch, 2, 64, 200).mT):
+    for whole in (
+        torch.zeros(batch, 200, 2, 64).transpose(1, 2),
+        torch.zeros(batch, 2, 64, 200).mT,
+    ):
         part = whole[:, :, 20:170]
         out, _ = ops.block_sparse_attention(*case, out=part, **BACKEND)
         assert out is part and torch.equal(part, expected)

@@ -1,4 +1,4 @@
-"""Gradients of block-sparse attention against autograd of its definition, on the backend at hand."""
+"""Gradients of block-sparse attention against autograd of its definition."""
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ ops = load(".kernels.ops")
 @pytest.mark.parametrize("kept", ["some", "ragged", "all"])
 def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
     """Ragged ends gave wrong dQ and dV in the field, and delta summed in bf16 wrong everything."""
-    q, k, v = (
-        x.requires_grad_() for x in tensors(*[(1, 2, tokens, head_dim)] * 3, dtype=dtype)
-    )
+    q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, tokens, head_dim)] * 3, dtype=dtype))
     blocks = blocks_of(tokens, shuffled=True)
     with torch.no_grad():
         mask, _ = selected(q, k, blocks, blocks, 2 if kept == "some" else 3)
@@ -49,9 +47,7 @@ def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_at_large_activations(dtype):
-    q, k, v = (
-        x.requires_grad_() for x in tensors(*[(1, 1, 200, 64)] * 3, dtype=dtype, scale=16.0)
-    )
+    q, k, v = (x.requires_grad_() for x in tensors(*[(1, 1, 200, 64)] * 3, dtype=dtype, scale=16.0))
     blocks = blocks_of(200)
     with torch.no_grad():
         mask, _ = selected(q, k, blocks, blocks, 2)
@@ -69,9 +65,7 @@ def test_gradients_at_large_activations(dtype):
 
 @pytest.mark.slow
 def test_gradients_are_the_same_on_every_run():
-    q, k, v = (
-        x.requires_grad_() for x in tensors(*[(1, 2, 300, 32)] * 3, dtype=torch.float32)
-    )
+    q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, 300, 32)] * 3, dtype=torch.float32))
     blocks = blocks_of(300)
     with torch.no_grad():
         mask, _ = selected(q, k, blocks, blocks, 3)
@@ -83,9 +77,7 @@ def test_gradients_are_the_same_on_every_run():
 
 
 def test_gradients_of_pooled_keys_and_values():
-    q, k, v = (
-        x.requires_grad_() for x in tensors(*[(1, 2, 150, 16)] * 3, dtype=torch.float32)
-    )
+    q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, 150, 16)] * 3, dtype=torch.float32))
     blocks = blocks_of(150, shuffled=True)
     with torch.no_grad():
         mask, _ = selected(q, k, blocks, blocks, 2)
@@ -101,9 +93,7 @@ def test_gradients_of_pooled_keys_and_values():
 
 
 def test_keys_in_no_block_get_no_gradient():
-    q, k, v = (
-        x.requires_grad_() for x in tensors(*[(1, 2, 150, 32)] * 3, dtype=torch.float32)
-    )
+    q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, 150, 32)] * 3, dtype=torch.float32))
     kv_blocks = types.TokenBlocks.cut(torch.arange(100), 64, num_tokens=150)
     mask = ragged(2, blocks_of(150), kv_blocks)
     results = []

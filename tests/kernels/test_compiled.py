@@ -1,4 +1,7 @@
-"""Every launcher compiled for every GPU: it fits, spills nothing, uses tensor cores; new sizes compile nothing new."""
+"""Every launcher compiled for every GPU.
+
+It fits, spills nothing, uses tensor cores; new sizes compile nothing new.
+"""
 
 import json
 
@@ -11,12 +14,16 @@ from pack_loader import ROOT, load
 table = load(".benchmarks.compile")
 RECORD = json.loads((ROOT / "benchmarks" / "results" / "compile.json").read_text(encoding="utf-8"))
 RECORDED = triton.__version__ == RECORD["triton"]
-# Another compiler allocates registers its own way: what is free of spills with one may spill a little with another.
+# Another compiler allocates registers its own way: what is free of spills with one may spill a
+# little with another.
 ALLOWED_SPILLS = 0 if RECORDED else 64
 CORES = {"cuda:90": "wgmma", "cuda:100": "tcgen05", "hip:gfx942": "mfma"}
 MATRIX = [
-    (target, name) for target in table.TARGETS for name in table.CASES.get(target, table.ALL)
-    # A compiler other than the recorded one gets the default method's kernels, on one GPU of each kind.
+    (target, name)
+    for target in table.TARGETS
+    for name in table.CASES.get(target, table.ALL)
+    # A compiler other than the recorded one gets the default method's kernels, on one GPU of each
+    # kind.
     if RECORDED or (name in table.FEW and target in ("cuda:80", "cuda:90", "cuda:100", "cuda:120"))
 ]
 
@@ -26,34 +33,51 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
     for row in table.compile_case(target, name, table.cases()[name]):
         assert row["fits"], row
         assert row["spilled_bytes"] <= ALLOWED_SPILLS, row
-        if name not in ("pool", "select", "unpack") and row["kernel"] not in ("delta", "select_bits"):
+        if name not in ("pool", "select", "unpack") and row["kernel"] not in (
+            "delta",
+            "select_bits",
+        ):
             assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
         if row["useful_mma"] is not None:
             assert row["useful_mma"] >= 0.95, row
-        assert not (name in table.FORWARD and row["notes"]), row        # "wgmma instructions are serialized"
+        assert not (name in table.FORWARD and row["notes"]), (
+            row
+        )  # "wgmma instructions are serialized"
         if RECORDED:
             mine = (target, name, row["kernel"])
             known = [x for x in RECORD["rows"] if (x["target"], x["case"], x["kernel"]) == mine]
             same = ("warps", "stages", "registers", "spilled_bytes", "shared_bytes", "useful_mma")
             assert known and all(known[0][key] == row[key] for key in same), (
-                f"{row} is not what benchmarks/results/compile.json holds: run python -m benchmarks.compile --out ..."
+                f"{row} is not what benchmarks/results/compile.json holds: run python -m "
+                "benchmarks.compile --out ..."
             )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target, head_dim, dtype", [
-    ("cuda:80", 64, torch.float16), ("cuda:90", 80, torch.float16), ("cuda:120", 96, torch.bfloat16),
-], ids=str)
+@pytest.mark.parametrize(
+    "target, head_dim, dtype",
+    [
+        ("cuda:80", 64, torch.float16),
+        ("cuda:90", 80, torch.float16),
+        ("cuda:120", 96, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["mixed", "state", "backward"])
 def test_other_head_dims_and_dtypes_fit(target, head_dim, dtype, name):
-    for row in table.compile_case(target, name, table.cases(head_dim=head_dim, dtype=dtype)[name], head_dim):
+    for row in table.compile_case(
+        target, name, table.cases(head_dim=head_dim, dtype=dtype)[name], head_dim
+    ):
         assert row["fits"], row
         if row["kernel"] != "delta":
             assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
 
 
 def test_heads_taken_some_at_a_time_compile_nothing_new():
-    """Scores are made for a few heads at a time; a pointer to the middle would be aligned for some, not for others."""
+    """Scores are made for a few heads at a time.
+
+    A pointer to the middle would be aligned for some, not for others.
+    """
     with table.capture("cuda:90") as compiled:
         for heads, blocks in ((7, 1713), (40, 1182), (3, 33)):
             pooled = torch.empty(1, heads, blocks, 64)
@@ -62,14 +86,31 @@ def test_heads_taken_some_at_a_time_compile_nothing_new():
 
 
 def test_another_size_compiles_nothing_new():
-    """Length, sparsity, list width, heads and strides are run-time numbers; only tiles and flags are compiled in."""
+    """Length, sparsity, list width, heads and strides are run-time numbers.
+
+    Only tiles and flags are compiled in.
+    """
     with table.capture("cuda:90") as compiled:
         for sizes in (
-            dict(), dict(tokens=75_600, heads=40, kept=118), dict(tokens=8_191, heads=1, kept=1),
-            dict(tokens=64, kept=16), dict(tokens=1_048_576, heads=40, kept=1), dict(rank=50, tokens=999),
+            dict(),
+            dict(tokens=75_600, heads=40, kept=118),
+            dict(tokens=8_191, heads=1, kept=1),
+            dict(tokens=64, kept=16),
+            dict(tokens=1_048_576, heads=40, kept=1),
+            dict(rank=50, tokens=999),
         ):
             calls = table.cases(**sizes)
-            for name in ("plain", "mixed", "low_rank", "pool", "state", "select", "mass", "unpack", "backward"):
+            for name in (
+                "plain",
+                "mixed",
+                "low_rank",
+                "pool",
+                "state",
+                "select",
+                "mass",
+                "unpack",
+                "backward",
+            ):
                 calls[name]()
     kernels = {}
     for name, kernel in compiled:

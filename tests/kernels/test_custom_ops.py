@@ -1,4 +1,7 @@
-"""The operations as custom ops: their schemas, fakes and gradients hold; torch.compile takes them whole."""
+"""The operations as custom ops.
+
+Their schemas, fakes and gradients hold; torch.compile takes them whole.
+"""
 
 import importlib
 import importlib.util
@@ -167,7 +170,9 @@ def test_two_copies_of_the_pack_have_their_own_ops():
     copies = []
     for name in names:
         spec = importlib.util.spec_from_file_location(
-            name, pack_loader.ROOT / "__init__.py", submodule_search_locations=[str(pack_loader.ROOT)]
+            name,
+            pack_loader.ROOT / "__init__.py",
+            submodule_search_locations=[str(pack_loader.ROOT)],
         )
         sys.modules[name] = importlib.util.module_from_spec(spec)
         copies.append(importlib.import_module(f"{name}.kernels.ops.pooling"))

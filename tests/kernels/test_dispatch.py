@@ -1,4 +1,7 @@
-"""Which backend runs and why: every reason in words, no silent change; a failing kernel ends no run."""
+"""Which backend runs and why.
+
+Every reason in words, no silent change; a failing kernel ends no run.
+"""
 
 import logging
 import sys
@@ -69,7 +72,11 @@ def test_every_reason_is_told(gpu, machine, call, cause, says):
 
 
 def test_every_cause_has_words_and_is_tried():
-    tried = {mark.args[1][i][2] for mark in test_every_reason_is_told.pytestmark for i in range(len(mark.args[1]))}
+    tried = {
+        mark.args[1][i][2]
+        for mark in test_every_reason_is_told.pytestmark
+        for i in range(len(mark.args[1]))
+    }
     assert set(Cause) - tried == {Cause.NOT_ASKED_FOR, Cause.KERNEL_FAILED}  # tried below
     assert all(cause.value and cause.value[0].islower() or "{" in cause.value for cause in Cause)
 
@@ -78,7 +85,9 @@ def test_scores_are_taken_in_float32_and_bits_in_anything(gpu):
     gpu()
     scores = Operands(GPU, torch.float32, 36)
     assert support.obstacle(scores, support.ON_SCORES) is None
-    assert support.obstacle(Operands(GPU, torch.float64, 36), support.ON_SCORES).cause is Cause.DTYPE
+    assert (
+        support.obstacle(Operands(GPU, torch.float64, 36), support.ON_SCORES).cause is Cause.DTYPE
+    )
     assert support.obstacle(Operands(GPU, torch.int32, 0), support.ON_BITS) is None
 
 
@@ -109,7 +118,7 @@ def test_windows_is_told_what_to_install(gpu, monkeypatch, torch_version, says):
 
 
 def test_a_kernel_that_fails_is_said_once_and_replaced(monkeypatch, caplog):
-    """A missing compiler or an old driver shows only at the first launch, in a page of others' errors."""
+    """A missing compiler or an old driver shows only at the first launch, under other errors."""
     calls = []
 
     def broken(*arguments):
@@ -133,7 +142,8 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(monkeypatch, caplog):
 
 
 def test_a_program_that_uses_the_kernels_keeps_its_own_logging(monkeypatch):
-    """`logging.warning` would install a handler on the root logger of whoever imports the kernels."""
+    """`logging.warning` would install a handler on the root logger of the importing program."""
+
     def broken(*arguments):
         raise RuntimeError("no compiler")
 

@@ -1,4 +1,4 @@
-"""Kept blocks with a background or a linear branch, against the definition, on the backend at hand."""
+"""Kept blocks with a background or a linear branch, against the definition."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The watched interpreter itself, and what only it can see: memory traffic, and addresses beyond 32 bits."""
+"""The watched interpreter itself, and what only it can see.
+
+Memory traffic, and addresses beyond 32 bits.
+"""
 
 import re
 
@@ -34,9 +37,15 @@ def _copy(x_ptr, y_ptr, size, shift, FAULT: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(y_ptr + at, (at + 2147483600).to(tl.float32), mask=at < size)
 
 
-@pytest.mark.parametrize("fault, says", [
-    (1, "load: .* outside of every tensor"), (2, "store to one address"), (3, "loads what program"), (4, "overflow"),
-])
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (1, "load: .* outside of every tensor"),
+        (2, "store to one address"),
+        (3, "loads what program"),
+        (4, "overflow"),
+    ],
+)
 def test_planted_faults_are_caught(fault, says):
     x, y = torch.zeros(100), torch.zeros(100)
     _copy[(4,)](x, y, 100, 0, FAULT=0, BLOCK=32)
@@ -58,7 +67,10 @@ def test_half_precision_is_computed_as_a_gpu_would(dtype):
 
 
 def test_rows_may_lie_further_apart_than_32_bits_reach():
-    """Rows of a million tokens of 40 heads are 5e9 elements apart; here 2^24, in memory never touched."""
+    """Rows of a million tokens of 40 heads are 5e9 elements apart.
+
+    Here 2^24, in memory never touched.
+    """
     rows, apart = 130, 1 << 24
     memory = torch.empty(rows * apart, dtype=torch.float16)
     q, k, v = tensors(*[(1, 1, rows, 32)] * 3, dtype=torch.float16)
@@ -72,11 +84,14 @@ def test_rows_may_lie_further_apart_than_32_bits_reach():
     found, _ = backend.block_sparse_attention(*far, mask, None, 32**-0.5)
     expected, _ = reference.block_sparse_attention(*wide((q, k, v)), mask)
     assert relative_error(found, expected) < 2e-3
-    assert relative_error(backend.block_pool(far[0], blocks), reference.block_pool(q.double(), blocks)) < 1e-5
+    assert (
+        relative_error(backend.block_pool(far[0], blocks), reference.block_pool(q.double(), blocks))
+        < 1e-5
+    )
 
 
 def test_bytes_that_the_default_method_moves():
-    """The rows of q, k, v, out that each pass reads and writes are those that attention.py tells."""
+    """Each pass reads and writes the rows of q, k, v, out that attention.py's table lists."""
     q, k, v, mask, background = mixing_case(torch.bfloat16, tokens=256, head_dim=64)
     tokens, heads, blocks = 256, 2, mask.q_blocks
 
@@ -90,9 +105,13 @@ def test_bytes_that_the_default_method_moves():
     expected = {name: list(read) for name, (read, _) in load(".benchmarks.traffic").ROWS.items()}
     _, read, _ = rows(lambda: backend.block_pool(q, blocks), q, k, v)
     assert read == expected["block_pool"]
-    _, read, _ = rows(lambda: backend.block_pool_state(k, v, layout_of(blocks, blocks), None), q, k, v)
+    _, read, _ = rows(
+        lambda: backend.block_pool_state(k, v, layout_of(blocks, blocks), None), q, k, v
+    )
     assert read == expected["block_pool_state"]
-    times_kept = mask.kv_num_blocks.float().mean().item()  # k, v once per query block that keeps them
+    times_kept = (
+        mask.kv_num_blocks.float().mean().item()
+    )  # k, v once per query block that keeps them
     mixed = (q, k, v, mask, background, 0.125)
     out, (q_read, *kv_read), seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
     assert [q_read, *(x / times_kept for x in kv_read)] == expected["block_sparse_mixed"]

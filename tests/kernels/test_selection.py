@@ -12,7 +12,9 @@ ops = load(".kernels.ops")
 
 def score_case(rows, blocks, short=64, head_dim=32, batch=1, heads=2):
     """Pooled queries and keys of so many blocks, the last one short, and their layout."""
-    pooled = tensors((batch, heads, rows, head_dim), (batch, heads, blocks, head_dim), dtype=torch.float32)
+    pooled = tensors(
+        (batch, heads, rows, head_dim), (batch, heads, blocks, head_dim), dtype=torch.float32
+    )
     layout = layout_of(blocks_of(64 * rows), blocks_of(64 * (blocks - 1) + short))
     return pooled, layout
 

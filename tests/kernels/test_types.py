@@ -1,4 +1,4 @@
-"""Bad input is refused before anything is launched: the argument, what was found, what was expected.
+"""Bad input is refused before any launch: the argument, what was found, what was expected.
 
 What a bundle can check alone it checks when it is made; what has to fit q, k, v, when it is used.
 """
@@ -39,9 +39,13 @@ def test_tensors_that_do_not_belong_together():
         ops.block_sparse_attention(q, k, v, mask, types.PooledKV(k, v))
     with pytest.raises(ValueError, match="scale must be a positive number, found nan"):
         ops.dense_attention(q, k, v, scale=float("nan"))
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, pytorch; found 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, triton, pytorch; found 'cuda'"
+    ):
         ops.dense_attention(q, k, v, backend="cuda")
-    with pytest.raises(ValueError, match=r"out must have the shape \(1, 1, 64, 32\); found \(1, 1, 9, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"out must have the shape \(1, 1, 64, 32\); found \(1, 1, 9, 32\)"
+    ):
         ops.dense_attention(q, k, v, out=q[:, :, :9].clone())
     with pytest.raises(ValueError, match="out must be torch.float64, as q is; found torch.float32"):
         ops.dense_attention(q, k, v, out=q.float())
@@ -61,7 +65,9 @@ def test_a_mask_for_other_queries_or_keys():
     with pytest.raises(ValueError, match=r"kv_num_blocks must have the shape \(1, 2, 2\)"):
         ops.block_sparse_attention(q, k, v, ragged(1, long, long))
     some = types.TokenBlocks.cut(torch.arange(80), 64, num_tokens=100)
-    with pytest.raises(ValueError, match="every query must be in a block; q_blocks lists 80 of 100"):
+    with pytest.raises(
+        ValueError, match="every query must be in a block; q_blocks lists 80 of 100"
+    ):
         ragged(2, some, long)
 
 
@@ -85,7 +91,9 @@ def test_token_blocks():
     with pytest.raises(ValueError, match="num_listed must be from 1 to 100, found 101"):
         types.TokenBlocks(table, 100, 101)
     for wrong in (120, 90):  # others would be read and stored out of bounds, or never written
-        with pytest.raises(ValueError, match=f"tokens lists {wrong} tokens up to {wrong - 1}; expected 100"):
+        with pytest.raises(
+            ValueError, match=f"tokens lists {wrong} tokens up to {wrong - 1}; expected 100"
+        ):
             types.TokenBlocks(blocks_of(wrong).tokens, 100, 100)
         with pytest.raises(ValueError, match=f"blocks of {wrong} tokens, but the tensor has 100"):
             ops.block_pool(q, blocks_of(wrong))
@@ -119,8 +127,12 @@ def test_routing_shapes():
         layout_of(q_blocks, kv_blocks, torch.zeros(3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"pooled_k must have the shape \(1, 1, 3, 32\)"):
         ops.block_select(q, k, layout_of(q_blocks, q_blocks), 1)
-    with pytest.raises(ValueError, match="bits must be int32 with 1 words a row; found torch.int64"):
-        ops.mask_from_bits(torch.zeros(1, 1, 3, 1, dtype=torch.int64), layout_of(q_blocks, kv_blocks), 3)
+    with pytest.raises(
+        ValueError, match="bits must be int32 with 1 words a row; found torch.int64"
+    ):
+        ops.mask_from_bits(
+            torch.zeros(1, 1, 3, 1, dtype=torch.int64), layout_of(q_blocks, kv_blocks), 3
+        )
 
 
 @pytest.mark.parametrize("spoil, says", [

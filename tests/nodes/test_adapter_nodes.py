@@ -41,15 +41,25 @@ def load_sparkwan(name=SPARKWAN, **widgets):
 
 def texts(width=4096):
     return [
-        [[torch.randn(1, 20, width, generator=torch.Generator().manual_seed(seed)), {}]] for seed in (1, 2)
+        [[torch.randn(1, 20, width, generator=torch.Generator().manual_seed(seed)), {}]]
+        for seed in (1, 2)
     ]
 
 
 def run(model, steps=2, width=4096):
     positive, negative = texts(width)
     return comfy_host.run_node(
-        "KSampler", model=model, seed=1, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple",
-        positive=positive, negative=negative, latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)}, denoise=1.0,
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=steps,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=positive,
+        negative=negative,
+        latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
+        denoise=1.0,
     )[0]["samples"]
 
 
@@ -61,51 +71,103 @@ def test_saved_and_loaded_by_the_nodes_it_samples_the_same_bits(method, adapter_
     model, adapter = load_model("tiny_wan21_t2v"), own_adapter(method)
     comfy_host.run_node("RoPeSLRSaveAdapter", adapter=adapter, name="folder/mine")
     assert (adapter_folder / "folder" / "mine.safetensors").is_file()
-    (loaded,) = comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name=os.path.join("folder", "mine.safetensors"))
-    assert torch.equal(sample(sparse(model, adapter=loaded)), sample(sparse(model, adapter=adapter)))
+    (loaded,) = comfy_host.run_node(
+        "RoPeSLRLoadAdapter", adapter_name=os.path.join("folder", "mine.safetensors")
+    )
+    assert torch.equal(
+        sample(sparse(model, adapter=loaded)), sample(sparse(model, adapter=adapter))
+    )
 
 
 def test_nothing_is_ever_overwritten(adapter_folder):
     for _ in range(3):
-        comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name="mine.safetensors")
+        comfy_host.run_node(
+            "RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name="mine.safetensors"
+        )
     names = sorted(path.name for path in adapter_folder.iterdir())
     assert names == ["mine.safetensors", "mine_00002.safetensors", "mine_00003.safetensors"]
 
 
-LONGEST = 216                               # bytes, with room for a number and for what a save writes first
-PART, CHARACTER, END = "it has the part", "it has a control character or one of", "ends with a dot or a space"
+LONGEST = 216  # bytes, with room for a number and for what a save writes first
+PART, CHARACTER, END = (
+    "it has the part",
+    "it has a control character or one of",
+    "ends with a dot or a space",
+)
 DEVICE, LONG = "is a device on Windows", f"{LONGEST + 1} bytes long, and {LONGEST} are possible"
 
 
-@pytest.mark.parametrize("name, why", [
-    *((name, "it is empty") for name in ("", "  ")),
-    *((name, PART) for name in (".", "..", "../mine", "a/../../mine", "/etc/mine", "..\\mine", "a\\..\\..\\mine")),
-    *((name, PART) for name in ("a//b", "a/./b", "mine/")),
-    *((name, CHARACTER) for name in ("C:/mine", "C:mine", "mi\nne", "mi\x00ne", "nul?", "a|b", "<mine>")),
-    *((name, END) for name in ("mine.", "a /mine")),
-    *((name, DEVICE) for name in ("con", "NUL", "wan/COM1", "aux.wan", "aux.safetensors", "lpt\u00b9", "prn/mine")),
-    *((name, LONG) for name in ("x" * (LONGEST + 1), "\u00e9" * (LONGEST // 2) + "x", "x" * (LONGEST + 1) + "/mine")),
-    ("mine \ud800", "half of a character"),
-    ("x" * 1_000_000, "1,000,000 bytes long"),
-    ("a/" * 3000 + "mine", "the file system does not take it (File name too long)"),
-    ("taken/mine", "its subfolder is a file"),
-], ids=lambda text: repr(text[:20]))
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        *((name, "it is empty") for name in ("", "  ")),
+        *(
+            (name, PART)
+            for name in (
+                ".",
+                "..",
+                "../mine",
+                "a/../../mine",
+                "/etc/mine",
+                "..\\mine",
+                "a\\..\\..\\mine",
+            )
+        ),
+        *((name, PART) for name in ("a//b", "a/./b", "mine/")),
+        *(
+            (name, CHARACTER)
+            for name in ("C:/mine", "C:mine", "mi\nne", "mi\x00ne", "nul?", "a|b", "<mine>")
+        ),
+        *((name, END) for name in ("mine.", "a /mine")),
+        *(
+            (name, DEVICE)
+            for name in (
+                "con",
+                "NUL",
+                "wan/COM1",
+                "aux.wan",
+                "aux.safetensors",
+                "lpt\u00b9",
+                "prn/mine",
+            )
+        ),
+        *(
+            (name, LONG)
+            for name in (
+                "x" * (LONGEST + 1),
+                "\u00e9" * (LONGEST // 2) + "x",
+                "x" * (LONGEST + 1) + "/mine",
+            )
+        ),
+        ("mine \ud800", "half of a character"),
+        ("x" * 1_000_000, "1,000,000 bytes long"),
+        ("a/" * 3000 + "mine", "the file system does not take it (File name too long)"),
+        ("taken/mine", "its subfolder is a file"),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
 def test_a_name_that_cannot_be_saved_is_refused_before_the_run(name, why, adapter_folder):
     (adapter_folder / "taken").touch()
     before = sorted(adapter_folder.parent.parent.rglob("*"))
     with pytest.raises(ValueError, match="cannot be used: .*. Write a plain file name") as caught:
         comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("sla"), name=name)
-    assert why in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    assert (
+        why in str(caught.value)
+        and len(str(caught.value)) < 500
+        and str(caught.value).isprintable()
+    )
     node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRSaveAdapter"]
     assert node.validate_inputs(name=name) == str(caught.value)
     assert sorted(adapter_folder.parent.parent.rglob("*")) == before
     if len(name) > LONGEST or why == "half of a character":
-        return                              # nor is there such a file to load
+        return  # nor is there such a file to load
     with pytest.raises((FileNotFoundError, ValueError)):
         comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name=name or "missing.safetensors")
 
 
-@pytest.mark.parametrize("name", ["x" * LONGEST, "\u00e9" * (LONGEST // 2), "console", "com10", "a" * 200 + "/mine"])
+@pytest.mark.parametrize(
+    "name", ["x" * LONGEST, "\u00e9" * (LONGEST // 2), "console", "com10", "a" * 200 + "/mine"]
+)
 def test_the_longest_name_that_is_accepted_can_be_saved_again_and_again(name, adapter_folder):
     node = comfy_host.boot().NODE_CLASS_MAPPINGS["RoPeSLRSaveAdapter"]
     for number in ("", "_00002"):
@@ -128,12 +190,16 @@ def test_the_list_begins_with_no_adapter_and_shows_no_other_files(adapter_folder
 def test_a_folder_that_a_person_has_set_up_stays_and_stays_first(monkeypatch):
     paths, folders = folder_paths(), comfy_host.module(".nodes.folders")
     own = str(Path(paths.models_dir) / "ropeslr")
-    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], set()))    # from a yaml
+    monkeypatch.setitem(
+        paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], set())
+    )  # from a yaml
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"] == (["/mnt/mine", own], {".safetensors"})
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"][0] == ["/mnt/mine", own]
-    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], {".sft"}))  # from another pack
+    monkeypatch.setitem(
+        paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], {".sft"})
+    )  # from another pack
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"][1] == {".sft"}
     monkeypatch.delitem(paths.folder_names_and_paths, "ropeslr")
@@ -156,7 +222,8 @@ def test_the_rank_of_both_nodes_acts_at_once(rank, adapter_folder):
     model = load_model("tiny_wan21_t2v")
     comfy_host.run_node("RoPeSLRSaveAdapter", adapter=own_adapter("ropeslr"), name="mine")
     cut, whole = (
-        comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name="mine.safetensors", rank=each)[0] for each in (rank, 0)
+        comfy_host.run_node("RoPeSLRLoadAdapter", adapter_name="mine.safetensors", rank=each)[0]
+        for each in (rank, 0)
     )
     by_loader, by_node = sparse(model, adapter=cut), sparse(model, adapter=whole, rank=rank)
     assert torch.equal(sample(by_loader), sample(by_node))
@@ -175,7 +242,9 @@ def test_a_converted_checkpoint_is_the_same_model_and_loads_by_itself():
     model, adapter = load_sparkwan(name, save_converted=True)
     assert out.is_file()
     stamp = out.stat().st_mtime_ns
-    again, same = comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=out.name, save_converted=True)
+    again, same = comfy_host.run_node(
+        "RoPeSLRLoadSparseCheckpoint", checkpoint=out.name, save_converted=True
+    )
     assert out.stat().st_mtime_ns == stamp and not list(out.parent.glob("*-comfyui-comfyui*"))
     assert same.info == adapter.info
     assert torch.equal(run(sparse(again, adapter=same)), run(sparse(model, adapter=adapter)))
@@ -185,11 +254,17 @@ def test_a_progress_bar_counts_the_tensors(monkeypatch):
     import comfy.utils
 
     seen = []
-    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, value, total=None, *rest: seen.append(
-        (value, total)))
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda bar, value, total=None, *rest: seen.append((value, total)),
+    )
     load_sparkwan()
-    assert seen and seen[-1][0] == seen[-1][1] == len(seen) and [value for value, _ in seen] == sorted(
-        value for value, _ in seen)
+    assert (
+        seen
+        and seen[-1][0] == seen[-1][1] == len(seen)
+        and [value for value, _ in seen] == sorted(value for value, _ in seen)
+    )
 
 
 def test_comfyui_can_make_a_second_untouched_copy_of_the_model():
@@ -217,14 +292,20 @@ def test_a_second_copy_of_the_weights_can_be_made_for_another_gpu():
         assert copy.model is not patcher.model
         pairs = zip(copy.model.parameters(), patcher.model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert (patcher.load_device, patcher.offload_device) == (patched.load_device, patched.offload_device)
+    assert (patcher.load_device, patcher.offload_device) == (
+        patched.load_device,
+        patched.offload_device,
+    )
 
 
 def test_a_linked_name_does_not_load_everything_anew_at_each_queue():
     """ComfyUI hands linked widgets as None, and takes an error for "changed"."""
     mapping = comfy_host.boot().NODE_CLASS_MAPPINGS
     assert mapping["RoPeSLRLoadSparseCheckpoint"].fingerprint_inputs(checkpoint=None) == ""
-    assert mapping["RoPeSLRLoadAdapter"].fingerprint_inputs(adapter_name=None) == "none (training-free)"
+    assert (
+        mapping["RoPeSLRLoadAdapter"].fingerprint_inputs(adapter_name=None)
+        == "none (training-free)"
+    )
 
 
 def test_a_converted_file_that_cannot_be_written_does_not_cost_the_run(monkeypatch, caplog):
@@ -233,33 +314,51 @@ def test_a_converted_file_that_cannot_be_written_does_not_cost_the_run(monkeypat
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     model, adapter = load_sparkwan("made_full_sparkwan.pth", save_converted=True)
-    assert "made_full_sparkwan-comfyui.safetensors needs 0.0 GB; " in caplog.text and "0.0 GB free" in caplog.text
+    assert (
+        "made_full_sparkwan-comfyui.safetensors needs 0.0 GB; " in caplog.text
+        and "0.0 GB free" in caplog.text
+    )
     assert torch.isfinite(run(sparse(model, adapter=adapter))).all()
     assert not list((MODELS / "diffusion_models").glob("made_full_sparkwan-comfyui*"))
 
 
 def test_a_disk_that_fills_while_the_converted_file_is_written_does_not_cost_the_run(caplog):
-    """safetensors tells it by an error of its own; the free space was enough when the write began."""
+    """safetensors tells it by an error of its own.
+
+    The free space was enough when the write began.
+    """
     resource = pytest.importorskip("resource")
     name = "made_filling_sparkwan.pth"
     load_sparkwan(name)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        model, adapter = comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=name, save_converted=True)
+        model, adapter = comfy_host.run_node(
+            "RoPeSLRLoadSparseCheckpoint", checkpoint=name, save_converted=True
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     (said,) = (text for text in warnings if "RoPeSLR" in text)
-    assert "made_filling_sparkwan-comfyui.safetensors could not be written to " in said and "File too large" in said
+    assert (
+        "made_filling_sparkwan-comfyui.safetensors could not be written to " in said
+        and "File too large" in said
+    )
     assert torch.isfinite(run(sparse(model, adapter=adapter))).all()
-    assert list((MODELS / "diffusion_models").glob("made_filling_sparkwan*")) == [MODELS / "diffusion_models" / name]
+    assert list((MODELS / "diffusion_models").glob("made_filling_sparkwan*")) == [
+        MODELS / "diffusion_models" / name
+    ]
 
 
 def test_an_adapter_of_another_model_is_refused_with_both_named():
     with pytest.raises(ValueError) as caught:
         sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("ropeslr", layers=3, heads=4))
-    for word in ("random.safetensors", "3 layers, 4 heads of 128", "WanModel has 2 layers, 2 heads", "disconnect"):
+    for word in (
+        "random.safetensors",
+        "3 layers, 4 heads of 128",
+        "WanModel has 2 layers, 2 heads",
+        "disconnect",
+    ):
         assert word in str(caught.value)
     with pytest.raises(ValueError, match="method is sla, but the adapter was trained for rola"):
         sparse(load_model("tiny_wan21_t2v"), method="sla", adapter=own_adapter("rola"))
@@ -268,8 +367,12 @@ def test_an_adapter_of_another_model_is_refused_with_both_named():
 def test_a_method_without_its_weights_and_weights_without_use_are_said(caplog):
     model = load_model("tiny_wan21_t2v")
     for settings, words in (
-        (dict(method="rola"), "rola has no adapter"), (dict(method="sla"), "only block-sparse attention runs"),
-        (dict(method="adaspa", adapter=own_adapter("rola")), "adaspa takes no adapter; 'rola.safetensors'"),
+        (dict(method="rola"), "rola has no adapter"),
+        (dict(method="sla"), "only block-sparse attention runs"),
+        (
+            dict(method="adaspa", adapter=own_adapter("rola")),
+            "adaspa takes no adapter; 'rola.safetensors'",
+        ),
         (dict(adapter=own_adapter("sla", size=0.0)), "the projection in 'sla.safetensors' is zero"),
     ):
         caplog.clear()
@@ -280,7 +383,10 @@ def test_a_method_without_its_weights_and_weights_without_use_are_said(caplog):
 def test_an_adapter_on_a_model_that_stays_dense_changes_nothing():
     model, flat = load_model("tiny_hunyuan_image"), dict(channels=64, latent=(16, 16))
     patched = sparse(model, adapter=own_adapter("rola"))
-    assert torch.equal(sample(patched, **flat), sample(model, **flat)) and report(patched).sparse_calls == 0
+    assert (
+        torch.equal(sample(patched, **flat), sample(model, **flat))
+        and report(patched).sparse_calls == 0
+    )
 
 
 @pytest.mark.parametrize("adapter, first", [(None, 1), ("ropeslr", 1), ("rola", 0), ("sla", 0)])
@@ -305,7 +411,9 @@ def test_the_variant_of_sla_takes_effect():
     """With blocks enough that a tenth of them is one."""
     model, adapter = load_model("tiny_wan21_t2v"), own_adapter("sla")
     found = [
-        sample(sparse(model, adapter=adapter, sparsity=0.5, sla_variant=variant), latent=(11, 16, 16))
+        sample(
+            sparse(model, adapter=adapter, sparsity=0.5, sla_variant=variant), latent=(11, 16, 16)
+        )
         for variant in ("released", "paper")
     ]
     assert relative_error(*found) > 1e-3
@@ -339,7 +447,7 @@ def test_weights_are_loaded_with_the_model_and_freed_with_it():
     management.unload_all_models()
     assert patcher not in [each.model for each in management.current_loaded_models]
     first = sample(patched)
-    again = sparse(patched, method="top-k")                                   # a later node without weights
+    again = sparse(patched, method="top-k")  # a later node without weights
     assert again.get_additional_models_with_key("ropeslr") == []
     gone = weakref.ref(patcher.model)
     loaded.clear()
@@ -356,13 +464,16 @@ def test_partly_loaded_weights_and_a_lora_give_the_same(monkeypatch):
     import comfy.model_management as management
     from comfy.patcher_extension import WrappersMP
 
-    patch = {"diffusion_model.blocks.0.self_attn.q.weight": (torch.randn(
-        256, 256, generator=torch.Generator().manual_seed(0)) * 0.02,)}
+    patch = {
+        "diffusion_model.blocks.0.self_attn.q.weight": (
+            torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02,
+        )
+    }
     model = load_model("tiny_wan21_t2v")
     model = model.clone()
     model.add_patches(patch, 1.0)
     expected = sample(sparse(model, adapter=own_adapter("rola")))
-    management.unload_all_models()          # or the LoRA would stand in the weights already
+    management.unload_all_models()  # or the LoRA would stand in the weights already
     low, seen = sparse(model, adapter=own_adapter("rola")), []
 
     def load(models, **_):
@@ -387,7 +498,9 @@ def test_hooks_live_for_one_run_and_no_longer(method, monkeypatch):
     seen = []
     layer = model.model.diffusion_model.blocks[0].self_attn
     real = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k))
+    monkeypatch.setattr(
+        layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k)
+    )
     sample(patched)
     assert seen == [2, 2, 2] and hooks(model) == 0
 
@@ -404,7 +517,9 @@ def test_methods_that_need_no_inputs_hook_nothing(monkeypatch):
     model = load_model("tiny_wan21_t2v")
     layer, seen = model.model.diffusion_model.blocks[0].self_attn, []
     real = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k))
+    monkeypatch.setattr(
+        layer, "forward", lambda *a, **k: seen.append(hooks(model)) or real(*a, **k)
+    )
     for settings in (dict(), dict(method="adaspa"), dict(adapter=own_adapter("sla"))):
         sample(sparse(model, **settings))
     assert set(seen) == {0}
@@ -415,13 +530,17 @@ def test_a_layer_whose_input_cannot_be_seen_runs_dense_with_one_reason(monkeypat
     import comfy.ldm.wan.model as wan
 
     real = wan.WanSelfAttention.__call__
-    monkeypatch.setattr(wan.WanSelfAttention, "__call__", lambda self, *a, **k: self.forward(*a, **k))
+    monkeypatch.setattr(
+        wan.WanSelfAttention, "__call__", lambda self, *a, **k: self.forward(*a, **k)
+    )
     model = load_model("tiny_wan21_t2v")
     dense = sample(model)
     patched = sparse(model, adapter=own_adapter("rola"))
     assert torch.equal(sample(patched), dense)
     ((reason, count),) = report(patched).dense_calls.items()
-    assert count == 6 and reason.startswith("rola's gate needs the hidden state that enters the attention")
+    assert count == 6 and reason.startswith(
+        "rola's gate needs the hidden state that enters the attention"
+    )
     with pytest.raises(RuntimeError, match="this run cannot be sparse: rola's gate needs"):
         sample(sparse(model, adapter=own_adapter("rola"), strict=True))
     monkeypatch.setattr(wan.WanSelfAttention, "__call__", real)
@@ -429,9 +548,14 @@ def test_a_layer_whose_input_cannot_be_seen_runs_dense_with_one_reason(monkeypat
     assert report(patched).sparse_calls == 6
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"shift_t": 3.0, "shift_x": 1.5}, {"scale_t": 0.5, "scale_y": 2.0, "scale_x": 1.25, "shift_y": -2.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift_t": 3.0, "shift_x": 1.5},
+        {"scale_t": 0.5, "scale_y": 2.0, "scale_x": 1.25, "shift_y": -2.0},
+    ],
+)
 def test_queries_are_turned_back_by_the_models_own_angles(options):
     """Whatever stretches or shifts the model's RoPE, what comes out is the query before it."""
     from comfy.ldm.flux.math import apply_rope1
@@ -441,7 +565,11 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
     model = load_model("tiny_wan21_t2v").model.diffusion_model
     for grid in ((5, 8, 8), (3, 5, 9), (1, 16, 9)):
         freqs = model.rope_encode(
-            grid[0], 2 * grid[1], 2 * grid[2], dtype=torch.float32, transformer_options={"rope_options": options}
+            grid[0],
+            2 * grid[1],
+            2 * grid[2],
+            dtype=torch.float32,
+            transformer_options={"rope_options": options},
         )
         tokens = grid[0] * grid[1] * grid[2]
         q = torch.randn(1, tokens, 2, 128, generator=torch.Generator().manual_seed(0))
@@ -457,23 +585,42 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
     assert inputs.read_rope(freqs, tokens + 1) is None and inputs.read_rope(None, 4) is None
 
 
-@pytest.mark.parametrize("options, matters", [(dict(scale_t=0.5), True), (dict(shift_x=4.0), False)])
+@pytest.mark.parametrize(
+    "options, matters", [(dict(scale_t=0.5), True), (dict(shift_x=4.0), False)]
+)
 def test_stretched_rope_reaches_the_adapter(options, matters):
-    """ComfyUI's own node sets it. Only distances count: a shift that one side missed would change the result."""
+    """ComfyUI's own node sets it.
+
+    Only distances count: a shift that one side missed would change the result.
+    """
     model, adapter = load_model("tiny_wan21_t2v"), own_adapter("rola")
-    (stretched,) = comfy_host.run_node("ScaleROPE", model=sparse(model, adapter=adapter), **{
-        "scale_x": 1.0, "shift_x": 0.0, "scale_y": 1.0, "shift_y": 0.0, "scale_t": 1.0, "shift_t": 0.0} | options)
+    (stretched,) = comfy_host.run_node(
+        "ScaleROPE",
+        model=sparse(model, adapter=adapter),
+        **{
+            "scale_x": 1.0,
+            "shift_x": 0.0,
+            "scale_y": 1.0,
+            "shift_y": 0.0,
+            "scale_t": 1.0,
+            "shift_t": 0.0,
+        }
+        | options,
+    )
     found = sample(stretched)
     assert torch.isfinite(found).all() and report(stretched).sparse_calls == 6
     assert (relative_error(found, sample(sparse(model, adapter=adapter))) > 1e-4) is matters
 
 
-@pytest.mark.parametrize("method, node_first", [
-    pytest.param("rola", False, marks=pytest.mark.slow),
-    pytest.param("rola", True, marks=pytest.mark.slow("thorough")),
-    pytest.param("ropeslr", True, marks=pytest.mark.slow("thorough")),
-    pytest.param("adaspa", False, marks=pytest.mark.slow("thorough")),
-])
+@pytest.mark.parametrize(
+    "method, node_first",
+    [
+        pytest.param("rola", False, marks=pytest.mark.slow),
+        pytest.param("rola", True, marks=pytest.mark.slow("thorough")),
+        pytest.param("ropeslr", True, marks=pytest.mark.slow("thorough")),
+        pytest.param("adaspa", False, marks=pytest.mark.slow("thorough")),
+    ],
+)
 def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, node_first):
     import torch._dynamo.utils as dynamo
 
@@ -484,7 +631,9 @@ def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, no
     adapter = None if method == "adaspa" else own_adapter(method)
     compiled_dense = compiled(model)
     settings = dict(method=method, adapter=adapter, sparsity=0.6)
-    patched = compiled(sparse(model, **settings)) if node_first else sparse(compiled_dense, **settings)
+    patched = (
+        compiled(sparse(model, **settings)) if node_first else sparse(compiled_dense, **settings)
+    )
     dense, expected = sample(model), sample(sparse(model, **settings))
     assert relative_error(sample(compiled_dense), dense) < 1e-5
     assert relative_error(sample(patched), expected) < 1e-5
@@ -499,8 +648,10 @@ def test_a_compiled_model_runs_with_an_adapter_and_recompiles_nothing(method, no
 
 def test_two_samplers_with_one_adapter_do_not_disturb_each_other():
     adapter = own_adapter("rola")
-    models = [sparse(load_model(file), adapter=adapter, sparsity=s) for file, s in (
-        ("tiny_wan21_t2v", 0.5), ("tiny_wan22_t2v_low_noise", 0.8))]
+    models = [
+        sparse(load_model(file), adapter=adapter, sparsity=s)
+        for file, s in (("tiny_wan21_t2v", 0.5), ("tiny_wan22_t2v_low_noise", 0.8))
+    ]
     alone = [sample(model) for model in models]
     assert all(torch.equal(sample(model), expected) for model, expected in zip(models, alone))
     assert SETTINGS["dense_first_steps"] == 0

@@ -1,4 +1,4 @@
-"""Every Wan and HunyuanVideo variant by every method: nothing raises, and as many calls are sparse as there should be.
+"""Every variant by every method: nothing raises, and the expected number of calls is sparse.
 
 What is found is the README's matrix: `python dev.py coverage` writes it anew.
 """
@@ -18,7 +18,9 @@ from support.host.sampling import full_density, own_adapter, report, sparse
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coverage.json"
 TRAINING_FREE = ("ropeslr", "top-k", "adaspa")
-FOUND = defaultdict(dict)                   # variant -> method -> [sparse, all calls of one model call], or the reason
+FOUND = defaultdict(
+    dict
+)  # variant -> method -> [sparse, all calls of one model call], or the reason
 SPARSE = [name for name, variant in VARIANTS.items() if variant.dense is None]
 
 
@@ -39,26 +41,42 @@ def check(name, variant, patched, method, sampled, dense, calls):
     return told
 
 
-@pytest.mark.parametrize("cfg, size", [
-    (1.0, "even"), pytest.param(5.0, "odd", marks=pytest.mark.slow),
-    pytest.param(5.0, "even", marks=pytest.mark.slow("thorough")),
-    pytest.param(1.0, "odd", marks=pytest.mark.slow("thorough")),
-])
+@pytest.mark.parametrize(
+    "cfg, size",
+    [
+        (1.0, "even"),
+        pytest.param(5.0, "odd", marks=pytest.mark.slow),
+        pytest.param(5.0, "even", marks=pytest.mark.slow("thorough")),
+        pytest.param(1.0, "odd", marks=pytest.mark.slow("thorough")),
+    ],
+)
 def test_methods_without_weights(variant, cfg, size):
     name, variant, model = variant
     latent = getattr(variant, size)
     dense = variant.sample(model, latent, cfg)
     for method in TRAINING_FREE:
         patched = sparse(model, method=method, sparsity=0.6)
-        told = check(name, variant, patched, method, variant.sample(patched, latent, cfg), dense, variant.calls)
+        told = check(
+            name,
+            variant,
+            patched,
+            method,
+            variant.sample(patched, latent, cfg),
+            dense,
+            variant.calls,
+        )
         assert not told.dense_calls and told.density < 1
 
 
-@pytest.mark.parametrize("method, cfg, size", [
-    ("rola", 1.0, "even"), pytest.param("sla", 5.0, "odd", marks=pytest.mark.slow),
-    pytest.param("rola", 5.0, "odd", marks=pytest.mark.slow("thorough")),
-    pytest.param("sla", 1.0, "even", marks=pytest.mark.slow("thorough")),
-])
+@pytest.mark.parametrize(
+    "method, cfg, size",
+    [
+        ("rola", 1.0, "even"),
+        pytest.param("sla", 5.0, "odd", marks=pytest.mark.slow),
+        pytest.param("rola", 5.0, "odd", marks=pytest.mark.slow("thorough")),
+        pytest.param("sla", 1.0, "even", marks=pytest.mark.slow("thorough")),
+    ],
+)
 def test_methods_with_weights(variant, method, cfg, size):
     """An adapter of the model's own layers; VACE's control blocks have none, and say so."""
     name, variant, model = variant
@@ -86,7 +104,10 @@ def test_every_block_kept_is_dense(variant, monkeypatch, thorough):
 
 @pytest.mark.parametrize("size", [pytest.param("even", marks=pytest.mark.slow("thorough")), "odd"])
 def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
-    """By the model's own RoPE: its first angle of each axis must change along that axis of the grid, and no other."""
+    """By the model's own RoPE.
+
+    Its first angle of each axis must change along that axis of the grid, and no other.
+    """
     name, variant, model = variant
     layouts, angles = [], []
     sequence = comfy_host.module(".nodes.patching.token_layout").SequenceInfo
@@ -102,15 +123,17 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
 
     monkeypatch.setattr(sequence, "layout", layout)
     net = model.model.diffusion_model
-    handle = (net.double_blocks if hasattr(net, "double_blocks") else net.blocks)[0].register_forward_pre_hook(
-        rope, with_kwargs=True
-    )
+    handle = (net.double_blocks if hasattr(net, "double_blocks") else net.blocks)[
+        0
+    ].register_forward_pre_hook(rope, with_kwargs=True)
     try:
         variant.sample(sparse(model, sparsity=0.6), getattr(variant, size), 1.0, steps=1)
     finally:
         handle.remove()
     (found,) = set(layouts)
-    axes = (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)       # pairs 8/28/28 and 22/21/21
+    axes = (
+        (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)
+    )  # pairs 8/28/28 and 22/21/21
     grid = angles[0][found.before : found.before + found.video_tokens].unflatten(0, found.grid)
     for axis, pair in enumerate(axes):
         own = grid[..., pair].movedim(axis, -1)
@@ -120,7 +143,7 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
 
 @pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow("thorough"))])
 def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
-    """Other noise changes the first layer's queries of every video token, and of no reference and no text."""
+    """Other noise changes the first layer's queries of all video tokens, and of no other token."""
     name, variant, model = variant
     run_class, seen = comfy_host.module(".attention").AttentionRun, []
     attend = run_class.attend
@@ -157,24 +180,33 @@ def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size)
     patched = sparse(model, method=method)
     assert torch.equal(variant.sample(patched, latent, 5.0), variant.sample(model, latent, 5.0))
     told = report(patched)
-    assert told.dense_calls == {variant.dense: variant.calls * told.model_calls} and told.sparse_calls == 0
+    assert (
+        told.dense_calls == {variant.dense: variant.calls * told.model_calls}
+        and told.sparse_calls == 0
+    )
     FOUND[name][method] = variant.dense
     with pytest.raises(RuntimeError, match="strict"):
         sparse(model, method=method, strict=True)
 
 
 def test_the_matrix_in_the_record_is_what_was_found(request):
-    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE; only ever as a whole."""
+    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE.
+
+    Only ever as a whole.
+    """
     import comfyui_version
 
     version, record = comfyui_version.__version__, json.loads(RECORD.read_text("utf-8"))
     wanted = {
         name: {*TRAINING_FREE, *(("rola", "sla") if variant.trained else ())}
-        for name, variant in VARIANTS.items() if not variant.missing()
+        for name, variant in VARIANTS.items()
+        if not variant.missing()
     }
     whole = {name: set(methods) for name, methods in FOUND.items()} == wanted
     if os.environ.get("ROPESLR_COVERAGE"):
-        assert whole and not request.session.testsfailed, "the record is written from a whole run without failures"
+        assert whole and not request.session.testsfailed, (
+            "the record is written from a whole run without failures"
+        )
         record[version] = {name: FOUND[name] for name in VARIANTS if name in FOUND}
         RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
@@ -185,4 +217,6 @@ def test_the_matrix_in_the_record_is_what_was_found(request):
         assert recorded == FOUND, "run `python dev.py coverage`"
     for name, methods in FOUND.items():
         for method, found in methods.items():
-            assert recorded.get(name, {}).get(method) == found, f"{name}, {method}: run `python dev.py coverage`"
+            assert recorded.get(name, {}).get(method) == found, (
+                f"{name}, {method}: run `python dev.py coverage`"
+            )

@@ -1,4 +1,4 @@
-"""What cannot be sparse runs dense, with a reason that is counted, said once, and an error where strict is on."""
+"""What cannot be sparse runs dense; the reason is counted, logged once, an error if strict."""
 
 import pytest
 import torch
@@ -20,8 +20,17 @@ def flux_sample(model):
     extra = dict(pooled_output=torch.zeros(1, 768), guidance=3.5)
     text = [[torch.randn(1, 10, 4096, generator=torch.Generator().manual_seed(0)), extra]]
     return comfy_host.run_node(
-        "KSampler", model=model, seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", positive=text,
-        negative=text, latent_image={"samples": torch.zeros(1, 16, 16, 16)}, denoise=1.0,
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=text,
+        negative=text,
+        latent_image={"samples": torch.zeros(1, 16, 16, 16)},
+        denoise=1.0,
     )[0]["samples"]
 
 
@@ -32,7 +41,9 @@ def warnings(caplog):
 def test_triton_by_name_where_it_cannot_run_is_refused_before_sampling_with_the_reason():
     """To go on without what was asked for by name would be a silent no; auto is there for that."""
     model = load_model("tiny_wan21_t2v")
-    with pytest.raises(RuntimeError, match="cannot be used: the tensors are on cpu.*set backend to auto"):
+    with pytest.raises(
+        RuntimeError, match="cannot be used: the tensors are on cpu.*set backend to auto"
+    ):
         sparse(model, backend="triton")
     patched = sparse(model, backend="auto")
     sample(patched)
@@ -42,11 +53,17 @@ def test_triton_by_name_where_it_cannot_run_is_refused_before_sampling_with_the_
 @pytest.mark.parametrize("method", ["rola", "sla"])
 def test_a_method_without_its_weights_is_named_so_and_refused_by_strict(method):
     module, model = comfy_host.module(".nodes.patching.dense_reason"), load_model("tiny_wan21_t2v")
-    with pytest.raises(module.SparseNotPossible, match=f"{method} has no adapter.*Connect an adapter"):
+    with pytest.raises(
+        module.SparseNotPossible, match=f"{method} has no adapter.*Connect an adapter"
+    ):
         sparse(model, method=method, strict=True)
     patched = sparse(model, method=method)
     sample(patched)
-    assert report(patched).summary().startswith(f"RoPeSLR {method} without its weights on WanModel: 6 of 6")
+    assert (
+        report(patched)
+        .summary()
+        .startswith(f"RoPeSLR {method} without its weights on WanModel: 6 of 6")
+    )
 
 
 def test_another_model_runs_dense_and_untouched(caplog):
@@ -56,7 +73,9 @@ def test_another_model_runs_dense_and_untouched(caplog):
     assert set(report(patched).dense_calls) == {"Flux is not a Wan or HunyuanVideo model"}
     assert report(patched).sparse_calls == 0
     flux_sample(patched)
-    assert warnings(caplog) == ["RoPeSLR: attention runs dense: Flux is not a Wan or HunyuanVideo model"]
+    assert warnings(caplog) == [
+        "RoPeSLR: attention runs dense: Flux is not a Wan or HunyuanVideo model"
+    ]
 
 
 def test_a_subclass_of_a_known_model_runs_dense_with_a_reason():
@@ -71,15 +90,29 @@ def test_a_subclass_of_a_known_model_runs_dense_with_a_reason():
     finally:
         inner.__class__ = original
     assert report(patched).dense_calls == {
-        "FancyWanModel is a kind of Wan or HunyuanVideo whose token layout is not known": 4}
+        "FancyWanModel is a kind of Wan or HunyuanVideo whose token layout is not known": 4
+    }
 
 
 def with_reference(model):
-    text = conditioning(1, reference_latents=[
-        torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4))])
+    text = conditioning(
+        1,
+        reference_latents=[
+            torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4))
+        ],
+    )
     return comfy_host.run_node(
-        "KSampler", model=model, seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
-        positive=text, negative=text, latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)}, denoise=1.0,
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=text,
+        negative=text,
+        latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
+        denoise=1.0,
     )[0]["samples"]
 
 
@@ -98,7 +131,10 @@ def test_reference_tokens_in_front_of_the_video_are_always_kept(monkeypatch):
 
 
 def test_latents_behind_the_video_are_always_kept(monkeypatch):
-    """In-context references, where ComfyUI has them: streams of their own, appended to the sequence."""
+    """In-context references, where ComfyUI has them.
+
+    Streams of their own, appended to the sequence.
+    """
     import inspect
 
     import comfy.model_base
@@ -108,11 +144,25 @@ def test_latents_behind_the_video_are_always_kept(monkeypatch):
     model = load_model("tiny_wan21_t2v")
 
     def run(model):
-        text = conditioning(1, context_latents=[
-            torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)])
+        text = conditioning(
+            1,
+            context_latents=[
+                torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+                for seed in (4, 5)
+            ],
+        )
         return comfy_host.run_node(
-            "KSampler", model=model, seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
-            positive=text, negative=text, latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)}, denoise=1.0,
+            "KSampler",
+            model=model,
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=text,
+            negative=text,
+            latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
+            denoise=1.0,
         )[0]["samples"]
 
     dense, patched = run(model), sparse(model, sparsity=0.6)
@@ -143,10 +193,15 @@ def test_a_short_video_runs_dense(caplog):
     assert not report(at_the_limit).dense_calls
 
 
-@pytest.mark.parametrize("settings, reason", [
-    (dict(dense_layers="0"), "dense layers"), (dict(backend="dense"), "backend is set to dense"),
-    (dict(end_percent=0.01), "outside start/end percent"), (dict(dense_last_steps=99), "dense last steps"),
-])
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        (dict(dense_layers="0"), "dense layers"),
+        (dict(backend="dense"), "backend is set to dense"),
+        (dict(end_percent=0.01), "outside start/end percent"),
+        (dict(dense_last_steps=99), "dense last steps"),
+    ],
+)
 def test_what_the_person_chose_is_counted_and_not_warned_about(settings, reason, caplog):
     patched = sparse(load_model("tiny_wan21_t2v"), strict=True, **settings)
     sample(patched)
@@ -158,7 +213,9 @@ class Calls:
 
     def __init__(self, **settings):
         names = ("override", "patch", "call", "token_layout")
-        override, patch, call, layout = (comfy_host.module(f".nodes.patching.{name}") for name in names)
+        override, patch, call, layout = (
+            comfy_host.module(f".nodes.patching.{name}") for name in names
+        )
         settings = dict(min_tokens=64, dense_first_steps=0) | settings
         plan = comfy_host.module(".attention").SparsePlan(**settings).resolve()
         model, sigmas = load_model("tiny_wan21_t2v"), torch.tensor([1.0, 0.5, 0.0])
@@ -170,16 +227,26 @@ class Calls:
 
     def __call__(self, q, k, v, heads, mask=None, **kwargs):
         return self.override(
-            lambda *args, **kwargs: "dense", q, k, v, heads, mask=mask, transformer_options=self.options, **kwargs
+            lambda *args, **kwargs: "dense",
+            q,
+            k,
+            v,
+            heads,
+            mask=mask,
+            transformer_options=self.options,
+            **kwargs,
         )
 
 
-@pytest.mark.parametrize("width, kv_heads, mask, reason", [
-    (63, 2, None, "head_dim is 63 (an even number up to 512 is needed)"),
-    (514, 2, None, "head_dim is 514 (an even number up to 512 is needed)"),
-    (64, 2, torch.zeros(256, 256), "an attention mask of shape (256, 256) is set"),
-    (64, 1, None, "2 query heads on 1 key heads (equal numbers are needed)"),
-])
+@pytest.mark.parametrize(
+    "width, kv_heads, mask, reason",
+    [
+        (63, 2, None, "head_dim is 63 (an even number up to 512 is needed)"),
+        (514, 2, None, "head_dim is 514 (an even number up to 512 is needed)"),
+        (64, 2, torch.zeros(256, 256), "an attention mask of shape (256, 256) is set"),
+        (64, 1, None, "2 query heads on 1 key heads (equal numbers are needed)"),
+    ],
+)
 def test_calls_that_the_path_cannot_take_go_dense(width, kv_heads, mask, reason):
     q, k = torch.randn(1, 2, 256, width), torch.randn(1, kv_heads, 256, width)
     call = Calls()
@@ -197,18 +264,28 @@ def test_a_call_whose_gradients_are_wanted_goes_dense():
     assert dict(call.call.tally.dense_calls) == {reasons.TRAINING: 1}
     call = Calls()
     with torch.no_grad():
-        assert isinstance(call(q.clone().requires_grad_(), q, q, 2, skip_reshape=True), torch.Tensor)
+        assert isinstance(
+            call(q.clone().requires_grad_(), q, q, 2, skip_reshape=True), torch.Tensor
+        )
 
 
 @pytest.mark.parametrize("skip_reshape", [False, True])
 @pytest.mark.parametrize("skip_output_reshape", [False, True])
-def test_both_layouts_of_the_host_are_taken_and_given(skip_reshape, skip_output_reshape, monkeypatch):
+def test_both_layouts_of_the_host_are_taken_and_given(
+    skip_reshape, skip_output_reshape, monkeypatch
+):
     full_density(monkeypatch)
-    q, k, v = (torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (
+        torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     given = [q, k, v] if skip_reshape else [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    found = Calls(sparsity=0.0)(*given, 2, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-    torch.testing.assert_close(found, expected if skip_output_reshape else expected.transpose(1, 2).flatten(2))
+    found = Calls(sparsity=0.0)(
+        *given, 2, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape
+    )
+    torch.testing.assert_close(
+        found, expected if skip_output_reshape else expected.transpose(1, 2).flatten(2)
+    )
 
 
 def test_calls_before_the_blocks_pass_through():
@@ -218,10 +295,16 @@ def test_calls_before_the_blocks_pass_through():
     assert dict(call.call.tally.other_calls) == {"outside the transformer blocks": 1}
 
 
-@pytest.mark.parametrize("file, says", [
-    ("tiny_flux", "Flux is not a Wan or HunyuanVideo model"),
-    ("tiny_hunyuan_image", "HunyuanVideo runs dense: HunyuanImage, which makes single pictures"),
-])
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("tiny_flux", "Flux is not a Wan or HunyuanVideo model"),
+        (
+            "tiny_hunyuan_image",
+            "HunyuanVideo runs dense: HunyuanImage, which makes single pictures",
+        ),
+    ],
+)
 def test_strict_refuses_a_model_when_the_node_runs(file, says):
     with pytest.raises(RuntimeError, match=f"strict.*cannot be sparse: {says}"):
         sparse(load_model(file), strict=True)
@@ -240,7 +323,9 @@ def test_a_long_list_of_layers_is_named_as_ranges(caplog):
 
 def test_what_is_no_adapter_is_refused_in_words():
     """A path typed into a string node, for one, and linked to the input."""
-    with pytest.raises(ValueError, match="adapter is a str; connect the output of Load RoPeSLR Adapter"):
+    with pytest.raises(
+        ValueError, match="adapter is a str; connect the output of Load RoPeSLR Adapter"
+    ):
         sparse(load_model("tiny_wan21_t2v"), adapter="mine.safetensors")
 
 
@@ -268,7 +353,10 @@ def test_samplers_with_steps_of_their_own_have_no_last_steps(sampler, caplog):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
-    """An object patch on self_attn.forward goes past the slot: without a word the node would do nothing at all."""
+    """An object patch on self_attn.forward goes past the slot.
+
+    Without a word the node would do nothing at all.
+    """
     from comfy.ldm.modules.attention import optimized_attention
 
     model = load_model("tiny_wan21_t2v")
@@ -288,7 +376,7 @@ def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
         sample(patched)
         assert report(patched).sparse_calls == 3 and says in report(patched).summary()
         assert [says in line for line in warnings(caplog)] == [True]
-    sample(model)                           # puts the module's own forward back
+    sample(model)  # puts the module's own forward back
 
 
 def test_a_second_model_in_one_run_is_left_alone():
@@ -296,16 +384,27 @@ def test_a_second_model_in_one_run_is_left_alone():
     reasons = comfy_host.module(".nodes.patching.dense_reason")
     first, second = sparse(load_model("tiny_wan21_t2v")), load_model("tiny_wan21_vace")
     if "DualModelGuider" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
-        return                              # older than the node
+        return  # older than the node
     run = comfy_host.run_node
     (guider,) = run(
-        "DualModelGuider", model=first, model_negative=second, positive=conditioning(1), negative=conditioning(2),
+        "DualModelGuider",
+        model=first,
+        model_negative=second,
+        positive=conditioning(1),
+        negative=conditioning(2),
         cfg=3.0,
     )
-    (noise,), (sampler,) = run("RandomNoise", noise_seed=3), run("KSamplerSelect", sampler_name="euler")
+    (noise,), (sampler,) = (
+        run("RandomNoise", noise_seed=3),
+        run("KSamplerSelect", sampler_name="euler"),
+    )
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     out = run(
-        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=torch.tensor([1.0, 0.5, 0.0]),
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=torch.tensor([1.0, 0.5, 0.0]),
         latent_image=latent,
     )
     assert torch.isfinite(out[0]["samples"]).all()
@@ -326,6 +425,8 @@ def test_strict_refuses_a_short_video_before_the_first_step():
 
     patched = sparse(model, strict=True, min_tokens=4096)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)
-    with pytest.raises(RuntimeError, match="576 tokens are fewer than min_tokens 4096.*Lower min_tokens"):
+    with pytest.raises(
+        RuntimeError, match="576 tokens are fewer than min_tokens 4096.*Lower min_tokens"
+    ):
         sample(patched)
     assert not calls

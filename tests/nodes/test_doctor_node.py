@@ -14,5 +14,6 @@ def test_it_tells_about_this_machine_with_no_model_at_all():
 
 def test_the_size_is_counted_in_tokens_of_the_model():
     (text,) = comfy_host.run_node(
-        "RoPeSLRDoctor", model_kind="Wan 2.2 5B", width=256, height=256, length=17, seconds=1)
+        "RoPeSLRDoctor", model_kind="Wan 2.2 5B", width=256, height=256, length=17, seconds=1
+    )
     assert "320 tokens" in text

@@ -1,4 +1,7 @@
-"""HunyuanVideo: text and video in one sequence; the video's attention is sparse, the text's is not."""
+"""HunyuanVideo.
+
+Text and video in one sequence; the video's attention is sparse, the text's is not.
+"""
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from support.host.sampling import full_density, load_model, report, sample, spar
 
 # file -> (latent channels, latent, sparse calls of one step)
 HUNYUAN = {
-    "tiny_hunyuan_t2v": (16, (9, 16, 16), 4), "tiny_hunyuan15_t2v": (32, (9, 8, 8), 2),      # 576 tokens each
-    "tiny_hunyuan_i2v": (16, (9, 16, 16), 4), "tiny_hunyuan_skyreels_i2v": (16, (9, 16, 16), 4),
+    "tiny_hunyuan_t2v": (16, (9, 16, 16), 4),
+    "tiny_hunyuan15_t2v": (32, (9, 8, 8), 2),  # 576 tokens each
+    "tiny_hunyuan_i2v": (16, (9, 16, 16), 4),
+    "tiny_hunyuan_skyreels_i2v": (16, (9, 16, 16), 4),
 }
 
 
@@ -18,7 +23,11 @@ HUNYUAN = {
 def hunyuan(request):
     """(model, sampling arguments, sparse calls of one step)."""
     channels, latent, calls = HUNYUAN[request.param]
-    return load_model(request.param), dict(channels=channels, latent=latent, steps=2, pooled=True), calls
+    return (
+        load_model(request.param),
+        dict(channels=channels, latent=latent, steps=2, pooled=True),
+        calls,
+    )
 
 
 @pytest.mark.parametrize("order", ["cube", "raster"])
@@ -37,8 +46,14 @@ def test_methods_without_weights_run_sparse(hunyuan, method, cfg):
     model, arguments, calls = hunyuan
     patched = sparse(model, method=method, sparsity=0.6)
     found = sample(patched, cfg=cfg, **arguments)
-    assert torch.isfinite(found).all() and 1e-4 < relative_error(found, sample(model, cfg=cfg, **arguments)) < 0.5
-    assert report(patched).sparse_calls == calls * report(patched).model_calls and not report(patched).dense_calls
+    assert (
+        torch.isfinite(found).all()
+        and 1e-4 < relative_error(found, sample(model, cfg=cfg, **arguments)) < 0.5
+    )
+    assert (
+        report(patched).sparse_calls == calls * report(patched).model_calls
+        and not report(patched).dense_calls
+    )
 
 
 def test_error_falls_as_density_rises(hunyuan):
@@ -53,13 +68,15 @@ def test_a_reference_latent_stands_with_the_text(monkeypatch):
     """Between text and video: always kept, and dense itself."""
     model = load_model("tiny_hunyuan_t2v")
     text = masked(20)
-    text[0][1] = {"pooled_output": text[0][1]["pooled_output"],
-                  "ref_latent": torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4))}
+    text[0][1] = {
+        "pooled_output": text[0][1]["pooled_output"],
+        "ref_latent": torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4)),
+    }
     dense = run(model, text)
     patched = sparse(model, sparsity=0.6)
     assert 1e-4 < relative_error(run(patched, text), dense) < 0.5
     assert report(patched).sparse_calls == 8 and not report(patched).dense_calls
-    assert relative_error(dense, run(model, masked(20))) > 1e-3               # the reference is read
+    assert relative_error(dense, run(model, masked(20))) > 1e-3  # the reference is read
     full_density(monkeypatch)
     assert relative_error(run(sparse(model, sparsity=0.0), text), dense) < 1e-5
 
@@ -85,7 +102,9 @@ def test_odd_token_grids_run(latent):
 def masked(real, seed=1, padded_seed=2, tokens=20):
     """Text of which only the first `real` tokens are not padding, as text encoders hand it over."""
     text = torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed))
-    text[:, real:] = torch.randn(1, tokens - real, 768, generator=torch.Generator().manual_seed(padded_seed))
+    text[:, real:] = torch.randn(
+        1, tokens - real, 768, generator=torch.Generator().manual_seed(padded_seed)
+    )
     mask = torch.zeros(1, tokens, dtype=torch.int64)
     mask[:, :real] = 1
     pooled = torch.randn(1, 768, generator=torch.Generator().manual_seed(8))
@@ -94,8 +113,17 @@ def masked(real, seed=1, padded_seed=2, tokens=20):
 
 def run(model, positive, sparse_steps=2):
     return comfy_host.run_node(
-        "KSampler", model=model, seed=1, steps=sparse_steps, cfg=1.0, sampler_name="euler", scheduler="simple",
-        positive=positive, negative=positive, latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)}, denoise=1.0,
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=sparse_steps,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=positive,
+        negative=positive,
+        latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)},
+        denoise=1.0,
     )[0]["samples"]
 
 
@@ -116,6 +144,7 @@ def test_padded_text_is_never_attended_and_real_text_is(monkeypatch):
     model = load_model("tiny_hunyuan_t2v")
     results = []
     for change in (slice(0, 0), slice(real, 20), slice(real - 1, real)):
+
         def changed(self, *args, change=change, **kwargs):
             text = refine(self, *args, **kwargs).clone()
             text[:, change] *= -2.0
@@ -137,8 +166,14 @@ def test_masks_that_cannot_be_honoured_run_dense_with_a_reason():
     mask[..., 3] = hide
     found = module.with_hidden(layout, mask)
     assert found.hidden == ((3, 4), (12, 20)) and found.attended_tokens == 139
-    for wrong in (torch.zeros(2, 1, 148), torch.zeros(148, 148), torch.ones(1, 148, dtype=torch.bool)):
-        assert module.with_hidden(layout, wrong).text == module.MASK_SHAPE.format(shape=tuple(wrong.shape))
+    for wrong in (
+        torch.zeros(2, 1, 148),
+        torch.zeros(148, 148),
+        torch.ones(1, 148, dtype=torch.bool),
+    ):
+        assert module.with_hidden(layout, wrong).text == module.MASK_SHAPE.format(
+            shape=tuple(wrong.shape)
+        )
     for at, value in ((3, -1.0), (3, float("nan")), (30, hide)):
         bad = torch.zeros(1, 1, 148)
         bad[..., at] = value
@@ -151,8 +186,11 @@ def test_layers_are_counted_through_double_and_single_blocks():
     sample(patched, steps=2, pooled=True)
     assert report(patched).dense_calls == {"dense layers": 4} and report(patched).sparse_calls == 4
     info = comfy_host.module(".nodes.patching.model_info").model_info(model.model.diffusion_model)
-    assert [info.layer({"block_type": kind, "block_index": i}) for kind in ("double", "single") for i in (0, 1)] == [
-        (("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)]
+    assert [
+        info.layer({"block_type": kind, "block_index": i})
+        for kind in ("double", "single")
+        for i in (0, 1)
+    ] == [(("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)]
     assert info.layer({}) is None and info.num_layers == 4
 
 

@@ -1,4 +1,7 @@
-"""Translations: every node and every input in every language, the English ones word for word what the schemas say."""
+"""Translations.
+
+Every node and every input in every language, the English ones word for word what the schemas say.
+"""
 
 import json
 from pathlib import Path
@@ -29,6 +32,10 @@ def test_every_text_is_there(language):
         assert all(each["name"] and each["tooltip"] for each in texts["inputs"].values())
         assert len(texts.get("outputs", {})) == len(schema.outputs)
         if language == "en":
-            assert (texts["display_name"], texts["description"]) == (schema.display_name, schema.description)
+            assert (texts["display_name"], texts["description"]) == (
+                schema.display_name,
+                schema.description,
+            )
             assert {each.id: each.tooltip for each in schema.inputs} == {
-                key: each["tooltip"] for key, each in texts["inputs"].items()}
+                key: each["tooltip"] for key, each in texts["inputs"].items()
+            }

@@ -26,11 +26,23 @@ def live_tensors():
 
 
 def registered(model):
-    """Everything that hangs on a MODEL and its modules: hooks, wrappers, callbacks, attachments, patches, options."""
+    """Everything that hangs on a MODEL and its modules.
+
+    Hooks, wrappers, callbacks, attachments, patches, options.
+    """
     modules = list(model.model.modules())
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
-    kept = (model.wrappers, model.callbacks, model.attachments, model.patches, model.object_patches,
-            model.additional_models, model.model_options)
+    hooks = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules
+    )
+    kept = (
+        model.wrappers,
+        model.callbacks,
+        model.attachments,
+        model.patches,
+        model.object_patches,
+        model.additional_models,
+        model.model_options,
+    )
     return hooks, [sorted(vars(module)) for module in modules], [repr(each) for each in kept]
 
 
@@ -49,7 +61,10 @@ def interrupted(model):
 
 @pytest.mark.slow
 def test_a_thousand_runs_leave_nothing_behind(thorough):
-    """Dense, sparse, another shape, another adapter, interrupted, in turn; all dense results are the same bits."""
+    """Dense, sparse, another shape, another adapter, interrupted, in turn.
+
+    All dense results are the same bits.
+    """
     model = load_model("tiny_wan_smallest")
     rola, ropeslr = (own_adapter(method, 1, 1) for method in ("rola", "ropeslr"))
     small = dict(steps=1, latent=(3, 16, 16))
@@ -61,12 +76,16 @@ def test_a_thousand_runs_leave_nothing_behind(thorough):
         if kind in (0, 4):
             assert torch.equal(sample(model, **small), dense)
         elif kind == 5:
-            assert torch.equal(sample(sparse(model, backend="dense"), steps=1, latent=(2, 15, 18)), wide)
+            assert torch.equal(
+                sample(sparse(model, backend="dense"), steps=1, latent=(2, 15, 18)), wide
+            )
         elif kind == 6:
             interrupted(sparse(model, sparsity=0.6))
         else:
             settings = {
-                1: dict(), 2: dict(method="adaspa", block_order="raster"), 3: dict(adapter=rola),
+                1: dict(),
+                2: dict(method="adaspa", block_order="raster"),
+                3: dict(adapter=rola),
                 7: dict(adapter=ropeslr, calibrate="refine"),
             }[kind]
             patched = sparse(model, sparsity=0.6, **settings)
@@ -86,7 +105,10 @@ def test_a_thousand_runs_leave_nothing_behind(thorough):
 
 
 def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
-    """The method's memory, block tables and masks; before ComfyUI decodes the video and needs the room."""
+    """The method's memory, block tables and masks.
+
+    Before ComfyUI decodes the video and needs the room.
+    """
     run_class, made = comfy_host.module(".attention").AttentionRun, []
     begin = run_class.__init__
 
@@ -102,11 +124,16 @@ def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
 
 
 def test_a_layer_that_stays_dense_does_not_keep_its_hidden_state():
-    """An adapter's hooks note it for sparse attention; it is as large as the layer's activations."""
+    """An adapter's hooks note it for sparse attention.
+
+    It is as large as the layer's activations.
+    """
     patched = sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("rola"), dense_layers="0")
     block, seen, alive = patched.model.diffusion_model.blocks[0], [], []
     hooks = [
-        block.self_attn.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0]))),
+        block.self_attn.register_forward_pre_hook(
+            lambda module, args: seen.append(weakref.ref(args[0]))
+        ),
         block.register_forward_hook(lambda *_: alive.append(seen[-1]() is not None)),
     ]
     try:
@@ -151,8 +178,14 @@ def test_an_interruption_in_mid_sampling_leaves_the_model_as_it_was(method):
 
 
 def test_nothing_is_recorded_by_the_hosts_memory_compiler(monkeypatch):
-    """Newer ComfyUI expects what a block allocates to be free at its end; what a run keeps is made while it pauses."""
-    memory, run_class = comfy_host.module(".nodes.patching.malloc_graph"), comfy_host.module(".attention").AttentionRun
+    """Newer ComfyUI expects what a block allocates to be free at its end.
+
+    What a run keeps is made while it pauses.
+    """
+    memory, run_class = (
+        comfy_host.module(".nodes.patching.malloc_graph"),
+        comfy_host.module(".attention").AttentionRun,
+    )
     paused, inside, attend = [], [], run_class.attend
 
     class Host:
@@ -170,7 +203,7 @@ def test_nothing_is_recorded_by_the_hosts_memory_compiler(monkeypatch):
         return attend(self, *args, **kwargs)
 
     def below(func, *args, **kwargs):
-        assert not paused                   # dense attention is the host's own business
+        assert not paused  # dense attention is the host's own business
         return func(*args, **kwargs)
 
     monkeypatch.setattr(memory, "model_prefetch", Host)
@@ -191,7 +224,10 @@ def test_the_slot_is_named_as_the_host_names_it():
 
 
 def test_clones_on_several_devices_share_a_run_but_not_its_memory():
-    """A thread each: what one learns is never used, forgotten or changed by another; the counts add up."""
+    """A thread each.
+
+    What one learns is never used, forgotten or changed by another; the counts add up.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     run = sampling_run()

@@ -1,4 +1,7 @@
-"""Living with others: who gets the dense calls, what is left behind, and what a compiled model does."""
+"""Living with others.
+
+Who gets the dense calls, what is left behind, and what a compiled model does.
+"""
 
 import inspect
 
@@ -23,6 +26,7 @@ from support.host.sampling import (
 
 def spy(into, name, chain=None):
     """A holder of the slot as other packs write it: counts, and passes on to the one before."""
+
     def override(func, *args, **kwargs):
         into.append((name, args[0].shape[-2] == args[1].shape[-2]))
         return chain(func, *args, **kwargs) if chain else func(*args, **kwargs)
@@ -32,14 +36,14 @@ def spy(into, name, chain=None):
 
 @pytest.mark.parametrize("node_first", [False, True])
 def test_another_override_keeps_every_dense_call_in_either_order(node_first):
-    """Without the chain, cross-attention and dense steps would silently lose the other pack's speed-up."""
+    """Unchained, cross-attention and dense steps would silently lose the other pack's speed-up."""
     model, calls = load_model("tiny_wan21_t2v"), []
     if node_first:
         patched = with_override(sparse(model, dense_first_steps=1), spy(calls, "other"))
     else:
         patched = sparse(with_override(model, spy(calls, "other")), dense_first_steps=1)
     found = sample(patched, steps=2)
-    assert report(patched).sparse_calls == 2                                  # the other pack did not switch us off
+    assert report(patched).sparse_calls == 2  # the other pack did not switch us off
     assert calls.count(("other", False)) == 4 and calls.count(("other", True)) == 2
     assert torch.equal(found, sample(sparse(model, dense_first_steps=1), steps=2))
 
@@ -49,7 +53,9 @@ def test_nothing_is_written_into_the_models_own_options():
     patched = sparse(model)
     sample(patched)
     for each in (model, patched):
-        assert not any("ropeslr" in key or key == SLOT for key in each.model_options["transformer_options"])
+        assert not any(
+            "ropeslr" in key or key == SLOT for key in each.model_options["transformer_options"]
+        )
     assert not model.wrappers.get("outer_sample", {}) and model.get_attachment("ropeslr") is None
 
 
@@ -73,7 +79,9 @@ def test_an_error_in_the_sparse_path_runs_dense_and_says_so(monkeypatch, caplog)
     monkeypatch.setattr(run_class, "attend", broken)
     patched = sparse(model)
     assert torch.equal(sample(patched), sample(model))
-    assert report(patched).dense_calls == {"the sparse path failed (RuntimeError: no such kernel)": 6}
+    assert report(patched).dense_calls == {
+        "the sparse path failed (RuntimeError: no such kernel)": 6
+    }
     assert sum("Traceback" in (record.exc_text or "") for record in caplog.records) == 1
     with pytest.raises(RuntimeError, match="no such kernel"):
         sample(sparse(model, strict=True))
@@ -94,23 +102,32 @@ def test_a_call_without_memory_runs_dense(monkeypatch, caplog):
 def test_easycache_and_the_node_work_together():
     model = load_model("tiny_wan21_t2v")
     (cached,) = comfy_host.run_node(
-        "EasyCache", model=sparse(model), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+        "EasyCache",
+        model=sparse(model),
+        reuse_threshold=3.0,
+        start_percent=0.1,
+        end_percent=0.95,
+        verbose=False,
     )
     assert torch.isfinite(sample(cached, steps=8)).all()
-    assert 0 < report(cached).sparse_calls < 16                               # some forwards were skipped
+    assert 0 < report(cached).sparse_calls < 16  # some forwards were skipped
 
 
 def test_context_windows_are_laid_out_one_by_one(monkeypatch):
     """Each window has its own grid; taking the whole latent's would not fit any of them."""
     half = comfy_host.run_node(
-        "WanContextWindowsManual", model=sparse(load_model("tiny_wan21_t2v"), sparsity=0.5), context_length=17,
+        "WanContextWindowsManual",
+        model=sparse(load_model("tiny_wan21_t2v"), sparsity=0.5),
+        context_length=17,
         context_overlap=4,
     )[0]
     assert torch.isfinite(sample(half, steps=2)).all() and not report(half).dense_calls
     full_density(monkeypatch)
     model = load_model("tiny_wan21_t2v")
     windowed, plain = (
-        comfy_host.run_node("WanContextWindowsManual", model=each, context_length=17, context_overlap=4)[0]
+        comfy_host.run_node(
+            "WanContextWindowsManual", model=each, context_length=17, context_overlap=4
+        )[0]
         for each in (sparse(model, sparsity=0.0), model)
     )
     assert relative_error(sample(windowed, steps=2), sample(plain, steps=2)) < 1e-5
@@ -125,14 +142,26 @@ def test_a_guider_and_custom_sampling_run_sparse():
     (sampler,) = run("KSamplerSelect", sampler_name="euler")
     (sigmas,) = run("BasicScheduler", model=model, scheduler="simple", steps=3, denoise=1.0)
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
-    out = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
+    out = run(
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )
     assert torch.isfinite(out[0]["samples"]).all() and report(model).sparse_calls == 6
 
 
 def test_lazycache_and_the_node_work_together():
     model = load_model("tiny_wan21_t2v")
     (cached,) = comfy_host.run_node(
-        "LazyCache", model=sparse(model), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+        "LazyCache",
+        model=sparse(model),
+        reuse_threshold=3.0,
+        start_percent=0.1,
+        end_percent=0.95,
+        verbose=False,
     )
     assert torch.isfinite(sample(cached, steps=8)).all()
     assert 0 < report(cached).sparse_calls < 16
@@ -143,12 +172,22 @@ def test_the_previous_override_is_said(node_first, caplog):
     """As a Sage switcher does it, whose pack a person knows by its folder."""
     model = load_model("tiny_wan21_t2v")
     sage = spy([], "sage")
-    sage.__module__ = "/somewhere/ComfyUI/custom_nodes/ComfyUI-KJNodes.nodes.model_optimization_nodes"
-    patched = with_override(sparse(model), sage) if node_first else sparse(with_override(model, sage))
+    sage.__module__ = (
+        "/somewhere/ComfyUI/custom_nodes/ComfyUI-KJNodes.nodes.model_optimization_nodes"
+    )
+    patched = (
+        with_override(sparse(model), sage) if node_first else sparse(with_override(model, sage))
+    )
     with caplog.at_level("INFO"):
         sample(patched)
     assert report(patched).previous == "spy.override of ComfyUI-KJNodes"
-    assert sum("dense attention is handled by spy.override of ComfyUI-KJNodes" in record.message for record in caplog.records) == 1
+    assert (
+        sum(
+            "dense attention is handled by spy.override of ComfyUI-KJNodes" in record.message
+            for record in caplog.records
+        )
+        == 1
+    )
     sample(sparse(model))
     assert report(sparse(model)) is None
     alone = sparse(model, dense_first_steps=1)
@@ -157,10 +196,11 @@ def test_the_previous_override_is_said(node_first, caplog):
 
 
 class CoreBackend:
-    """ComfyUI's own ModelAttentionBackend (0.32 and newer): one backend for all of a model's attention.
+    """ComfyUI's own ModelAttentionBackend (0.32 and newer): one backend for all attention.
 
-    By its documentation it writes the shared slot, takes no notice of who was there, and has a second entry for calls
-    whose q, k, v travel in containers; an override without one is called with plain tensors.
+    By its documentation it writes the shared slot, takes no notice of who was there, and has a
+    second entry for calls whose q, k, v travel in containers; an override without one is called
+    with plain tensors.
     """
 
     def __init__(self):
@@ -184,14 +224,21 @@ def test_the_cores_own_backend_node_gets_the_dense_calls(node_first):
         patched = with_override(sparse(model, **settings), backend)
     else:
         patched = sparse(with_override(model, backend), **settings)
-    assert relative_error(sample(patched, steps=2), sample(sparse(model, **settings), steps=2)) < 1e-5
-    assert report(patched).sparse_calls == 2 and backend.calls == 6           # 2 dense ones and 4 of cross-attention
+    assert (
+        relative_error(sample(patched, steps=2), sample(sparse(model, **settings), steps=2)) < 1e-5
+    )
+    assert (
+        report(patched).sparse_calls == 2 and backend.calls == 6
+    )  # 2 dense ones and 4 of cross-attention
     assert report(patched).previous == f"CoreBackend of {__name__}"
 
 
 @pytest.mark.parametrize("node_first", [False, True])
 def test_the_cores_own_sparse_node_gets_the_dense_calls_in_either_order(node_first):
-    """It writes the slot when it runs, and again before every step if another has taken it; it keeps the one before."""
+    """It writes the slot when it runs, and again before every step if another has taken it.
+
+    It keeps the one before.
+    """
     from comfy.patcher_extension import CallbacksMP
 
     calls = []
@@ -217,14 +264,17 @@ def test_the_cores_own_sparse_node_gets_the_dense_calls_in_either_order(node_fir
     model = load_model("tiny_wan21_t2v")
     patched = core_sparse(sparse(model)) if node_first else sparse(core_sparse(model))
     if "model_options" not in inspect.signature(type(model).prepare_state).parameters:
-        patched.callbacks.clear()           # an older host hands it nothing to write into
+        patched.callbacks.clear()  # an older host hands it nothing to write into
     assert torch.equal(sample(patched), sample(sparse(model)))
     assert report(patched).sparse_calls == 6 and calls == [False] * 6
     assert "core_sparse" in report(patched).previous
 
 
 def test_unknown_arguments_of_newer_hosts_are_passed_on():
-    """Such as preferred_attention or low_precision_attention: dropped ones would change what the host wanted."""
+    """Such as preferred_attention or low_precision_attention.
+
+    Dropped ones would change what the host wanted.
+    """
     seen = []
 
     def below(func, *args, low_precision_attention=True, **kwargs):
@@ -238,6 +288,7 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
         def call(*args, **kwargs):
             calls.append(1)
             return original(*args, low_precision_attention=False, **kwargs)
+
         return call
 
     import comfy.ldm.wan.model as wan
@@ -249,11 +300,16 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
     finally:
         patch.undo()
     assert report(model).sparse_calls == 2 and set(seen) == {False} and len(seen) == len(calls) - 2
-    assert not hasattr(override.sparse_override, "container_function")        # so hosts with containers unpack for us
+    assert not hasattr(
+        override.sparse_override, "container_function"
+    )  # so hosts with containers unpack for us
 
 
 def test_two_samplers_of_one_model_each_have_their_own_run():
-    """A high-resolution pass behind a first one: other grid, other settings, nothing of one in the other."""
+    """A high-resolution pass behind a first one.
+
+    Other grid, other settings, nothing of one in the other.
+    """
     model = load_model("tiny_wan21_t2v")
     first, second = sparse(model, sparsity=0.6), sparse(model, method="top-k", dense_layers="0")
     alone = sample(first, latent=(5, 16, 16)), sample(second, latent=(5, 20, 24))
@@ -261,11 +317,16 @@ def test_two_samplers_of_one_model_each_have_their_own_run():
         assert torch.equal(sample(first, latent=(5, 16, 16)), alone[0])
         assert torch.equal(sample(second, latent=(5, 20, 24)), alone[1])
     assert report(first).sparse_calls == 6 and report(second).dense_calls == {"dense layers": 3}
-    assert torch.equal(sample(first, latent=(5, 20, 24)), sample(sparse(model, sparsity=0.6), latent=(5, 20, 24)))
+    assert torch.equal(
+        sample(first, latent=(5, 20, 24)), sample(sparse(model, sparsity=0.6), latent=(5, 20, 24))
+    )
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer as GGUF loaders make it: packed numbers that only its forward unpacks; it has no usable weight."""
+    """A linear layer as GGUF loaders make it.
+
+    Packed numbers that only its forward unpacks; it has no usable weight.
+    """
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
@@ -296,7 +357,9 @@ def test_weights_that_only_their_layers_can_unpack(method):
 @pytest.mark.parametrize("kind", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_weights_in_eight_bits(kind):
     load_model("tiny_wan21_t2v")
-    (model,) = comfy_host.run_node("UNETLoader", unet_name="tiny_wan21_t2v.safetensors", weight_dtype=kind)
+    (model,) = comfy_host.run_node(
+        "UNETLoader", unet_name="tiny_wan21_t2v.safetensors", weight_dtype=kind
+    )
     dense, patched = sample(model), sparse(model, sparsity=0.6)
     assert 1e-4 < relative_error(sample(patched), dense) < 0.5 and report(patched).sparse_calls == 6
     assert torch.equal(sample(model), dense)
@@ -322,26 +385,38 @@ def test_little_memory_changes_nothing(file, monkeypatch):
     low.unpatch_model()
 
 
-@pytest.mark.slow                           # older hosts cannot slice these conditionings by themselves
+@pytest.mark.slow  # older hosts cannot slice these conditionings by themselves
 @pytest.mark.parametrize("name", ["Wan VACE", "Wan HuMo", "Wan SCAIL", "Wan 2.2 TI2V 5B"])
 def test_context_windows_of_models_that_have_more_than_a_text(name):
-    """Each window slices the conditionings too: its own grid, and what stands behind it, in every call."""
+    """Each window slices the conditionings too.
+
+    Its own grid, and what stands behind it, in every call.
+    """
     variant = VARIANTS[name]
     model = variant.model()
     latent = (9, 16, 16)
 
     def windowed(model):
-        return comfy_host.run_node("WanContextWindowsManual", model=model, context_length=17, context_overlap=4)[0]
+        return comfy_host.run_node(
+            "WanContextWindowsManual", model=model, context_length=17, context_overlap=4
+        )[0]
 
     dense = variant.sample(windowed(model), latent, 1.0)
     patched = windowed(sparse(model, sparsity=0.5))
     assert relative_error(variant.sample(patched, latent, 1.0), dense) < 0.5
     told = report(patched)
-    assert told.model_calls > 2 and told.sparse_calls == variant.calls * told.model_calls and not told.dense_calls
+    assert (
+        told.model_calls > 2
+        and told.sparse_calls == variant.calls * told.model_calls
+        and not told.dense_calls
+    )
 
 
 def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
-    """Self-forcing keeps keys of earlier frames and does not tell its attention calls anything: dense, and said."""
+    """Self-forcing keeps keys of earlier frames and does not tell its attention calls anything.
+
+    Dense, and said.
+    """
     variant = VARIANTS["Wan causal (Self-Forcing)"]
     if variant.missing() or "SamplerARVideo" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
         pytest.skip("this ComfyUI has no such sampler")
@@ -350,8 +425,15 @@ def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
     def run(model):
         (sampler,) = comfy_host.run_node("SamplerARVideo", num_frame_per_block=1)
         return comfy_host.run_node(
-            "SamplerCustom", model=model, add_noise=True, noise_seed=1, cfg=1.0, positive=conditioning(1),
-            negative=conditioning(2), sampler=sampler, sigmas=torch.tensor([1.0, 0.5, 0.0]),
+            "SamplerCustom",
+            model=model,
+            add_noise=True,
+            noise_seed=1,
+            cfg=1.0,
+            positive=conditioning(1),
+            negative=conditioning(2),
+            sampler=sampler,
+            sigmas=torch.tensor([1.0, 0.5, 0.0]),
             latent_image={"samples": torch.zeros(1, 16, 3, 16, 16)},
         )[0]["samples"]
 
@@ -362,7 +444,10 @@ def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, monkeypatch):
-    """Layer skipping leaves out the main block; the control block of the same number must not use its weights."""
+    """Layer skipping leaves out the main block.
+
+    The control block of the same number must not use its weights.
+    """
     variant = VARIANTS["Wan VACE" if count == 1 else "Wan VACE, two controls"]
     model = variant.model().clone()
     model.set_model_patch_replace(lambda args, more: {"img": args["img"]}, "dit", "double_block", 0)
@@ -381,12 +466,19 @@ def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, m
     layers.clear()
     variant.sample(patched, variant.even, 1.0, steps=1)
     assert layers == [1]
-    control = [n for reason, n in report(patched).dense_calls.items() if "has no weights for control blocks" in reason]
+    control = [
+        n
+        for reason, n in report(patched).dense_calls.items()
+        if "has no weights for control blocks" in reason
+    ]
     assert control == [count]
 
 
 def test_a_cache_that_writes_into_its_input_is_not_spoiled_by_a_second_execution(monkeypatch):
-    """EasyCache adds to the latent in place on the steps it skips; NaN in a step before makes that step run again."""
+    """EasyCache adds to the latent in place on the steps it skips.
+
+    NaN in a step before makes that step run again.
+    """
     model = load_model("tiny_wan21_t2v")
     run_class = comfy_host.module(".attention").AttentionRun
     attend, count = run_class.attend, []
@@ -400,7 +492,12 @@ def test_a_cache_that_writes_into_its_input_is_not_spoiled_by_a_second_execution
 
     monkeypatch.setattr(run_class, "attend", broken)
     (cached,) = comfy_host.run_node(
-        "EasyCache", model=sparse(model), reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False
+        "EasyCache",
+        model=sparse(model),
+        reuse_threshold=3.0,
+        start_percent=0.1,
+        end_percent=0.95,
+        verbose=False,
     )
     assert torch.isfinite(sample(cached, steps=8)).all()
     assert sum(report(cached).dense_calls.values()) == 2 and report(cached).sparse_calls > 0

@@ -11,9 +11,26 @@ from support.host.sampling import SETTINGS, load_model, report, sample, sparse
 
 NODE = "RoPeSLRSparseAttention"
 INPUTS = [
-    "model", "adapter", "method", "sparsity", "rank", "start_percent", "end_percent", "dense_first_steps",
-    "dense_last_steps", "dense_layers", "calibrate", "calibrate_rows", "backend", "block_order", "min_tokens",
-    "keep_diagonal", "keep_first_frame", "strict", "verbose", "sla_variant",
+    "model",
+    "adapter",
+    "method",
+    "sparsity",
+    "rank",
+    "start_percent",
+    "end_percent",
+    "dense_first_steps",
+    "dense_last_steps",
+    "dense_layers",
+    "calibrate",
+    "calibrate_rows",
+    "backend",
+    "block_order",
+    "min_tokens",
+    "keep_diagonal",
+    "keep_first_frame",
+    "strict",
+    "verbose",
+    "sla_variant",
 ]
 
 
@@ -35,24 +52,45 @@ def test_every_option_of_the_plan_is_an_input_and_the_defaults_agree():
     inputs = {each.id: each for each in schema().inputs}
     assert set(fields) == set(inputs) - {"model", "adapter"}
     different = {name for name in fields if getattr(inputs[name], "default", None) != fields[name]}
-    assert different == {"dense_layers"}                                      # the plan holds numbers, the node text
+    assert different == {"dense_layers"}  # the plan holds numbers, the node text
 
 
 def prompt(**inputs):
     defaults = SETTINGS | inputs
     return {
-        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "tiny_wan21_t2v.safetensors",
-                                                     "weight_dtype": "default"}},
+        "1": {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "tiny_wan21_t2v.safetensors", "weight_dtype": "default"},
+        },
         "2": {"class_type": NODE, "inputs": {"model": ["1", 0], **defaults}},
-        "3": {"class_type": "KSampler", "inputs": {
-            "model": ["2", 0], "seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
-            "positive": ["4", 0], "negative": ["4", 0], "latent_image": ["5", 0], "denoise": 1.0}},
+        "3": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["2", 0],
+                "seed": 1,
+                "steps": 2,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "positive": ["4", 0],
+                "negative": ["4", 0],
+                "latent_image": ["5", 0],
+                "denoise": 1.0,
+            },
+        },
         "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["6", 0]}},
-        "5": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 128, "height": 128, "length": 17,
-                                                                  "batch_size": 1}},
-        "6": {"class_type": "CLIPLoader", "inputs": {"clip_name": "tiny_clip_l.pt", "type": "wan",
-                                                     "device": "default"}},
-        "7": {"class_type": "SaveLatent", "inputs": {"samples": ["3", 0], "filename_prefix": "test"}},
+        "5": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 128, "height": 128, "length": 17, "batch_size": 1},
+        },
+        "6": {
+            "class_type": "CLIPLoader",
+            "inputs": {"clip_name": "tiny_clip_l.pt", "type": "wan", "device": "default"},
+        },
+        "7": {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": ["3", 0], "filename_prefix": "test"},
+        },
     }
 
 
@@ -67,9 +105,17 @@ def validate(**inputs):
 
     comfy_host.pack()
     models = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
-    tiny_models.make(models, ["diffusion_models/tiny_wan21_t2v.safetensors", "text_encoders/tiny_clip_l.pt"])
-    accepted, _, _, node_errors = asyncio.run(execution.validate_prompt("id", prompt(**inputs), None))
-    said = [f"{each['message']} {each['details']}" for node in node_errors.values() for each in node["errors"]]
+    tiny_models.make(
+        models, ["diffusion_models/tiny_wan21_t2v.safetensors", "text_encoders/tiny_clip_l.pt"]
+    )
+    accepted, _, _, node_errors = asyncio.run(
+        execution.validate_prompt("id", prompt(**inputs), None)
+    )
+    said = [
+        f"{each['message']} {each['details']}"
+        for node in node_errors.values()
+        for each in node["errors"]
+    ]
     return accepted, " ".join(said)
 
 
@@ -78,28 +124,34 @@ def test_a_good_prompt_is_accepted():
     assert accepted, said
 
 
-@pytest.mark.parametrize("inputs, says", [
-    (dict(method="magic"), ["magic", "ropeslr", "top-k"]),
-    (dict(sparsity=1.5), ["1.5", "0.98", "sparsity"]),
-    (dict(sparsity=-0.1), ["-0.1", "sparsity"]),
-    (dict(dense_layers="0,x,9-"), ["dense_layers", "'x'", "'9-'", "0, 1, 38-39"]),
-    (dict(start_percent=1.5), ["1.5", "1.0", "start_percent"]),
-    (dict(rank=300), ["300", "128", "rank"]),
-    (dict(backend="cuda"), ["cuda", "pytorch"]),
-    (dict(min_tokens="many"), ["many", "min_tokens"]),
-])
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        (dict(method="magic"), ["magic", "ropeslr", "top-k"]),
+        (dict(sparsity=1.5), ["1.5", "0.98", "sparsity"]),
+        (dict(sparsity=-0.1), ["-0.1", "sparsity"]),
+        (dict(dense_layers="0,x,9-"), ["dense_layers", "'x'", "'9-'", "0, 1, 38-39"]),
+        (dict(start_percent=1.5), ["1.5", "1.0", "start_percent"]),
+        (dict(rank=300), ["300", "128", "rank"]),
+        (dict(backend="cuda"), ["cuda", "pytorch"]),
+        (dict(min_tokens="many"), ["many", "min_tokens"]),
+    ],
+)
 def test_bad_input_is_refused_before_the_run_with_found_and_expected(inputs, says):
     accepted, said = validate(**inputs)
     assert not accepted
     assert all(piece in said for piece in says), said
 
 
-@pytest.mark.parametrize("inputs, says", [
-    (dict(method="magic"), "method is 'magic'; it must be one of"),
-    (dict(sparsity=1.5), "sparsity is 1.5; it must be from 0.0 to 0.98"),
-    (dict(dense_layers="0,x,9-"), "'x', '9-' cannot be read"),
-    (dict(start_percent=1.5), "start_percent is 1.5; it must be from 0.0 to 1.0"),
-])
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        (dict(method="magic"), "method is 'magic'; it must be one of"),
+        (dict(sparsity=1.5), "sparsity is 1.5; it must be from 0.0 to 0.98"),
+        (dict(dense_layers="0,x,9-"), "'x', '9-' cannot be read"),
+        (dict(start_percent=1.5), "start_percent is 1.5; it must be from 0.0 to 1.0"),
+    ],
+)
 def test_the_node_itself_refuses_what_validation_did_not_see(inputs, says):
     """Linked inputs and direct calls come past the prompt's validation."""
     with pytest.raises(ValueError, match=says):
@@ -110,10 +162,18 @@ def test_one_summary_line_after_each_run(caplog):
     patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1)
     with caplog.at_level(logging.INFO):
         sample(patched)
-    (line,) = [record.message for record in caplog.records if "self-attention calls sparse" in record.message]
+    (line,) = [
+        record.message
+        for record in caplog.records
+        if "self-attention calls sparse" in record.message
+    ]
     for piece in (
-        "RoPeSLR ropeslr on WanModel: 4 of 6 self-attention calls sparse", "density 0.111", "cube order",
-        "2 calibrated", "attention FLOPs saved", "dense: 2 (dense first steps)",
+        "RoPeSLR ropeslr on WanModel: 4 of 6 self-attention calls sparse",
+        "density 0.111",
+        "cube order",
+        "2 calibrated",
+        "attention FLOPs saved",
+        "dense: 2 (dense first steps)",
     ):
         assert piece in line
     assert line == report(patched).summary()
@@ -168,7 +228,9 @@ def test_a_report_of_a_prompt_that_no_browser_queued_goes_to_nobody(monkeypatch)
 
     monkeypatch.setattr(server.PromptServer, "instance", Instance, raising=False)
     plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, dense_first_steps=0)
-    patched = comfy_host.module(".nodes.patching").install(load_model("tiny_wan21_t2v"), plan, node_id="1")
+    patched = comfy_host.module(".nodes.patching").install(
+        load_model("tiny_wan21_t2v"), plan, node_id="1"
+    )
     sample(patched)
     assert not sent and report(patched).sparse_calls == 6
 
@@ -185,7 +247,9 @@ def test_a_browser_that_is_gone_does_not_end_the_run(monkeypatch):
 
     monkeypatch.setattr(server.PromptServer, "instance", Instance, raising=False)
     plan = comfy_host.module(".attention").SparsePlan(min_tokens=64, dense_first_steps=0)
-    patched = comfy_host.module(".nodes.patching").install(load_model("tiny_wan21_t2v"), plan, node_id="1")
+    patched = comfy_host.module(".nodes.patching").install(
+        load_model("tiny_wan21_t2v"), plan, node_id="1"
+    )
     assert sample(patched) is not None and report(patched).completed
 
 
@@ -199,4 +263,6 @@ def test_a_failing_import_is_logged_with_its_traceback(monkeypatch, caplog):
         asyncio.run(pack.comfy_entrypoint())
     (record,) = [each for each in caplog.records if "could not be loaded" in each.message]
     assert record.exc_info is not None
-    assert inspect.iscoroutinefunction(pack.comfy_entrypoint) and not hasattr(pack, "NODE_CLASS_MAPPINGS")
+    assert inspect.iscoroutinefunction(pack.comfy_entrypoint) and not hasattr(
+        pack, "NODE_CLASS_MAPPINGS"
+    )

@@ -11,7 +11,10 @@ AGAIN = comfy_host.module(".nodes.patching.dense_reason").NOT_FINITE
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """spoil(value, *calls): put a value into one element of the sparse output of these calls of the next run."""
+    """spoil(value, *calls).
+
+    Put a value into one element of the sparse output of these calls of the next run.
+    """
     run_class = comfy_host.module(".attention").AttentionRun
     attend, count = run_class.attend, []
 
@@ -37,30 +40,37 @@ def warnings(caplog):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("call", [5, 6])
 def test_a_call_that_is_not_finite_is_computed_again_dense(spoiled, value, call, caplog):
-    """In the last step, at either layer: the result is that of a last step left dense, to the bit."""
+    """In the last step, at either layer.
+
+    The result is that of a last step left dense, to the bit.
+    """
     model = load_model("tiny_wan21_t2v")
     expected = sample(sparse(model, method="top-k", dense_last_steps=1))
     spoiled(value, call)
     patched = sparse(model, method="top-k")
     assert torch.equal(sample(patched), expected)
     told = report(patched)
-    assert told.dense_calls == {AGAIN: 2} and told.sparse_calls == 4          # of the six calls that the model makes
+    assert (
+        told.dense_calls == {AGAIN: 2} and told.sparse_calls == 4
+    )  # of the six calls that the model makes
     fair = sparse(model, method="top-k", dense_last_steps=1)
     sample(fair)
     assert told.dense_tflop == report(fair).dense_tflop and told.spent_parts["computed again"] > 0
-    assert told.spent_tflop == pytest.approx(report(fair).spent_tflop + told.spent_parts["computed again"])
+    assert told.spent_tflop == pytest.approx(
+        report(fair).spent_tflop + told.spent_parts["computed again"]
+    )
     assert len(warnings(caplog)) == 1 and "not finite (NaN or infinite)" in warnings(caplog)[0]
 
 
 def test_what_was_learned_from_spoiled_numbers_is_forgotten(spoiled):
     """A calibration on NaN would blacken every later step."""
     model = load_model("tiny_wan21_t2v")
-    calls = spoiled(float("nan"), 1)                                          # layer 1 calibrates on what layer 0 gave
+    calls = spoiled(float("nan"), 1)  # layer 1 calibrates on what layer 0 gave
     patched = sparse(model, method="ropeslr")
     assert torch.isfinite(sample(patched)).all()
     told = report(patched)
     assert len(calls) == 6 and told.dense_calls == {AGAIN: 2} and told.sparse_calls == 4
-    assert told.calibrations == 2                                             # both layers, in the step that followed
+    assert told.calibrations == 2  # both layers, in the step that followed
     assert "computed again" in told.summary()
 
 
@@ -99,10 +109,13 @@ def test_the_guard_waits_for_the_device_once_in_a_model_call(monkeypatch):
         def method(self, *args):
             with Watch():
                 return what(self, *args)
+
         return method
 
     noted, asked = [], []
-    monkeypatch.setattr(call, "note_output", lambda self, out: noted.append(1) or watched(note)(self, out))
+    monkeypatch.setattr(
+        call, "note_output", lambda self, out: noted.append(1) or watched(note)(self, out)
+    )
     patched = sparse(load_model("tiny_wan21_t2v"))
     sample(patched)
     assert len(noted) == 6 and waits and not any(waits)
@@ -123,7 +136,10 @@ def test_it_is_said_in_every_run(spoiled, caplog):
 
 
 def test_one_conditioning_that_is_not_finite_by_itself_leaves_the_others_guarded(spoiled):
-    """A prompt whose own features overflow; the other, in a call of its own, is still looked after."""
+    """A prompt whose own features overflow.
+
+    The other, in a call of its own, is still looked after.
+    """
     model = load_model("tiny_wan21_t2v")
     patched = sparse(model, method="top-k")
     bad = conditioning(1)
@@ -131,7 +147,16 @@ def test_one_conditioning_that_is_not_finite_by_itself_leaves_the_others_guarded
     spoiled(float("inf"), 7)
 
     comfy_host.run_node(
-        "KSampler", model=patched, seed=1, steps=2, cfg=5.0, sampler_name="euler", scheduler="simple", positive=bad,
-        negative=conditioning(2, 24), latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)}, denoise=1.0,
+        "KSampler",
+        model=patched,
+        seed=1,
+        steps=2,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=bad,
+        negative=conditioning(2, 24),
+        latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)},
+        denoise=1.0,
     )
     assert report(patched).dense_calls[AGAIN] >= 2 and report(patched).completed

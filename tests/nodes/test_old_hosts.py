@@ -1,4 +1,7 @@
-"""ComfyUIs that the pack does not support: one sentence with both versions instead of a bare error."""
+"""ComfyUIs that the pack does not support.
+
+One sentence with both versions instead of a bare error.
+"""
 
 import asyncio
 import re
@@ -17,7 +20,7 @@ def test_a_host_without_what_the_schemas_use_is_told_what_is_needed(monkeypatch,
     """As ComfyUI 0.3.64, whose inputs know no `advanced`: the error came after loading, bare."""
     from comfy_api.latest import io
 
-    def older(self, id, **kwargs):
+    def older(self, name, **kwargs):
         raise TypeError("Combo.Input.__init__() got an unexpected keyword argument 'advanced'")
 
     monkeypatch.setattr(io.Combo.Input, "__init__", older)

@@ -1,4 +1,7 @@
-"""The Report node: after the sampler, in words and as a picture; a comparison of methods that changes nothing."""
+"""The Report node.
+
+After the sampler, in words and as a picture; a comparison of methods that changes nothing.
+"""
 
 import builtins
 import dataclasses
@@ -35,21 +38,28 @@ def test_every_method_is_compared_with_dense_attention(finished):
     model, latent = finished
     run = report(model)
     _, image, text = told(model, latent, positive=conditioning(1), compare="all methods", layer=1)
-    rows = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
+    rows = {
+        line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")
+    }
     assert list(rows) == ["ropeslr", "top-k", "adaspa", "top-k plain"]
     assert "on this model at this sparsity: ropeslr" in text
-    assert report(model) is run             # the comparison is no run of the person's
+    assert report(model) is run  # the comparison is no run of the person's
     assert not torch.equal(image, told(model, latent)[1])
     _, _, text = told(model, latent, positive=conditioning(1), compare="this method")
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == ["ropeslr"]
 
 
 def test_the_errors_are_those_of_the_methods():
-    """Sparsity 0.3 is closer to dense than 0.8, at every layer and by every method; an adapter adds its method."""
+    """Sparsity 0.3 is closer to dense than 0.8, at every layer and by every method.
+
+    An adapter adds its method.
+    """
     module = comfy_host.module(".nodes.patching.compare")
     model, latent = load_model("tiny_wan21_t2v"), torch.randn(1, 16, 9, 16, 16)
     low, high = (
-        module.compare(sparse(model, sparsity=sparsity), latent, conditioning(1), module.Request(True))
+        module.compare(
+            sparse(model, sparsity=sparsity), latent, conditioning(1), module.Request(True)
+        )
         for sparsity in (0.3, 0.8)
     )
     for name in low.errors:
@@ -67,7 +77,9 @@ def test_the_errors_are_those_of_the_methods():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Wan VACE", "HunyuanVideo 1.5 I2V with glyphs", "Wan SCAIL", "Wan 2.1 I2V"])
+@pytest.mark.parametrize(
+    "name", ["Wan VACE", "HunyuanVideo 1.5 I2V with glyphs", "Wan SCAIL", "Wan 2.1 I2V"]
+)
 def test_other_models_are_compared_too(name):
     """Text first, references, control blocks: whatever the conditioning brings."""
     variant = VARIANTS[name]
@@ -104,7 +116,10 @@ def test_drawing_leaves_no_folder_in_the_home_directory(tmp_path):
     home.mkdir()
     code = DRAW.format(support=[str(comfy_host.ROOT / name) for name in ("tests", "tools")])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HOME": str(home)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HOME": str(home)},
     )
     assert done.returncode == 0, done.stderr
     assert not list(home.iterdir()), [str(path) for path in home.rglob("*")]
@@ -124,7 +139,7 @@ assert "matplotlib" in sys.modules and "MPLCONFIGDIR" not in os.environ
 
 
 def test_every_component_of_the_cost_is_drawn(finished, monkeypatch):
-    """The bar of what was spent is as long as its title says, also when a step was computed again."""
+    """The bar of what was spent is as long as its title says, also when a step was recomputed."""
     figure, tally = (comfy_host.module(f".nodes.{name}") for name in ("figure", "patching.tally"))
     model, _ = finished
     told = dataclasses.replace(report(model), spent_parts=dict.fromkeys(tally.COMPONENTS, 1.0))
@@ -151,10 +166,16 @@ def test_comparing_leaves_the_model_as_it_was(finished):
     assert torch.equal(sample(load_model("tiny_wan21_t2v")), plain)
 
 
-@pytest.mark.parametrize("widgets, says", [
-    (dict(compare="all methods"), "connect the sampler's positive"),
-    (dict(compare="all methods", positive=[[torch.zeros(1, 3, 5), {}]]), "No comparison: it failed"),
-])
+@pytest.mark.parametrize(
+    "widgets, says",
+    [
+        (dict(compare="all methods"), "connect the sampler's positive"),
+        (
+            dict(compare="all methods", positive=[[torch.zeros(1, 3, 5), {}]]),
+            "No comparison: it failed",
+        ),
+    ],
+)
 def test_a_comparison_that_cannot_be_made_does_not_cost_the_run(finished, widgets, says):
     model, latent = finished
     _, image, text = told(model, latent, **widgets)
@@ -165,7 +186,12 @@ def test_a_model_that_cannot_be_sparse_and_one_that_never_ran():
     variant = VARIANTS["HunyuanImage 2.1"]
     model = sparse(variant.model())
     latent = variant.sample(model, variant.even, 1.0)
-    text = told(model, latent, positive=conditioning(1, **variant.extra(variant.even)), compare="all methods")[2]
+    text = told(
+        model,
+        latent,
+        positive=conditioning(1, **variant.extra(variant.even)),
+        compare="all methods",
+    )[2]
     assert "single pictures" in text and "no attention of this model can be sparse" in text
     for never in (load_model("tiny_wan21_t2v"), sparse(load_model("tiny_wan21_t2v"))):
         assert "No run to report" in told(never, latent)[2]

@@ -1,4 +1,7 @@
-"""What a run reports besides its counts: a map of layers and steps, and time; all of it fit for JSON."""
+"""What a run reports besides its counts.
+
+A map of layers and steps, and time; all of it fit for JSON.
+"""
 
 import json
 from dataclasses import asdict
@@ -12,11 +15,17 @@ from support.host.sampling import load_model, report, sample, sparse, two_expert
 
 
 def test_the_map_tells_layers_and_steps_apart():
-    patched = sparse(load_model("tiny_wan21_t2v"), sparsity=0.6, dense_first_steps=1, dense_layers="1")
+    patched = sparse(
+        load_model("tiny_wan21_t2v"), sparsity=0.6, dense_first_steps=1, dense_layers="1"
+    )
     sample(patched, cfg=5.0)
     told = report(patched)
     cell = pytest.approx(told.density, abs=1e-4)
-    assert told.map == {"layers": 2, "steps": [0, 1, 2], "density": [[1.0, 1.0], [cell, 1.0], [cell, 1.0]]}
+    assert told.map == {
+        "layers": 2,
+        "steps": [0, 1, 2],
+        "density": [[1.0, 1.0], [cell, 1.0], [cell, 1.0]],
+    }
     assert 0.2 < told.density < 0.5
     assert told.tokens == 576
     assert json.loads(json.dumps(asdict(told)))["map"]["density"][1][1] == 1.0
@@ -33,17 +42,23 @@ def test_layers_that_never_asked_are_not_in_the_map():
     model = load_model("tiny_wan21_t2v")
     attention = model.model.diffusion_model.blocks[0].self_attn
     patched = sparse(model, sparsity=0.6)
-    patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", lambda x, *_, **__: attention.o(x))
+    patched.add_object_patch(
+        "diffusion_model.blocks.0.self_attn.forward", lambda x, *_, **__: attention.o(x)
+    )
     sample(patched, steps=1)
-    assert report(patched).map["density"] == [[None, pytest.approx(report(patched).density, abs=1e-4)]]
-    sample(model, steps=1)                  # puts the module's own forward back
+    assert report(patched).map["density"] == [
+        [None, pytest.approx(report(patched).density, abs=1e-4)]
+    ]
+    sample(model, steps=1)  # puts the module's own forward back
 
 
 def test_time_is_told_for_sparse_and_dense_calls_apart():
     patched = sparse(load_model("tiny_wan21_t2v"), sparsity=0.6, dense_first_steps=1)
     sample(patched)
     spent = report(patched).attention_seconds
-    assert spent["sparse"] > 0 and spent["dense"] > 0 and sum(spent.values()) < report(patched).seconds
+    assert (
+        spent["sparse"] > 0 and spent["dense"] > 0 and sum(spent.values()) < report(patched).seconds
+    )
 
 
 def test_a_run_without_attention_of_its_own_has_neither():

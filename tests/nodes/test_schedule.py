@@ -1,4 +1,7 @@
-"""Windows and step counts on real samplers: sigma at sampling time, one schedule for two experts."""
+"""Windows and step counts on real samplers.
+
+Sigma at sampling time, one schedule for two experts.
+"""
 
 import pytest
 import torch
@@ -21,26 +24,35 @@ def test_percent_is_read_when_sampling_and_not_when_patching():
 def test_a_window_that_ends_before_it_starts_leaves_every_step_dense():
     patched = sparse(load_model("tiny_wan21_t2v"), start_percent=0.6, end_percent=0.3)
     sample(patched, steps=4)
-    assert report(patched).dense_calls == {"outside start/end percent": 8} and report(patched).sparse_calls == 0
+    assert (
+        report(patched).dense_calls == {"outside start/end percent": 8}
+        and report(patched).sparse_calls == 0
+    )
 
 
-@pytest.mark.parametrize("sampler, scheduler", [("euler", "simple"), ("uni_pc", "beta"), ("dpm_2", "normal")])
+@pytest.mark.parametrize(
+    "sampler, scheduler", [("euler", "simple"), ("uni_pc", "beta"), ("dpm_2", "normal")]
+)
 @pytest.mark.parametrize("split", [1, 3])
 def test_first_and_last_steps_are_those_of_the_whole_schedule(split, sampler, scheduler):
     settings = dict(dense_first_steps=2, dense_last_steps=1)
-    high, low = two_experts(split, high=settings, low=settings, sampler=sampler, scheduler=scheduler)
-    calls = {"euler": 1, "uni_pc": 1, "dpm_2": 2}[sampler]                    # dpm_2 calls the model twice a step
+    high, low = two_experts(
+        split, high=settings, low=settings, sampler=sampler, scheduler=scheduler
+    )
+    calls = {"euler": 1, "uni_pc": 1, "dpm_2": 2}[sampler]  # dpm_2 calls the model twice a step
     first = [r.dense_calls.get("dense first steps", 0) for r in (high, low)]
     last = [r.dense_calls.get("dense last steps", 0) for r in (high, low)]
     assert first == [2 * calls * min(split, 2), 2 * calls * max(0, 2 - split)]
-    assert last[0] == 0 and last[1] in (2, 2 * calls)                         # its last step may need one call only
+    assert last[0] == 0 and last[1] in (2, 2 * calls)  # its last step may need one call only
 
 
 def test_the_first_expert_does_not_end_the_schedule():
     """Three last steps of six, split after four: one of them belongs to the first expert."""
     settings = dict(dense_last_steps=3)
     high, low = two_experts(4, high=settings, low=settings)
-    assert high.dense_calls == {"dense last steps": 2} and low.dense_calls == {"dense last steps": 4}
+    assert high.dense_calls == {"dense last steps": 2} and low.dense_calls == {
+        "dense last steps": 4
+    }
 
 
 def test_steps_of_levels_made_by_hand_are_estimated():
@@ -52,11 +64,19 @@ def test_steps_of_levels_made_by_hand_are_estimated():
 
 
 def test_a_run_that_starts_from_its_own_noise_starts_a_schedule():
-    """denoise below 1 begins in the middle of the levels, and its first step is a first step all the same."""
+    """denoise below 1 begins in the middle of the levels; its first step is still a first step."""
     patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1)
     comfy_host.run_node(
-        "KSampler", model=patched, seed=1, steps=3, cfg=1.0, sampler_name="euler", scheduler="simple",
-        positive=conditioning(1), negative=conditioning(2),
-        latent_image={"samples": torch.randn(1, 16, 5, 16, 16)}, denoise=0.5,
+        "KSampler",
+        model=patched,
+        seed=1,
+        steps=3,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=conditioning(1),
+        negative=conditioning(2),
+        latent_image={"samples": torch.randn(1, 16, 5, 16, 16)},
+        denoise=0.5,
     )
     assert report(patched).dense_calls == {"dense first steps": 2}

@@ -1,4 +1,7 @@
-"""What saved workflows rely on: node ids, inputs and outputs by their position. And the package, loaded by itself."""
+"""What saved workflows rely on.
+
+Node ids, inputs and outputs by their position. And the package, loaded by itself.
+"""
 
 import os
 import subprocess
@@ -8,10 +11,18 @@ from pathlib import Path
 import comfy_host
 import package
 
-# The first release. A line may grow at its end; nothing in it may be moved, renamed, retyped or removed.
+# The first release. A line may grow at its end; nothing in it may be moved, renamed, retyped or
+# removed.
 FROZEN = {
     "RoPeSLRDoctor": (
-        ["model_kind: COMBO", "width: INT", "height: INT", "length: INT", "sparsity: FLOAT", "seconds: INT"],
+        [
+            "model_kind: COMBO",
+            "width: INT",
+            "height: INT",
+            "length: INT",
+            "sparsity: FLOAT",
+            "seconds: INT",
+        ],
         ["STRING"],
     ),
     "RoPeSLRFewStepSigmas": (
@@ -27,8 +38,15 @@ FROZEN = {
         ["MODEL", "ROPESLR_ADAPTER"],
     ),
     "RoPeSLRReport": (
-        ["latent: LATENT", "model: MODEL", "positive: CONDITIONING", "compare: COMBO", "at: FLOAT", "layer: INT",
-         "head: INT"],
+        [
+            "latent: LATENT",
+            "model: MODEL",
+            "positive: CONDITIONING",
+            "compare: COMBO",
+            "at: FLOAT",
+            "layer: INT",
+            "head: INT",
+        ],
         ["LATENT", "IMAGE", "STRING"],
     ),
     "RoPeSLRSaveAdapter": (
@@ -36,11 +54,28 @@ FROZEN = {
         [],
     ),
     "RoPeSLRSparseAttention": (
-        ["model: MODEL", "adapter: ROPESLR_ADAPTER", "method: COMBO", "sparsity: FLOAT", "rank: INT",
-         "start_percent: FLOAT", "end_percent: FLOAT", "dense_first_steps: INT", "dense_last_steps: INT",
-         "dense_layers: STRING", "calibrate: COMBO", "calibrate_rows: INT", "backend: COMBO", "block_order: COMBO",
-         "min_tokens: INT", "keep_diagonal: BOOLEAN", "keep_first_frame: BOOLEAN", "strict: BOOLEAN",
-         "verbose: BOOLEAN", "sla_variant: COMBO"],
+        [
+            "model: MODEL",
+            "adapter: ROPESLR_ADAPTER",
+            "method: COMBO",
+            "sparsity: FLOAT",
+            "rank: INT",
+            "start_percent: FLOAT",
+            "end_percent: FLOAT",
+            "dense_first_steps: INT",
+            "dense_last_steps: INT",
+            "dense_layers: STRING",
+            "calibrate: COMBO",
+            "calibrate_rows: INT",
+            "backend: COMBO",
+            "block_order: COMBO",
+            "min_tokens: INT",
+            "keep_diagonal: BOOLEAN",
+            "keep_first_frame: BOOLEAN",
+            "strict: BOOLEAN",
+            "verbose: BOOLEAN",
+            "sla_variant: COMBO",
+        ],
         ["MODEL"],
     ),
 }
@@ -56,7 +91,7 @@ print(*ours)
 
 
 def slots(node):
-    """Names and types of a node's inputs in the order of its schema, and the types of its outputs."""
+    """Names and types of a node's inputs in schema order, and the types of its outputs."""
     schema = comfy_host.boot().NODE_CLASS_MAPPINGS[node].GET_SCHEMA()
     inputs = [f"{each.id}: {each.get_io_type()}" for each in schema.inputs]
     return inputs, [each.get_io_type() for each in schema.outputs]
@@ -73,11 +108,18 @@ def test_saved_workflows_keep_their_meaning():
 
 
 def test_the_package_loads_by_itself(tmp_path):
-    """What the registry hands out, in an empty folder: nothing of it reaches for a file that stays behind."""
+    """What the registry hands out, in an empty folder.
+
+    Nothing of it reaches for a file that stays behind.
+    """
     folder = tmp_path / "ropeslr"
     package.copy(folder)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        [sys.executable, "-c", LOAD, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(Path(package.__file__).parent)},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,7 @@
-"""Layers that never call the attention override: which of several causes it is, said and counted in every call."""
+"""Layers that never call the attention override.
+
+Which of several causes it is, said and counted in every call.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ reasons = module(".nodes.patching.dense_reason")
 def skipping(model, layer=0):
     """A MODEL of which another node skips a block, as nodes that skip layers do it."""
     model = model.clone()
-    model.set_model_patch_replace(lambda args, more: {"img": args["img"]}, "dit", "double_block", layer)
+    model.set_model_patch_replace(
+        lambda args, more: {"img": args["img"]}, "dit", "double_block", layer
+    )
     return model
 
 

@@ -1,4 +1,7 @@
-"""The tiny checkpoints are what they claim: the stock loaders take each for the model it imitates."""
+"""The tiny checkpoints are what they claim.
+
+The stock loaders take each for the model it imitates.
+"""
 
 import os
 from pathlib import Path
@@ -12,20 +15,29 @@ from support.host.sampling import load_model
 
 CLASSES = {
     "tiny_wan21_t2v_8_layers": ("WAN21", "WanModel"),
-    "tiny_wan21_t2v": ("WAN21", "WanModel"), "tiny_wan_smallest": ("WAN21", "WanModel"),
-    "tiny_wan22_t2v_high_noise": ("WAN21", "WanModel"), "tiny_wan22_t2v_low_noise": ("WAN21", "WanModel"),
+    "tiny_wan21_t2v": ("WAN21", "WanModel"),
+    "tiny_wan_smallest": ("WAN21", "WanModel"),
+    "tiny_wan22_t2v_high_noise": ("WAN21", "WanModel"),
+    "tiny_wan22_t2v_low_noise": ("WAN21", "WanModel"),
     "tiny_wan22_ti2v_5b": ("WAN22", "WanModel"),
-    "tiny_wan21_i2v": ("WAN21", "WanModel"), "tiny_wan22_i2v": ("WAN21", "WanModel"),
-    "tiny_wan22_fun_control_ref": ("WAN21", "WanModel"), "tiny_wan21_vace": ("WAN21_Vace", "VaceWanModel"),
-    "tiny_wan22_camera": ("WAN21_Camera", "CameraWanModel"), "tiny_wan22_s2v": ("WAN22_S2V", "WanModel_S2V"),
-    "tiny_hunyuan_t2v": ("HunyuanVideo", "HunyuanVideo"), "tiny_hunyuan_i2v": ("HunyuanVideoI2V", "HunyuanVideo"),
+    "tiny_wan21_i2v": ("WAN21", "WanModel"),
+    "tiny_wan22_i2v": ("WAN21", "WanModel"),
+    "tiny_wan22_fun_control_ref": ("WAN21", "WanModel"),
+    "tiny_wan21_vace": ("WAN21_Vace", "VaceWanModel"),
+    "tiny_wan22_camera": ("WAN21_Camera", "CameraWanModel"),
+    "tiny_wan22_s2v": ("WAN22_S2V", "WanModel_S2V"),
+    "tiny_hunyuan_t2v": ("HunyuanVideo", "HunyuanVideo"),
+    "tiny_hunyuan_i2v": ("HunyuanVideoI2V", "HunyuanVideo"),
     "tiny_hunyuan_skyreels_i2v": ("HunyuanVideoSkyreelsI2V", "HunyuanVideo"),
-    "tiny_hunyuan15_t2v": ("HunyuanVideo15", "HunyuanVideo"), "tiny_flux": ("Flux", "Flux"),
+    "tiny_hunyuan15_t2v": ("HunyuanVideo15", "HunyuanVideo"),
+    "tiny_flux": ("Flux", "Flux"),
     "tiny_hunyuan15_sr": ("HunyuanVideo15_SR_Distilled", "HunyuanVideo"),
     "tiny_wan21_flow_rvs": ("WAN21_FlowRVS", "WanModel"),
     "tiny_hunyuan_image": ("HunyuanImage21", "HunyuanVideo"),
-    "tiny_wan21_humo": ("WAN21_HuMo", "HumoWanModel"), "tiny_wan22_animate": ("WAN22_Animate", "AnimateWanModel"),
-    "tiny_wan21_scail": ("WAN21_SCAIL", "SCAILWanModel"), "tiny_wan21_scail2": ("WAN21_SCAIL2", "SCAIL2WanModel"),
+    "tiny_wan21_humo": ("WAN21_HuMo", "HumoWanModel"),
+    "tiny_wan22_animate": ("WAN22_Animate", "AnimateWanModel"),
+    "tiny_wan21_scail": ("WAN21_SCAIL", "SCAILWanModel"),
+    "tiny_wan21_scail2": ("WAN21_SCAIL2", "SCAIL2WanModel"),
     "tiny_wan22_wandancer": ("WAN22_WanDancer", "WanDancerModel"),
     "tiny_wan21_causal": ("WAN21_CausalAR", "CausalWanModel"),
 }

@@ -1,4 +1,7 @@
-"""Under ComfyUI's own training, attention stays dense, with a reason: what a run remembers fits no second pass."""
+"""Under ComfyUI's own training, attention stays dense, with a reason.
+
+What a run remembers fits no second pass.
+"""
 
 import pytest
 import torch
@@ -19,7 +22,11 @@ def test_train_lora_runs_on_a_patched_model(settings, checkpointing):
         pytest.skip("this ComfyUI has no training node")
     patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=0, **settings)
     latent = {"samples": torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))}
-    inputs = {each.id: each.default for each in nodes["TrainLoraNode"].GET_SCHEMA().inputs if hasattr(each, "default")}
+    inputs = {
+        each.id: each.default
+        for each in nodes["TrainLoraNode"].GET_SCHEMA().inputs
+        if hasattr(each, "default")
+    }
     inputs |= dict(
         steps=3, rank=2, gradient_checkpointing=checkpointing, training_dtype="fp32", lora_dtype="fp32",
         existing_lora="[None]", batch_size=1,
@@ -41,4 +48,3 @@ def test_a_run_while_comfyui_trains_stays_dense_and_says_so(monkeypatch, caplog)
     assert torch.equal(sample(patched), dense)
     assert report(patched).dense_calls == {reasons.TRAINING: 6}
     assert any(reasons.TRAINING in record.message for record in caplog.records)
-

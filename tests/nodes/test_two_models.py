@@ -1,4 +1,7 @@
-"""Guiders with two models: each model follows its own node, and the one without a node stays as it is."""
+"""Guiders with two models.
+
+Each model follows its own node, and the one without a node stays as it is.
+"""
 
 import pytest
 import torch
@@ -27,7 +30,10 @@ def guided(first, second, steps=2):
         negative=conditioning(2),
         cfg=3.0,
     )
-    (noise,), (sampler,) = run("RandomNoise", noise_seed=3), run("KSamplerSelect", sampler_name="euler")
+    (noise,), (sampler,) = (
+        run("RandomNoise", noise_seed=3),
+        run("KSamplerSelect", sampler_name="euler"),
+    )
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     out = run(

@@ -1,4 +1,7 @@
-"""The node on real Wan models: what sparse attention changes, and that every size and batch runs."""
+"""The node on real Wan models.
+
+What sparse attention changes, and that every size and batch runs.
+"""
 
 import pytest
 import torch
@@ -39,7 +42,9 @@ def test_the_sparse_path_with_every_block_equals_dense(wan, order, monkeypatch):
     patched = sparse(model, sparsity=0.0, block_order=order)
     found = sample(patched, **arguments)
     assert relative_error(found, dense) < 1e-5
-    assert report(patched).sparse_calls == 6 and report(patched).density == 1.0   # 2 layers x 3 steps, none skipped
+    assert (
+        report(patched).sparse_calls == 6 and report(patched).density == 1.0
+    )  # 2 layers x 3 steps, none skipped
 
 
 @pytest.mark.slow
@@ -47,7 +52,9 @@ def test_error_falls_as_density_rises_and_ropeslr_is_lowest(wan):
     model, arguments, dense = wan
     errors = {
         method: [
-            relative_error(sample(sparse(model, method=method, sparsity=sparsity), **arguments), dense)
+            relative_error(
+                sample(sparse(model, method=method, sparsity=sparsity), **arguments), dense
+            )
             for sparsity in (0.9, 0.7, 0.4, 0.0)
         ]
         for method in ("ropeslr", "top-k", "top-k plain")
@@ -67,7 +74,10 @@ def test_odd_sizes_batches_and_guidance_run(latent, batch, cfg):
     found = sample(patched, **arguments)
     assert found.shape == (batch, 16, *latent) and torch.isfinite(found).all()
     assert relative_error(found, sample(model, **arguments)) < 0.5
-    assert report(patched).sparse_calls == 4 * report(patched).model_calls // 2 and not report(patched).dense_calls
+    assert (
+        report(patched).sparse_calls == 4 * report(patched).model_calls // 2
+        and not report(patched).dense_calls
+    )
 
 
 @pytest.mark.parametrize("method", ["ropeslr", "top-k"])
@@ -79,9 +89,16 @@ def test_a_batch_gives_what_its_members_give(method):
     def run(latent):
         (sampler,) = comfy_host.run_node("KSamplerSelect", sampler_name="euler")
         out = comfy_host.run_node(
-            "SamplerCustom", model=sparse(model, method=method, sparsity=0.6), add_noise=False, noise_seed=0, cfg=7.0,
-            positive=conditioning(1), negative=conditioning(2), sampler=sampler,
-            sigmas=torch.tensor([0.8, 0.5, 0.2, 0.0]), latent_image={"samples": latent},
+            "SamplerCustom",
+            model=sparse(model, method=method, sparsity=0.6),
+            add_noise=False,
+            noise_seed=0,
+            cfg=7.0,
+            positive=conditioning(1),
+            negative=conditioning(2),
+            sampler=sampler,
+            sigmas=torch.tensor([0.8, 0.5, 0.2, 0.0]),
+            latent_image={"samples": latent},
         )
         return out[0]["samples"]
 
@@ -104,7 +121,9 @@ def test_text_of_as_many_tokens_as_the_video_is_not_taken_for_it(monkeypatch):
     patched = sparse(model, sparsity=0.0)
     found = sample(patched, text_tokens=576)
     assert relative_error(found, sample(model, text_tokens=576)) < 1e-5
-    assert report(patched).sparse_calls == 6 and report(patched).other_calls == {"cross-attention": 6}
+    assert report(patched).sparse_calls == 6 and report(patched).other_calls == {
+        "cross-attention": 6
+    }
 
 
 def test_settings_take_effect():
@@ -112,10 +131,21 @@ def test_settings_take_effect():
     model = load_model("tiny_wan21_t2v")
     base = sample(sparse(model), steps=2)
     for changed in (
-        dict(method="top-k"), dict(sparsity=0.5), dict(rank=32), dict(calibrate="off"), dict(calibrate_rows=16),
-        dict(block_order="raster"), dict(keep_diagonal=True), dict(keep_first_frame=True), dict(backend="dense"),
-        dict(dense_layers="1"), dict(start_percent=0.5), dict(end_percent=0.1), dict(dense_first_steps=1),
-        dict(dense_last_steps=1), dict(min_tokens=100_000),
+        dict(method="top-k"),
+        dict(sparsity=0.5),
+        dict(rank=32),
+        dict(calibrate="off"),
+        dict(calibrate_rows=16),
+        dict(block_order="raster"),
+        dict(keep_diagonal=True),
+        dict(keep_first_frame=True),
+        dict(backend="dense"),
+        dict(dense_layers="1"),
+        dict(start_percent=0.5),
+        dict(end_percent=0.1),
+        dict(dense_first_steps=1),
+        dict(dense_last_steps=1),
+        dict(min_tokens=100_000),
     ):
         assert not torch.equal(sample(sparse(model, **changed), steps=2), base), changed
 

@@ -1,1 +1,4 @@
-"""What the tests share. host: inside ComfyUI; data: inputs and files; oracle: slow answers that are surely right."""
+"""What the tests share.
+
+Host: inside ComfyUI; data: inputs and files; oracle: slow answers that are surely right.
+"""

@@ -1,4 +1,4 @@
-"""What each part of the tests needs of a machine, and the words of the skip where it is not there."""
+"""What each part of the tests needs of a machine, and the reason to skip where it is missing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import shutil
 
 import pytest
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"         # set before Triton is imported, for a whole process
+INTERPRET = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # set before Triton is imported, for a whole process
 INTERPRETER, PLAIN = "Triton's interpreter", "a process without Triton's interpreter"
 COMFYUI, NODE, TSC = "ComfyUI", "node", "TypeScript's checker"
-# Folder or file below tests/ -> what its tests need to be collected; a file's own line counts beside its folder's.
+# Folder or file below tests/ -> what its tests need to be collected; a file's own line counts
+# beside its folder's.
 NEEDS = {
     "attention": ("torch", "safetensors", "hypothesis"),
     "browser": (COMFYUI, "torch", "safetensors", "PIL", "comfy_cli", "playwright"),
@@ -42,8 +45,10 @@ REMEDIES = {
 def is_here(name: str) -> bool:
     """Whether this process has it: one of the names above, or a Python package."""
     answers = {
-        COMFYUI: bool(os.environ.get("COMFYUI_PATH")), TSC: bool(os.environ.get("ROPESLR_TSC")),
-        INTERPRETER: INTERPRET, PLAIN: not INTERPRET,
+        COMFYUI: bool(os.environ.get("COMFYUI_PATH")),
+        TSC: bool(os.environ.get("ROPESLR_TSC")),
+        INTERPRETER: INTERPRET,
+        PLAIN: not INTERPRET,
     }
     if name in answers:
         return answers[name]
@@ -54,7 +59,9 @@ def why_not(*names: str) -> str | None:
     """The first of these that is missing, with what to do; None where all are here."""
     for name in names:
         if not is_here(name):
-            return f"needs {name}: {REMEDIES.get(name, 'run `python dev.py test`, which installs it')}"
+            return (
+                f"needs {name}: {REMEDIES.get(name, 'run `python dev.py test`, which installs it')}"
+            )
     return None
 
 

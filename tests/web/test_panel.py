@@ -1,4 +1,7 @@
-"""The panel's scripts: their own tests under node, their arithmetic against Python's, what they must not contain."""
+"""The panel's scripts.
+
+Their own tests under node, their arithmetic against Python's, what they must not contain.
+"""
 
 import itertools
 import json
@@ -31,15 +34,34 @@ schedule, running, calls, layouts = (
     load(f".attention.{name}") for name in ("schedule", "run", "call", "block_layout")
 )
 
-METHODS = ("ropeslr", "ropeslr with weights", "rola", "sla", "sla paper", "adaspa", "top-k", "top-k plain")
-GRIDS = ((21, 30, 52), (21, 45, 80), (31, 22, 40), (9, 30, 52), (5, 13, 7), (1, 64, 64), (33, 27, 31))
-RELEASED_RANK = 64                          # of the weights that the panel assumes
+METHODS = (
+    "ropeslr",
+    "ropeslr with weights",
+    "rola",
+    "sla",
+    "sla paper",
+    "adaspa",
+    "top-k",
+    "top-k plain",
+)
+GRIDS = (
+    (21, 30, 52),
+    (21, 45, 80),
+    (31, 22, 40),
+    (9, 30, 52),
+    (5, 13, 7),
+    (1, 64, 64),
+    (33, 27, 31),
+)
+RELEASED_RANK = 64  # of the weights that the panel assumes
 
 
 def evaluate(calls):
     """Answers of the panel's arithmetic to a list of [function, *arguments]."""
     script = Path(__file__).with_name("evaluate.mjs")
-    done = subprocess.run([NODE, str(script)], input=json.dumps(calls), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [NODE, str(script)], input=json.dumps(calls), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -49,26 +71,50 @@ def draw_cases(count=64):
     dice = random.Random(7)
     for i in range(count):
         yield {
-            "method": METHODS[i % len(METHODS)], "grid": GRIDS[i % len(GRIDS)], "extra": dice.choice((0, 0, 256, 300)),
-            "width": 128, "heads": dice.choice((12, 16, 24, 40)), "rank": dice.choice((0, 1, 7, 16, 32, 64, 96, 128)),
+            "method": METHODS[i % len(METHODS)],
+            "grid": GRIDS[i % len(GRIDS)],
+            "extra": dice.choice((0, 0, 256, 300)),
+            "width": 128,
+            "heads": dice.choice((12, 16, 24, 40)),
+            "rank": dice.choice((0, 1, 7, 16, 32, 64, 96, 128)),
             "sparsity": dice.choice((0.0, 0.3, 0.5, 0.77, 0.8, 0.9, 0.93, 0.95, 0.98)),
-            "order": dice.choice(("cube", "raster")), "diagonal": dice.random() < 0.3, "first": dice.random() < 0.3,
+            "order": dice.choice(("cube", "raster")),
+            "diagonal": dice.random() < 0.3,
+            "first": dice.random() < 0.3,
         }
 
 
 def in_script(case):
     """The script's call for a case."""
-    method = case["method"].split()[0] if case["method"].startswith(("ropeslr", "sla")) else case["method"]
-    return ["attentionCost", case["grid"], case["extra"], case["width"], case["heads"], {
-        "method": method, "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
-        "order": case["order"], "rank": case["rank"], "sparsity": case["sparsity"],
-        "slaVariant": "paper" if case["method"] == "sla paper" else "released",
-        "keepDiagonal": case["diagonal"], "keepFirstFrame": case["first"],
-    }]
+    method = (
+        case["method"].split()[0]
+        if case["method"].startswith(("ropeslr", "sla"))
+        else case["method"]
+    )
+    return [
+        "attentionCost",
+        case["grid"],
+        case["extra"],
+        case["width"],
+        case["heads"],
+        {
+            "method": method,
+            "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
+            "order": case["order"],
+            "rank": case["rank"],
+            "sparsity": case["sparsity"],
+            "slaVariant": "paper" if case["method"] == "sla paper" else "released",
+            "keepDiagonal": case["diagonal"],
+            "keepFirstFrame": case["first"],
+        },
+    ]
 
 
 def in_python(case):
-    """The same from the pack: its layout, its plan, its accounting, put together as AttentionRun does."""
+    """The same from the pack.
+
+    Its layout, its plan, its accounting, put together as AttentionRun does.
+    """
     head_dim, heads, rank = case["width"], case["heads"], case["rank"]
     layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
     blocks = layout.blocks(case["diagonal"], case["first"])
@@ -82,7 +128,8 @@ def in_python(case):
     background = {
         "ropeslr": lambda: accounting.first_order_flops(*place, channels),
         "ropeslr with weights": lambda: (
-            accounting.first_order_flops(*place, channels) + accounting.low_rank_flops(*place, features)
+            accounting.first_order_flops(*place, channels)
+            + accounting.low_rank_flops(*place, features)
         ),
         "rola": lambda: accounting.low_rank_flops(*place, features + features % 2),
         "sla": lambda: accounting.linear_flops(*place),
@@ -91,14 +138,28 @@ def in_python(case):
         "top-k": lambda: accounting.pooled_flops(*place, n_k),
         "top-k plain": lambda: 0.0,
     }[case["method"]]()
-    routing = accounting.routing_flops(layout.tokens, head_dim, heads, n_q, n_k) if case["method"] != "adaspa" else 0.0
+    routing = (
+        accounting.routing_flops(layout.tokens, head_dim, heads, n_q, n_k)
+        if case["method"] != "adaspa"
+        else 0.0
+    )
     cost = accounting.AttentionCost(
-        density, accounting.dense_flops(layout.tokens, head_dim, heads),
-        accounting.sparse_flops(layout.tokens, head_dim, heads, density), routing, background,
+        density,
+        accounting.dense_flops(layout.tokens, head_dim, heads),
+        accounting.sparse_flops(layout.tokens, head_dim, heads, density),
+        routing,
+        background,
     )
     return {
-        "keep": topk, "queries": n_q, "keys": n_k, "density": cost.density, "dense": cost.dense, "sparse": cost.sparse,
-        "routing": cost.routing, "background": cost.background, "total": cost.total,
+        "keep": topk,
+        "queries": n_q,
+        "keys": n_k,
+        "density": cost.density,
+        "dense": cost.dense,
+        "sparse": cost.sparse,
+        "routing": cost.routing,
+        "background": cost.background,
+        "total": cost.total,
     }
 
 
@@ -131,10 +192,15 @@ def test_costs_are_those_of_the_pack():
 def test_the_first_frames_blocks_are_those_of_the_layout():
     dice = random.Random(1)
     cases = [
-        ([dice.randint(1, 12), dice.randint(1, 20), dice.randint(1, 20)], dice.choice(("cube", "raster")))
+        (
+            [dice.randint(1, 12), dice.randint(1, 20), dice.randint(1, 20)],
+            dice.choice(("cube", "raster")),
+        )
         for _ in range(300)
     ]
-    for (grid, order), found in zip(cases, evaluate([["firstFrameBlocks", *case] for case in cases]), strict=True):
+    for (grid, order), found in zip(
+        cases, evaluate([["firstFrameBlocks", *case] for case in cases]), strict=True
+    ):
         required = layouts.TokenLayout(tuple(grid), order=order).blocks(False, True).required
         assert found == required.counts[0], (grid, order)
 
@@ -144,15 +210,34 @@ def test_the_first_frames_blocks_are_those_of_the_layout():
 def test_costs_are_those_of_a_real_call(method):
     """A call between two calibrations, counted by AttentionRun itself."""
     grid, before, heads, width = (3, 10, 12), 70, 2, 32
-    plan = planning.SparsePlan(method=method, sparsity=0.5, rank=9, calibrate="off", backend="pytorch")
+    plan = planning.SparsePlan(
+        method=method, sparsity=0.5, rank=9, calibrate="off", backend="pytorch"
+    )
     run = running.AttentionRun(plan.resolve())
     layout = layouts.TokenLayout(grid, before, 0, run.plan.block_order)
-    q, k, v = torch.randn(3, 1, heads, layout.tokens, width, generator=torch.Generator().manual_seed(0))
-    for step in range(2):                   # the first call of a run makes its state from all channels
+    q, k, v = torch.randn(
+        3, 1, heads, layout.tokens, width, generator=torch.Generator().manual_seed(0)
+    )
+    for step in range(2):  # the first call of a run makes its state from all channels
         _, cost = run.attend(q, k, v, calls.AttentionCall(layout, step=step, num_steps=2))
-    (found,) = evaluate([["attentionCost", grid, before, width, heads, {
-        "method": method, "trained": False, "order": run.plan.block_order, "rank": 9, "sparsity": 0.5,
-    }]])
+    (found,) = evaluate(
+        [
+            [
+                "attentionCost",
+                grid,
+                before,
+                width,
+                heads,
+                {
+                    "method": method,
+                    "trained": False,
+                    "order": run.plan.block_order,
+                    "rank": 9,
+                    "sparsity": 0.5,
+                },
+            ]
+        ]
+    )
     assert cost.density < 1
     for name in ("density", "dense", "sparse", "routing", "background", "total"):
         assert found[name] == pytest.approx(getattr(cost, name), rel=1e-9), name
@@ -166,32 +251,55 @@ def an_adapter(method, block_order):
 @needs_node
 def test_auto_means_what_it_means_in_the_plan():
     cases = [
-        (method, adapter, order, first) for method in planning.METHODS for adapter in ("", "ropeslr", "rola", "sla")
-        for order in planning.BLOCK_ORDERS for first in (-1, 3)
+        (method, adapter, order, first)
+        for method in planning.METHODS
+        for adapter in ("", "ropeslr", "rola", "sla")
+        for order in planning.BLOCK_ORDERS
+        for first in (-1, 3)
         if not adapter or method in ("auto", adapter) or method not in planning.TRAINED_METHODS
     ]
-    found = evaluate([
-        ["resolve", {"method": method, "block_order": order, "dense_first_steps": first}, adapter]
-        for method, adapter, order, first in cases
-    ])
+    found = evaluate(
+        [
+            [
+                "resolve",
+                {"method": method, "block_order": order, "dense_first_steps": first},
+                adapter,
+            ]
+            for method, adapter, order, first in cases
+        ]
+    )
     for (method, adapter, order, first), answer in zip(cases, found, strict=True):
         trained_order = "raster" if adapter in ("rola", "sla") else "cube"
         plan = planning.SparsePlan(method=method, block_order=order, dense_first_steps=first)
         plan = plan.resolve(an_adapter(adapter, trained_order) if adapter else None)
-        expected = {"method": plan.method, "order": plan.block_order, "first": plan.dense_first_steps}
+        expected = {
+            "method": plan.method,
+            "order": plan.block_order,
+            "first": plan.dense_first_steps,
+        }
         assert answer == {**expected, "trained": plan.method == adapter}, (method, adapter)
 
 
 @needs_node
 def test_sparse_steps_are_those_of_the_schedule():
-    cases = list(itertools.product((1, 4, 8, 9, 30), (0, 0.5), (0.5, 1), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)))
+    cases = list(
+        itertools.product(
+            (1, 4, 8, 9, 30), (0, 0.5), (0.5, 1), ("ropeslr", "adaspa"), (0, 1, 9), (0, 2)
+        )
+    )
     cases = [(n, int(a * n), max(int(a * n) + 1, int(b * n)), *rest) for n, a, b, *rest in cases]
-    found = evaluate([["sparseSteps", {"total": n, "from": a, "to": b}, *rest] for n, a, b, *rest in cases])
+    found = evaluate(
+        [["sparseSteps", {"total": n, "from": a, "to": b}, *rest] for n, a, b, *rest in cases]
+    )
     for (total, begin, end, method, first, last), answer in zip(cases, found, strict=True):
         sigmas = tuple(1.0 - i / total for i in range(begin, end + 1))
-        plan = schedule.StepSchedule(sigmas, float("inf"), float("-inf"), first, last, begin, total - end)
-        sparse = [begin + i for i, sigma in enumerate(sigmas[:-1]) if plan.dense_reason(sigma) is None]
-        if method == "adaspa":              # the first step that is due and not dense anyway searches, dense
+        plan = schedule.StepSchedule(
+            sigmas, float("inf"), float("-inf"), first, last, begin, total - end
+        )
+        sparse = [
+            begin + i for i, sigma in enumerate(sigmas[:-1]) if plan.dense_reason(sigma) is None
+        ]
+        if method == "adaspa":  # the first step that is due and not dense anyway searches, dense
             search = max(adaspa.search_steps(total)[0], first, begin)
             sparse = [step for step in sparse if step > search]
         assert answer == len(sparse), (total, begin, end, method, first, last)
@@ -200,7 +308,20 @@ def test_sparse_steps_are_those_of_the_schedule():
 def layer_texts(count=400):
     """Lists of layers as a person may write them, many with a mistake."""
     dice = random.Random(3)
-    yield from ("", "0, 1, 38-39", "3-5,4", "7", " 0 ,2 - 5,", "5-4", "12345", "1-2-3", "-1", "+1", "1.5", "\t3\n")
+    yield from (
+        "",
+        "0, 1, 38-39",
+        "3-5,4",
+        "7",
+        " 0 ,2 - 5,",
+        "5-4",
+        "12345",
+        "1-2-3",
+        "-1",
+        "+1",
+        "1.5",
+        "\t3\n",
+    )
     for _ in range(count):
         pieces = ("0", "1", "7", "38", ",", ", ", "-", " - ", " ", "x")
         yield "".join(dice.choice(pieces) for _ in range(dice.randint(1, 9)))
@@ -227,8 +348,18 @@ def test_dense_layers_are_read_as_the_plan_reads_them():
 
 def python_value(text, names):
     """What ComfyUI's Math Expression computes, by the library that it uses; None where it fails."""
-    simpleeval = pytest.importorskip("simpleeval", reason="simpleeval, which ComfyUI brings, is not installed")
-    functions = {"min": min, "max": max, "abs": abs, "round": round, "ceil": math.ceil, "floor": math.floor, "int": int}
+    simpleeval = pytest.importorskip(
+        "simpleeval", reason="simpleeval, which ComfyUI brings, is not installed"
+    )
+    functions = {
+        "min": min,
+        "max": max,
+        "abs": abs,
+        "round": round,
+        "ceil": math.ceil,
+        "floor": math.floor,
+        "int": int,
+    }
     try:
         value = simpleeval.simple_eval(text, names=names, functions=functions)
         return float(value) if math.isfinite(value) else None
@@ -245,7 +376,9 @@ def expressions(count=600):
         if kind < 2:
             return dice.choice(("a", "b", "c", "1", "2", "16", "0.5", "81"))
         if kind < 5:
-            operator = dice.choice(("+", "-", "*", "/", "//", "%", "** 2 -", "and", "or", "&", "|", "^"))
+            operator = dice.choice(
+                ("+", "-", "*", "/", "//", "%", "** 2 -", "and", "or", "&", "|", "^")
+            )
             return f"{draw(depth - 1)} {operator} {draw(depth - 1)}"
         if kind == 5:
             return f"({draw(depth - 1)} {dice.choice(('<', '>', '<=', '>=', '==', '!='))} {draw(depth - 1)})"
@@ -261,7 +394,11 @@ def test_math_expressions_are_those_of_comfyui():
     texts, names = expressions(), {"a": 5, "b": 16.5, "c": -7}
     expected = [python_value(text, names) for text in texts]
     found = evaluate([["expression", text, names] for text in texts])
-    known = [(text, one, other) for text, one, other in zip(texts, expected, found, strict=True) if one is not None]
+    known = [
+        (text, one, other)
+        for text, one, other in zip(texts, expected, found, strict=True)
+        if one is not None
+    ]
     assert len(known) > 300
     for text, one, other in known:
         assert other == pytest.approx(one, rel=1e-9, abs=1e-9), text
@@ -277,16 +414,29 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(STATE), re.S)[1]
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
-    assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}    # calibration is left out
+    assert widgets - known == {
+        "calibrate",
+        "calibrate_rows",
+        "strict",
+        "verbose",
+    }  # calibration is left out
     report = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
-    assert re.search(r'^EVENT = "(.+)"', report, re.M)[1] == re.search(r'const EVENT = "(.+)"', read(PANEL))[1]
+    assert (
+        re.search(r'^EVENT = "(.+)"', report, re.M)[1]
+        == re.search(r'const EVENT = "(.+)"', read(PANEL))[1]
+    )
     assert f'const NODE = "{re.search(r"""node_id="(.+)",""", node)[1]}"' in read(PANEL)
 
 
 def test_the_panel_reads_no_field_that_a_report_lacks():
     source = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
     report = re.search(r"class RunReport:(.*?)    @property", source, re.S)[1]
-    sent = {*re.findall(r"^    (\w+): ", report, re.M), "node", "workflow", "flops_saved"}      # `send` adds three
+    sent = {
+        *re.findall(r"^    (\w+): ", report, re.M),
+        "node",
+        "workflow",
+        "flops_saved",
+    }  # `send` adds three
     read_here = re.search(r"interface Report \{(.*?)\n  \}", read("types.d.ts"), re.S)[1]
     wanted = set(re.findall(r"^    (\w+)\??: ", read_here, re.M))
     assert {"tokens", "sparse_calls"} < wanted <= sent
@@ -299,40 +449,71 @@ def test_a_script_is_safe_and_portable(path):
     assert first.startswith("// ") and len(first) > 20 and second == "// @ts-check"
     assert all(len(line) <= 120 for line in lines) and len(lines) <= 300
     for banned in (
-        "/extensions/", "ComfyUI-RoPeSLR", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
-        "fetch", "XMLHttpRequest", "WebSocket", "sendBeacon", "localStorage", "http:", "https:",
+        "/extensions/",
+        "ComfyUI-RoPeSLR",
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "fetch",
+        "XMLHttpRequest",
+        "WebSocket",
+        "sendBeacon",
+        "localStorage",
+        "http:",
+        "https:",
     ):
         assert banned not in text, f"{path.name} contains {banned}"
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name not in ENTRIES], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if path.name not in ENTRIES], ids=lambda path: path.name
+)
 def test_only_the_entry_touches_comfyui(path):
-    """ComfyUI loads every script below web/ as an extension: a helper must do nothing by being loaded."""
+    """ComfyUI loads every script below web/ as an extension.
+
+    A helper must do nothing by being loaded.
+    """
     text = path.read_text(encoding="utf-8")
     assert "registerExtension" not in text and "scripts/" not in text
     if NODE:
         code = (
             "const before = Object.keys(globalThis).length;"
             f"await import({json.dumps(path.as_uri())});"
-            "if (Object.keys(globalThis).length !== before) throw new Error('left something behind');"
+            "if (Object.keys(globalThis).length !== before) throw new Error('left something "
+            "behind');"
         )
         done = subprocess.run(
-            [NODE, "--input-type=module", "--eval", code], capture_output=True, text=True, timeout=120
+            [NODE, "--input-type=module", "--eval", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 def test_nothing_registers_twice():
-    names = [name for entry in ENTRIES for name in re.findall(r'registerExtension\(\{\s*name: "(.+?)"', read(entry))]
+    names = [
+        name
+        for entry in ENTRIES
+        for name in re.findall(r'registerExtension\(\{\s*name: "(.+?)"', read(entry))
+    ]
     assert len(names) == len(set(names)) == len(ENTRIES)
 
 
-@pytest.mark.skipif(not TSC, reason="ROPESLR_TSC names no TypeScript compiler; `python dev.py test` sets it")
+@pytest.mark.skipif(
+    not TSC, reason="ROPESLR_TSC names no TypeScript compiler; `python dev.py test` sets it"
+)
 def test_types_are_sound():
     """Every script is checked, and nothing is found."""
     command = [TSC, "-p", str(ROOT / "web" / "jsconfig.json")]
-    listed = subprocess.run([*command, "--listFilesOnly"], capture_output=True, text=True, timeout=300)
-    assert {path.name for path in SCRIPTS} <= {Path(line).name for line in listed.stdout.splitlines()}, listed.stdout
+    listed = subprocess.run(
+        [*command, "--listFilesOnly"], capture_output=True, text=True, timeout=300
+    )
+    assert {path.name for path in SCRIPTS} <= {
+        Path(line).name for line in listed.stdout.splitlines()
+    }, listed.stdout
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -14,13 +14,23 @@ from support import needs
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [
-    "adapter_on_stock_model", "dense_vs_sparse", "hunyuanvideo1.5_t2v", "hunyuanvideo_t2v", "sparkwan_few_step",
-    "wan2.1_i2v", "wan2.1_t2v", "wan2.1_vace", "wan2.2_5b", "wan2.2_a14b_t2v",
+    "adapter_on_stock_model",
+    "dense_vs_sparse",
+    "hunyuanvideo1.5_t2v",
+    "hunyuanvideo_t2v",
+    "sparkwan_few_step",
+    "wan2.1_i2v",
+    "wan2.1_t2v",
+    "wan2.1_vace",
+    "wan2.2_5b",
+    "wan2.2_a14b_t2v",
 ]
-QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")        # run by default
+QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")  # run by default
 NODE = "RoPeSLRSparseAttention"
-SCHEMA = Draft202012Validator(json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8")))
-TITLE = 30                                  # a node's title stands above its position
+SCHEMA = Draft202012Validator(
+    json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8"))
+)
+TITLE = 30  # a node's title stands above its position
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
@@ -42,14 +52,20 @@ def test_the_workflows_are_those_that_the_pack_promises():
 
 
 def test_the_files_are_what_their_description_says(info):
-    """`python dev.py workflows` writes them; whoever edits one by hand or adds an input to a node is told here."""
+    """`python dev.py workflows` writes them.
+
+    Whoever edits one by hand or adds an input to a node is told here.
+    """
     import comfyui_version
 
     import graph_file
     import graphs
 
     if comfyui_version.__version__ != graph_file.CORE:
-        pytest.skip(f"the files are written for ComfyUI {graph_file.CORE}; this is {comfyui_version.__version__}")
+        pytest.skip(
+            f"the files are written for ComfyUI {graph_file.CORE}; this is "
+            f"{comfyui_version.__version__}"
+        )
     described = graphs.workflows()
     assert sorted(described) == NAMES
     for path in WORKFLOWS:
@@ -65,13 +81,18 @@ def test_every_workflow_has_a_small_thumbnail():
 
 
 def test_the_schema_holds(workflow):
-    assert not [f"{'/'.join(map(str, each.path))}: {each.message}" for each in SCHEMA.iter_errors(workflow)]
+    assert not [
+        f"{'/'.join(map(str, each.path))}: {each.message}" for each in SCHEMA.iter_errors(workflow)
+    ]
 
 
 def test_the_schema_can_fail(workflow):
     for spoil in (
-        lambda w: w.pop("last_link_id"), lambda w: w["links"][0].pop(), lambda w: w["nodes"][0].pop("pos"),
-        lambda w: w.update(version=1), lambda w: w["groups"][0].pop("bounding"),
+        lambda w: w.pop("last_link_id"),
+        lambda w: w["links"][0].pop(),
+        lambda w: w["nodes"][0].pop("pos"),
+        lambda w: w.update(version=1),
+        lambda w: w["groups"][0].pop("bounding"),
     ):
         spoiled = json.loads(json.dumps(workflow))
         spoil(spoiled)
@@ -87,15 +108,29 @@ def test_links_join_what_exists_and_types_agree(workflow):
     for number, source, output, target, slot, kind in workflow["links"]:
         assert number in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == number
-        assert nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][slot]["type"] == kind
+        assert (
+            nodes[source]["outputs"][output]["type"]
+            == nodes[target]["inputs"][slot]["type"]
+            == kind
+        )
         assert nodes[source]["order"] < nodes[target]["order"]
-    ends = [each["link"] for node in nodes.values() for each in node["inputs"] if each["link"] is not None]
-    starts = [number for node in nodes.values() for each in node["outputs"] for number in each["links"]]
+    ends = [
+        each["link"]
+        for node in nodes.values()
+        for each in node["inputs"]
+        if each["link"] is not None
+    ]
+    starts = [
+        number for node in nodes.values() for each in node["outputs"] for number in each["links"]
+    ]
     assert sorted(ends) == sorted(starts) == sorted(numbers)
 
 
 def test_every_node_has_its_widgets_and_what_it_needs(workflow, info):
-    """Counted against ComfyUI's definitions; a seed's control_after_generate is the classic value to forget."""
+    """Counted against ComfyUI's definitions.
+
+    A seed's control_after_generate is the classic value to forget.
+    """
     import graph_file
 
     for node in workflow["nodes"]:
@@ -105,27 +140,40 @@ def test_every_node_has_its_widgets_and_what_it_needs(workflow, info):
         assert len(node["widgets_values"]) == len(names), node["type"]
         linked = {each["name"] for each in node["inputs"] if each["link"] is not None}
         for name, kind, options, optional in graph_file.inputs_of(info[node["type"]]):
-            assert optional or name in linked or graph_file.is_widget(kind, options), f"{node['type']}: {name} is open"
+            assert optional or name in linked or graph_file.is_widget(kind, options), (
+                f"{node['type']}: {name} is open"
+            )
 
 
 def test_our_nodes_are_found_by_the_manager_and_models_can_be_downloaded(workflow):
     loaders = [node for node in workflow["nodes"] if re.search("Loader|LoadSparse", node["type"])]
     assert loaders
     for node in loaders:
-        files = [value for value in node["widgets_values"] if re.search(r"\.(safetensors|pth)$", str(value))]
+        files = [
+            value
+            for value in node["widgets_values"]
+            if re.search(r"\.(safetensors|pth)$", str(value))
+        ]
         assert files and files == [model["name"] for model in node["properties"]["models"]]
         for model in node["properties"]["models"]:
-            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(
+                "/" + model["name"]
+            )
             assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "clip_vision")
     ours = [node for node in workflow["nodes"] if node["type"].startswith("RoPeSLR")]
-    assert ours and all(node["properties"]["cnr_id"] == "ropeslr" and node["properties"]["ver"] for node in ours)
+    assert ours and all(
+        node["properties"]["cnr_id"] == "ropeslr" and node["properties"]["ver"] for node in ours
+    )
 
 
 def test_the_read_me_names_every_file_and_the_slider(workflow):
     (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     (text,) = note["widgets_values"]
     models = [each for node in workflow["nodes"] for each in node["properties"].get("models", ())]
-    assert all(f"[{each['name']}]({each['url']}) into **models/{each['directory']}**" in text for each in models)
+    assert all(
+        f"[{each['name']}]({each['url']}) into **models/{each['directory']}**" in text
+        for each in models
+    )
     assert "**sparsity**" in text and "What to expect" in text
 
 
@@ -164,15 +212,24 @@ def test_comfyui_accepts_every_workflow_as_it_stands(workflow, info, monkeypatch
 
     from workflow import to_prompt
 
-    files = {value for node in workflow["nodes"] for value in node["widgets_values"] if isinstance(value, str)}
+    files = {
+        value
+        for node in workflow["nodes"]
+        for value in node["widgets_values"]
+        if isinstance(value, str)
+    }
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda kind: sorted(files))
     monkeypatch.setattr(folder_paths, "get_annotated_filepath", lambda name, *_: __file__)
     monkeypatch.setattr(folder_paths, "exists_annotated_filepath", lambda name: name in files)
     monkeypatch.setattr(os, "listdir", lambda folder=".": sorted(files))
     monkeypatch.setattr(os.path, "isfile", lambda path: True)
-    ok, error, outputs, node_errors = asyncio.run(execution.validate_prompt("test", to_prompt(workflow, info), None))
+    ok, error, outputs, node_errors = asyncio.run(
+        execution.validate_prompt("test", to_prompt(workflow, info), None)
+    )
     assert ok, (error, node_errors)
-    assert len(outputs) == sum(node["type"] in ("SaveVideo", "RoPeSLRReport") for node in workflow["nodes"])
+    assert len(outputs) == sum(
+        node["type"] in ("SaveVideo", "RoPeSLRReport") for node in workflow["nodes"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +246,20 @@ def server():
         yield running
 
 
-@pytest.mark.parametrize("name", [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough")) for name in NAMES
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow("thorough"))
+        for name in NAMES
+    ],
+)
 def test_every_workflow_runs_to_a_video(server, name):
     from workflow import load, make_tiny, to_prompt
 
-    side = 256 if name == "wan2.2_5b" else 128                  # its tokens are twice as large each way
-    prompt = make_tiny(to_prompt(load(name), server.get("/object_info")), side, side, length=9, steps=2)
+    side = 256 if name == "wan2.2_5b" else 128  # its tokens are twice as large each way
+    prompt = make_tiny(
+        to_prompt(load(name), server.get("/object_info")), side, side, length=9, steps=2
+    )
     result = server.run(prompt)
     (save,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
     (saved,) = result.outputs[save]["images"]
@@ -208,10 +271,15 @@ def test_every_workflow_runs_to_a_video(server, name):
 
 
 def test_an_equal_node_of_another_number_hears_of_its_own_runs(server):
-    """ComfyUI answers equal nodes from its cache: the same workflow in another tab, or a copied node."""
+    """ComfyUI answers equal nodes from its cache.
+
+    The same workflow in another tab, or a copied node.
+    """
     from workflow import load, make_tiny, to_prompt
 
-    prompt = make_tiny(to_prompt(load("wan2.1_t2v"), server.get("/object_info")), 128, 128, length=9, steps=2)
+    prompt = make_tiny(
+        to_prompt(load("wan2.1_t2v"), server.get("/object_info")), 128, 128, length=9, steps=2
+    )
     (seed,) = (node["inputs"] for node in prompt.values() if "seed" in node["inputs"])
     (ours,) = (key for key, node in prompt.items() if node["class_type"] == NODE)
     assert [report["node"] for report in server.run(prompt).reports] == [ours]
@@ -241,7 +309,9 @@ def test_the_converted_workflow_holds_the_widgets_at_their_places(server):
     inputs = prompt[node_id(prompt, NODE)]["inputs"]
     definition = server.get(f"/object_info/{NODE}")[NODE]["input"]
     defaults = {
-        name: spec[1]["default"] for group in definition.values() for name, spec in group.items()
+        name: spec[1]["default"]
+        for group in definition.values()
+        for name, spec in group.items()
         if isinstance(spec, list) and len(spec) > 1 and "default" in spec[1]
     }
     assert {name: value for name, value in inputs.items() if name != "model"} == defaults
@@ -253,7 +323,10 @@ def frames(server, result):
     from PIL import Image
 
     output = server.base / "output"
-    files = [output / image["subfolder"] / image["filename"] for image in result.outputs["frames"]["images"]]
+    files = [
+        output / image["subfolder"] / image["filename"]
+        for image in result.outputs["frames"]["images"]
+    ]
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
@@ -274,13 +347,16 @@ def test_the_workflow_runs_to_a_video_and_reports(server):
 
 
 def test_bypassing_the_node_equals_never_having_it(server):
-    """Dense before, sparse, dense after by bypass: pixels compared, since files carry the prompt."""
+    """Dense before, sparse, dense after by bypass.
+
+    Pixels compared, since files carry the prompt.
+    """
     import numpy as np
 
     never = tiny_prompt(server, bypass=NODE)
     before = frames(server, server.run(never))
     changed = frames(server, server.run(tiny_prompt(server, dense_first_steps=0)))
-    for node in never.values():             # another seed and back, so that the server's cache does not answer
+    for node in never.values():  # another seed and back, so that the server's cache does not answer
         if "seed" in node["inputs"]:
             node["inputs"]["seed"] += 1
     server.run(never)
@@ -291,11 +367,15 @@ def test_bypassing_the_node_equals_never_having_it(server):
     assert np.array_equal(before, after) and not np.array_equal(before, changed)
 
 
-@pytest.mark.parametrize("inputs, says", [
-    (dict(method="magic"), ["magic", "ropeslr"]), (dict(sparsity=1.5), ["1.5", "0.98"]),
-    (dict(dense_layers="0,x,9-"), ["'x'", "'9-'"]),
-    (dict(start_percent=1.5), ["1.5", "1.0"]),
-])
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        (dict(method="magic"), ["magic", "ropeslr"]),
+        (dict(sparsity=1.5), ["1.5", "0.98"]),
+        (dict(dense_layers="0,x,9-"), ["'x'", "'9-'"]),
+        (dict(start_percent=1.5), ["1.5", "1.0"]),
+    ],
+)
 def test_the_server_refuses_bad_prompts_in_words(server, inputs, says):
     status, answer = server.post_prompt(tiny_prompt(server, **inputs), "test")
     errors = [each for node in answer["node_errors"].values() for each in node["errors"]]

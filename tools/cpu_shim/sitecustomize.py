@@ -1,15 +1,18 @@
-"""Makes the published torchvision and torchaudio importable beside a CPU build of torch; put this folder on PYTHONPATH.
+"""Makes torchvision and torchaudio from PyPI importable beside a CPU build of torch.
 
-Both wheels are CUDA builds, whose compiled parts cannot load there. torchvision then only misses two operator names
-that it wants to describe; torchaudio only misses a module that says "no extension". Both are supplied, when one of the
-two is first imported; no installed file is touched, and with a CUDA build of torch nothing happens at all.
+Put this folder on PYTHONPATH.
+
+Both wheels are CUDA builds, whose compiled parts cannot load there. torchvision then only misses
+two operator names that it wants to describe; torchaudio only misses a module that says "no
+extension". Both are supplied, when one of the two is first imported; no installed file is touched,
+and with a CUDA build of torch nothing happens at all.
 """
 
 import importlib.abc
 import sys
 import types
 
-_libraries = []                             # an operator library lives as long as its object
+_libraries = []  # an operator library lives as long as its object
 
 
 class _Supply(importlib.abc.MetaPathFinder):
@@ -31,7 +34,9 @@ def _supply():
     _libraries.append(library)
     extension = types.ModuleType("torchaudio._extension")
     vars(extension).update(
-        _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, _check_cuda_version=lambda: None,
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False,
+        _IS_ALIGN_AVAILABLE=False,
+        _check_cuda_version=lambda: None,
         fail_if_no_align=lambda function: function,
     )
     sys.modules["torchaudio._extension"] = extension

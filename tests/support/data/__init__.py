@@ -1,1 +1,4 @@
-"""Inputs of tests: tensors, block tables, adapters, checkpoints, broken files, and every model variant."""
+"""Inputs of tests.
+
+Tensors, block tables, adapters, checkpoints, broken files, and every model variant.
+"""

@@ -1,4 +1,7 @@
-"""The backend that a process of kernel tests tries: plain PyTorch, or Triton's kernels interpreted."""
+"""The backend that a process of kernel tests tries.
+
+Plain PyTorch, or Triton's kernels interpreted.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def selected(
     """The definition's block mask and dropped LSE."""
     pooled_q = reference.block_pool(q.double(), q_blocks)
     pooled_k = reference.block_pool(k.double(), kv_blocks)
-    return reference.block_select(pooled_q, pooled_k, layout_of(q_blocks, kv_blocks, required), topk)
+    return reference.block_select(
+        pooled_q, pooled_k, layout_of(q_blocks, kv_blocks, required), topk
+    )
 
 
 def layout_of(q_blocks, kv_blocks, required: Tensor | None = None):
@@ -124,7 +126,9 @@ def mixing_case(
     case, dropped_lse = sparse_case(tokens, dtype, head_dim, heads=heads, scale=scale, topk=1)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     per_head = (1, heads)
-    slope, bias, channel_scale = tensors(per_head, per_head, (*per_head, head_dim), dtype=sums, seed=7)
+    slope, bias, channel_scale = tensors(
+        per_head, per_head, (*per_head, head_dim), dtype=sums, seed=7
+    )
     dropped_lse, k, v = (x.to(sums) for x in (dropped_lse, *case[1:3]))
     if dropped_lse.shape[2] > 1:
         dropped_lse[0, 0, 1] = -torch.inf  # a query block that dropped nothing

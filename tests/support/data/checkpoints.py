@@ -1,7 +1,8 @@
-"""Checkpoints as they were released, made up: real key names, shapes, dtypes and quirks, random weights.
+"""Released checkpoints, rebuilt: real key names, shapes, dtypes and quirks, random weights.
 
-A SparkWan file is a Wan model with RoLA's four tensors in each self-attention, a TurboWan file one with SLA's two. The
-patch embedding is a matrix there, and names may stand behind `net.` or `net_ema.`.
+A SparkWan file is a Wan model with RoLA's four tensors in each self-attention, a TurboWan file one
+with SLA's two. The patch embedding is a matrix there, and names may stand behind `net.` or
+`net_ema.`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-WIDTH = 128                                 # of a head
+WIDTH = 128  # of a head
 TEXT_WIDTH, FREQUENCIES = 4096, 256
 
 
 def wan_weights(
-    dim: int, layers: int, ffn: int, channels: int = 16, out_channels: int = 16, image: bool = False,
-    dtype: torch.dtype = torch.bfloat16, seed: int = 0, sharpness: float = 2.0,
+    dim: int,
+    layers: int,
+    ffn: int,
+    channels: int = 16,
+    out_channels: int = 16,
+    image: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    sharpness: float = 2.0,
 ) -> dict[str, Tensor]:
-    """A whole Wan model in the original layout, patch embedding as a matrix `(dim, channels * 4)`."""
+    """A Wan model in the original layout, patch embedding as a matrix `(dim, channels * 4)`."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
 
@@ -44,11 +52,18 @@ def wan_weights(
     for i in range(layers):
         block = f"blocks.{i}."
         weights[f"{block}modulation"] = torch.randn(1, 6, dim, generator=generator) * 0.3
-        weights[f"{block}norm3.weight"], weights[f"{block}norm3.bias"] = torch.ones(dim), torch.zeros(dim)
+        weights[f"{block}norm3.weight"], weights[f"{block}norm3.bias"] = (
+            torch.ones(dim),
+            torch.zeros(dim),
+        )
         for kind in ("self_attn", "cross_attn"):
-            for part in ("q", "k", "v", "o") + (("k_img", "v_img") if image and kind == "cross_attn" else ()):
+            for part in ("q", "k", "v", "o") + (
+                ("k_img", "v_img") if image and kind == "cross_attn" else ()
+            ):
                 linear(f"{block}{kind}.{part}", dim, dim)
-            for part in ("norm_q", "norm_k") + (("norm_k_img",) if image and kind == "cross_attn" else ()):
+            for part in ("norm_q", "norm_k") + (
+                ("norm_k_img",) if image and kind == "cross_attn" else ()
+            ):
                 sharp = sharpness if (kind, part) == ("self_attn", "norm_q") else 1.0
                 weights[f"{block}{kind}.{part}.weight"] = torch.full((dim,), sharp)
         linear(f"{block}ffn.0", ffn, dim)
@@ -56,16 +71,29 @@ def wan_weights(
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-def rola_weights(dim: int, layers: int, rank: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 1):
-    """RoLA's tensors of every layer, names and shapes as in SparkWan files; a gate of about 1/8, as trained ones."""
+def rola_weights(
+    dim: int, layers: int, rank: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 1
+):
+    """RoLA's tensors of every layer, names and shapes as in SparkWan files.
+
+    A gate of about 1/8, as trained ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for i in range(layers):
         layer = f"blocks.{i}.self_attn."
-        weights[f"{layer}proj_q.weight"] = torch.randn(rank, WIDTH, generator=generator) * WIDTH**-0.5
-        weights[f"{layer}proj_k.weight"] = torch.randn(rank, WIDTH, generator=generator) * WIDTH**-0.5
-        weights[f"{layer}gate_proj.weight"] = torch.randn(1, WIDTH, generator=generator) * 0.3 * WIDTH**-0.5
-        weights[f"{layer}gate_bias"] = -1.946 + 0.3 * torch.randn(1, dim // WIDTH, 1, 1, generator=generator)
+        weights[f"{layer}proj_q.weight"] = (
+            torch.randn(rank, WIDTH, generator=generator) * WIDTH**-0.5
+        )
+        weights[f"{layer}proj_k.weight"] = (
+            torch.randn(rank, WIDTH, generator=generator) * WIDTH**-0.5
+        )
+        weights[f"{layer}gate_proj.weight"] = (
+            torch.randn(1, WIDTH, generator=generator) * 0.3 * WIDTH**-0.5
+        )
+        weights[f"{layer}gate_bias"] = -1.946 + 0.3 * torch.randn(
+            1, dim // WIDTH, 1, 1, generator=generator
+        )
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
@@ -75,16 +103,24 @@ def sla_weights(layers: int, dtype: torch.dtype = torch.bfloat16, seed: int = 2)
     weights = {}
     for i in range(layers):
         layer = f"blocks.{i}.self_attn.attn_op.local_attn.proj_l."
-        weights[f"{layer}weight"] = 0.5 * torch.randn(WIDTH, WIDTH, generator=generator) * WIDTH**-0.5
+        weights[f"{layer}weight"] = (
+            0.5 * torch.randn(WIDTH, WIDTH, generator=generator) * WIDTH**-0.5
+        )
         weights[f"{layer}bias"] = 0.02 * torch.randn(WIDTH, generator=generator)
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As in the "-quant" files: every linear layer of the blocks int8, a factor for each 128 x 128 piece."""
+    """As in the "-quant" files.
+
+    Every linear layer of the blocks int8, a factor for each 128 x 128 piece.
+    """
     result = {}
     for name, tensor in weights.items():
-        if not (name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2) or "proj" in name:
+        if (
+            not (name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2)
+            or "proj" in name
+        ):
             result[name] = tensor
             continue
         rows, columns = tensor.shape
@@ -101,7 +137,10 @@ def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(weights: dict[str, Tensor], path: Path, prefix: str = "", wrap: str | None = None) -> Path:
-    """Write by the path's ending: .safetensors, or .pth by torch.save, perhaps inside another table."""
+    """Write by the path's ending.
+
+    .safetensors, or .pth by torch.save, perhaps inside another table.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {prefix + name: tensor.contiguous() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
@@ -111,11 +150,19 @@ def save(weights: dict[str, Tensor], path: Path, prefix: str = "", wrap: str | N
     return path
 
 
-def sparkwan(dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model) -> dict[str, Tensor]:
+def sparkwan(
+    dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model
+) -> dict[str, Tensor]:
     """The weights of a small SparkWan file."""
-    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | rola_weights(dim, layers, dtype=dtype)
+    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | rola_weights(
+        dim, layers, dtype=dtype
+    )
 
 
-def turbowan(dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model) -> dict[str, Tensor]:
+def turbowan(
+    dim: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16, **model
+) -> dict[str, Tensor]:
     """The weights of a small TurboWan file."""
-    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | sla_weights(layers, dtype=dtype)
+    return wan_weights(dim, layers, 2 * dim, dtype=dtype, **model) | sla_weights(
+        layers, dtype=dtype
+    )

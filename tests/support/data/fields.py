@@ -1,4 +1,7 @@
-"""Synthetic attention inputs: smooth fields over a video grid under 3-D RoPE, which have the structure of a video."""
+"""Synthetic attention inputs.
+
+Smooth fields over a video grid under 3-D RoPE, which have the structure of a video.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from torch import Tensor
 
 
 def smooth_qkv(
-    grid: tuple[int, int, int], heads: int = 2, width: int = 64, sharpness: float = 1.0, noise: float = 0.3,
+    grid: tuple[int, int, int],
+    heads: int = 2,
+    width: int = 64,
+    sharpness: float = 1.0,
+    noise: float = 0.3,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k after RoPE, and v: each `(1, heads, T*H*W, width)` float32.
 
-    Every head's q, k, v is a sum of a few plane waves over the grid plus noise; q and k share a mean direction, as
-    trained heads do.
+    Every head's q, k, v is a sum of a few plane waves over the grid plus noise; q and k share a
+    mean direction, as trained heads do.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
@@ -31,9 +38,15 @@ def smooth_qkv(
 def rope_angles(grid: tuple[int, int, int], width: int) -> Tensor:
     """Wan's angles `(L, width / 2)`: channels split over time, rows and columns, theta 10000."""
     axes = (width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6))
-    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1).view(-1, 3)
+    places = torch.stack(
+        torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1
+    ).view(-1, 3)
     return torch.cat(
-        [places[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2) / n) for i, n in enumerate(axes)], dim=-1
+        [
+            places[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2) / n)
+            for i, n in enumerate(axes)
+        ],
+        dim=-1,
     )
 
 
@@ -44,7 +57,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def _waves(grid: tuple[int, int, int], width: int, generator: torch.Generator, count: int = 6) -> Tensor:
+def _waves(
+    grid: tuple[int, int, int], width: int, generator: torch.Generator, count: int = 6
+) -> Tensor:
     field = torch.zeros(*grid, width)
     t, h, w = torch.meshgrid(*(torch.linspace(0, 1, n) for n in grid), indexing="ij")
     for _ in range(count):

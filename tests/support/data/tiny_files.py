@@ -1,4 +1,7 @@
-"""What the shipped workflows load beside the tiny models: a SparkWan file, a CLIP vision encoder, a start image."""
+"""What the shipped workflows load beside the tiny models.
+
+A SparkWan file, a CLIP vision encoder, a start image.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,23 @@ import tiny_models
 from support.data import checkpoints
 from workflow import TINY
 
-SPARKWAN, CLIP_VISION = "diffusion_models/tiny_sparkwan.safetensors", "clip_vision/tiny_clip_vision_h.pt"
-WANTED = {*TINY.values(), "tiny_wan21_t2v_8_layers.safetensors"}          # the last for pictures
+SPARKWAN, CLIP_VISION = (
+    "diffusion_models/tiny_sparkwan.safetensors",
+    "clip_vision/tiny_clip_vision_h.pt",
+)
+WANTED = {*TINY.values(), "tiny_wan21_t2v_8_layers.safetensors"}  # the last for pictures
 # CLIP-ViT-H as Wan 2.1 needs it: its sizes are fixed.
 WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 
 
 def make(base: Path) -> None:
-    """Write everything that a shipped workflow needs below a ComfyUI's base folder; files that exist are kept."""
-    tiny_models.make(base / "models", [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED])
+    """Write everything that a shipped workflow needs below a ComfyUI's base folder.
+
+    Files that exist are kept.
+    """
+    tiny_models.make(
+        base / "models", [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED]
+    )
     for name, write in ((SPARKWAN, _sparkwan), (CLIP_VISION, _clip_vision)):
         path = base / "models" / name
         if not path.exists():
@@ -42,12 +53,19 @@ def _sparkwan(path: Path) -> None:
 
 
 def _clip_vision(path: Path) -> None:
-    """630 M parameters in one small file: every matrix is an overlapping view of the same numbers."""
+    """630 M parameters in one small file.
+
+    Every matrix is an overlapping view of the same numbers.
+    """
     small = (torch.randn(60000, generator=torch.Generator().manual_seed(0)) * 0.02).half()
     weights = {
         "vision_model.embeddings.class_embedding": small[:WIDTH].clone(),
-        "vision_model.embeddings.patch_embedding.weight": small.as_strided((WIDTH, 3, PATCH, PATCH), (7, 196, 14, 1)),
-        "vision_model.embeddings.position_embedding.weight": small.as_strided((TOKENS, WIDTH), (31, 1)),
+        "vision_model.embeddings.patch_embedding.weight": small.as_strided(
+            (WIDTH, 3, PATCH, PATCH), (7, 196, 14, 1)
+        ),
+        "vision_model.embeddings.position_embedding.weight": small.as_strided(
+            (TOKENS, WIDTH), (31, 1)
+        ),
         "visual_projection.weight": small.as_strided((PROJECTED, WIDTH), (37, 1)),
     }
     norms = ["vision_model.pre_layrnorm", "vision_model.post_layernorm"]
@@ -55,12 +73,17 @@ def _clip_vision(path: Path) -> None:
         layer = f"vision_model.encoder.layers.{i}."
         norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
         for j, name in enumerate(("q_proj", "k_proj", "v_proj", "out_proj")):
-            weights[f"{layer}self_attn.{name}.weight"] = small.as_strided((WIDTH, WIDTH), (39 + 2 * j, 1), 7 * i)
+            weights[f"{layer}self_attn.{name}.weight"] = small.as_strided(
+                (WIDTH, WIDTH), (39 + 2 * j, 1), 7 * i
+            )
             weights[f"{layer}self_attn.{name}.bias"] = torch.zeros(WIDTH).half()
         weights[f"{layer}mlp.fc1.weight"] = small.as_strided((HIDDEN, WIDTH), (11, 1), 13 * i)
         weights[f"{layer}mlp.fc1.bias"] = torch.zeros(HIDDEN).half()
         weights[f"{layer}mlp.fc2.weight"] = small.as_strided((WIDTH, HIDDEN), (19, 1), 5 * i)
         weights[f"{layer}mlp.fc2.bias"] = torch.zeros(WIDTH).half()
     for name in norms:
-        weights[f"{name}.weight"], weights[f"{name}.bias"] = torch.ones(WIDTH).half(), torch.zeros(WIDTH).half()
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = (
+            torch.ones(WIDTH).half(),
+            torch.zeros(WIDTH).half(),
+        )
     torch.save(weights, path)

@@ -1,4 +1,4 @@
-"""Every Wan and HunyuanVideo that ComfyUI loads, as a tiny model with the conditionings its nodes give it."""
+"""Every Wan and HunyuanVideo that ComfyUI loads, as a tiny model with its conditionings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 import comfy_host
 from support.host.sampling import conditioning, load_model
 
-EVEN, ODD = (5, 16, 16), (3, 15, 17)        # 5 x 8 x 8 and 3 x 8 x 9 tokens
-ODD_GRID = (3, 14, 18)                      # 3 x 7 x 9 tokens, for models that fail at odd latents by themselves
-EVEN_15, ODD_15 = (5, 8, 8), (3, 7, 9)      # HunyuanVideo 1.5 takes every latent pixel for a token
+EVEN, ODD = (5, 16, 16), (3, 15, 17)  # 5 x 8 x 8 and 3 x 8 x 9 tokens
+ODD_GRID = (3, 14, 18)  # 3 x 7 x 9 tokens, for models that fail at odd latents by themselves
+EVEN_15, ODD_15 = (5, 8, 8), (3, 7, 9)  # HunyuanVideo 1.5 takes every latent pixel for a token
 
 
 @dataclass(frozen=True)
 class Variant:
     """One row of the matrix.
 
-    file: the tiny checkpoint. calls: self-attention calls of one model call. extra: conditionings besides the text, for
-    a latent `(T, H, W)`. dense: the reason why all of it stays dense. even, odd: latents to sample. control: how many
-    of the calls are VACE's control blocks. trained: whether adapters of Wan fit. apart: the model itself cannot take
-    both conditionings in one batch. needs: what ComfyUI must have, as (attribute of comfy.model_base, a word in it).
+    file: the tiny checkpoint. calls: self-attention calls of one model call. extra: conditionings
+    besides the text, for a latent `(T, H, W)`. dense: the reason why all of it stays dense. even,
+    odd: latents to sample. control: how many of the calls are VACE's control blocks. trained:
+    whether adapters of Wan fit. apart: the model itself cannot take both conditionings in one
+    batch. needs: what ComfyUI must have, as (attribute of comfy.model_base, a word in it).
     """
 
     file: str
@@ -46,19 +47,39 @@ class Variant:
 
         holder, word = self.needs or ("WAN21", "")
         found = getattr(comfy.model_base, holder, None)
-        return None if found and word in inspect.getsource(found) else f"this ComfyUI has no {holder} with {word}"
+        return (
+            None
+            if found and word in inspect.getsource(found)
+            else f"this ComfyUI has no {holder} with {word}"
+        )
 
     def model(self):
         return load_model(self.file)
 
-    def sample(self, model, latent: tuple[int, ...], cfg: float, steps: int = 2, seed: int = 1) -> torch.Tensor:
-        """Sample with the stock KSampler, the same texts every time; seed: of the noise, or what stands for it."""
+    def sample(
+        self, model, latent: tuple[int, ...], cfg: float, steps: int = 2, seed: int = 1
+    ) -> torch.Tensor:
+        """Sample with the stock KSampler, the same texts every time.
+
+        Seed: of the noise, or what stands for it.
+        """
         start = noise(100 + seed, 1, self.channels, *latent)
-        extra, other_text = self.extra(latent), 24 if self.apart else 20        # texts of two lengths stay apart
+        extra, other_text = (
+            self.extra(latent),
+            24 if self.apart else 20,
+        )  # texts of two lengths stay apart
         out = comfy_host.run_node(
-            "KSampler", model=model, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
-            positive=conditioning(1, **extra), negative=conditioning(2, other_text, **extra),
-            latent_image={"samples": start}, denoise=1.0,
+            "KSampler",
+            model=model,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=conditioning(1, **extra),
+            negative=conditioning(2, other_text, **extra),
+            latent_image={"samples": start},
+            denoise=1.0,
         )
         return out[0]["samples"]
 
@@ -68,13 +89,20 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 
 
 def image(latent, channels: int = 16) -> dict:
-    return {"concat_latent_image": noise(7, 1, channels, *latent), "concat_mask": torch.ones(1, 1, *latent)}
+    return {
+        "concat_latent_image": noise(7, 1, channels, *latent),
+        "concat_mask": torch.ones(1, 1, *latent),
+    }
 
 
 def seen(width: int, tokens: int = 257) -> dict:
     """What a CLIP vision encoder saw."""
     features = noise(9, 1, tokens, width)
-    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=features, last_hidden_state=features)}
+    return {
+        "clip_vision_output": SimpleNamespace(
+            penultimate_hidden_states=features, last_hidden_state=features
+        )
+    }
 
 
 def reference(latent, frames: int = 1) -> torch.Tensor:
@@ -89,14 +117,17 @@ def controls(count: int) -> Callable:
     """VACE with so many control videos."""
     return lambda latent: {
         "vace_frames": [noise(20 + i, 1, 32, *latent) for i in range(count)],
-        "vace_mask": [torch.ones(1, 64, *latent)] * count, "vace_strength": [1.0, 0.5][:count],
+        "vace_mask": [torch.ones(1, 64, *latent)] * count,
+        "vace_strength": [1.0, 0.5][:count],
     }
 
 
 def speech(latent) -> dict:
     return {
-        "audio_embed": noise(5, 1, 25, 1024, 4 * latent[0]), "reference_latents": [reference(latent)],
-        "reference_motion": noise(6, 1, 16, 19, *latent[1:]), "control_video": noise(7, 1, 16, *latent),
+        "audio_embed": noise(5, 1, 25, 1024, 4 * latent[0]),
+        "reference_latents": [reference(latent)],
+        "reference_motion": noise(6, 1, 16, 19, *latent[1:]),
+        "control_video": noise(7, 1, 16, *latent),
     }
 
 
@@ -108,7 +139,8 @@ def scail(latent) -> dict:
 def identities(latent) -> dict:
     masks = torch.zeros(1, latent[0] + 1, 28, *latent[1:])
     return scail(latent) | {
-        "ref_mask_28ch": masks, "driving_mask_28ch": masks[:, 1:, :, : latent[1] // 2, : latent[2] // 2],
+        "ref_mask_28ch": masks,
+        "driving_mask_28ch": masks[:, 1:, :, : latent[1] // 2, : latent[2] // 2],
         "ref_mask_flag": True,
     }
 
@@ -128,35 +160,63 @@ VARIANTS = {
     "Wan 2.2 TI2V 5B": Variant("tiny_wan22_ti2v_5b", channels=48),
     "Wan FlowRVS": Variant("tiny_wan21_flow_rvs", needs=("WAN21_FlowRVS", "")),
     "Wan Fun Control with a reference": Variant(
-        "tiny_wan22_fun_control_ref", odd=ODD_GRID, extra=lambda latent: {"reference_latents": [reference(latent)]},
+        "tiny_wan22_fun_control_ref",
+        odd=ODD_GRID,
+        extra=lambda latent: {"reference_latents": [reference(latent)]},
     ),
-    "Wan Phantom": Variant("tiny_wan21_t2v", extra=lambda latent: {"time_dim_concat": reference(latent, 2)}),
+    "Wan Phantom": Variant(
+        "tiny_wan21_t2v", extra=lambda latent: {"time_dim_concat": reference(latent, 2)}
+    ),
     "Wan with in-context references": Variant(
-        "tiny_wan21_t2v", needs=("WAN21", "context_latents"),
+        "tiny_wan21_t2v",
+        needs=("WAN21", "context_latents"),
         extra=lambda latent: {"context_latents": [reference(latent), reference(latent)]},
     ),
     "Wan VACE": Variant("tiny_wan21_vace", 3, control=1, extra=controls(1), odd=ODD_GRID),
-    "Wan VACE, two controls": Variant("tiny_wan21_vace", 4, control=2, extra=controls(2), odd=ODD_GRID),
+    "Wan VACE, two controls": Variant(
+        "tiny_wan21_vace", 4, control=2, extra=controls(2), odd=ODD_GRID
+    ),
     "Wan Fun Camera": Variant(
-        "tiny_wan22_camera", odd=ODD_GRID,
+        "tiny_wan22_camera",
+        odd=ODD_GRID,
         extra=lambda latent: {
-            **image(latent), "camera_conditions": noise(3, 1, 24, latent[0], 8 * latent[1], 8 * latent[2])},
+            **image(latent),
+            "camera_conditions": noise(3, 1, 24, latent[0], 8 * latent[1], 8 * latent[2]),
+        },
     ),
     "Wan S2V": Variant("tiny_wan22_s2v", extra=speech, odd=(3, 16, 24)),
     "Wan HuMo": Variant(
-        "tiny_wan21_humo", odd=ODD_GRID, extra=lambda latent: {
-            "reference_latents": [reference(latent)], "audio_embed": noise(5, 1, latent[0], 8, 5, 1280)},
+        "tiny_wan21_humo",
+        odd=ODD_GRID,
+        extra=lambda latent: {
+            "reference_latents": [reference(latent)],
+            "audio_embed": noise(5, 1, latent[0], 8, 5, 1280),
+        },
     ),
     "Wan Animate, without a face": Variant(
-        "tiny_wan22_animate", 5, odd=ODD_GRID,
+        "tiny_wan22_animate",
+        5,
+        odd=ODD_GRID,
         extra=lambda latent: {
-            **image(latent), **seen(1280), "pose_video_latent": noise(6, 1, 16, latent[0] - 1, *latent[1:])},
+            **image(latent),
+            **seen(1280),
+            "pose_video_latent": noise(6, 1, 16, latent[0] - 1, *latent[1:]),
+        },
     ),
     "Wan SCAIL": Variant("tiny_wan21_scail", extra=scail),
-    "Wan SCAIL-2, animation": Variant("tiny_wan21_scail2", extra=identities, needs=("WAN21_SCAIL2", ""), odd=ODD_GRID),
+    "Wan SCAIL-2, animation": Variant(
+        "tiny_wan21_scail2", extra=identities, needs=("WAN21_SCAIL2", ""), odd=ODD_GRID
+    ),
     "WanDancer": Variant(
-        "tiny_wan22_wandancer", needs=("WAN22_WanDancer", ""), apart=True, extra=lambda latent: {
-            **image(latent), **seen(1280), "audio_embed": noise(5, 1, 8 * latent[0], 35), "fps": 30.0},
+        "tiny_wan22_wandancer",
+        needs=("WAN22_WanDancer", ""),
+        apart=True,
+        extra=lambda latent: {
+            **image(latent),
+            **seen(1280),
+            "audio_embed": noise(5, 1, 8 * latent[0], 35),
+            "fps": 30.0,
+        },
     ),
     "HunyuanVideo T2V": hunyuan("tiny_hunyuan_t2v"),
     "HunyuanVideo I2V": hunyuan("tiny_hunyuan_i2v"),
@@ -164,19 +224,27 @@ VARIANTS = {
         "tiny_hunyuan_i2v", extra=lambda latent: {**pooled(latent), "guiding_frame_index": 0}
     ),
     "HunyuanVideo with a reference latent": hunyuan(
-        "tiny_hunyuan_t2v", extra=lambda latent: {**pooled(latent), "ref_latent": reference(latent)}, apart=True
+        "tiny_hunyuan_t2v",
+        extra=lambda latent: {**pooled(latent), "ref_latent": reference(latent)},
+        apart=True,
     ),
     "SkyReels I2V": hunyuan("tiny_hunyuan_skyreels_i2v"),
     "HunyuanVideo 1.5 T2V": hunyuan_15("tiny_hunyuan15_t2v"),
     "HunyuanVideo 1.5 I2V with glyphs": hunyuan_15("tiny_hunyuan15_t2v", extra=everything_15),
     "HunyuanVideo 1.5 upscaler": hunyuan_15("tiny_hunyuan15_sr"),
     "Wan causal (Self-Forcing)": Variant(
-        "tiny_wan21_causal", trained=False,
+        "tiny_wan21_causal",
+        trained=False,
         dense="CausalWanModel runs dense: it makes a few frames at a time, from keys that it remembers",
         needs=("WAN21_CausalAR", ""),
     ),
     "HunyuanImage 2.1": Variant(
-        "tiny_hunyuan_image", 4, channels=64, even=(16, 16), odd=(15, 17), trained=False,
+        "tiny_hunyuan_image",
+        4,
+        channels=64,
+        even=(16, 16),
+        odd=(15, 17),
+        trained=False,
         dense="HunyuanVideo runs dense: HunyuanImage, which makes single pictures",
     ),
 }

@@ -12,9 +12,23 @@ import tiny_models
 
 SLOT = "optimized_attention_override"
 SETTINGS = dict(
-    method="auto", sparsity=0.9, rank=0, start_percent=0.0, end_percent=1.0, dense_first_steps=0, dense_last_steps=0,
-    dense_layers="", calibrate="auto", calibrate_rows=128, backend="auto", block_order="auto", min_tokens=64,
-    keep_diagonal=False, keep_first_frame=False, strict=False, verbose=False,
+    method="auto",
+    sparsity=0.9,
+    rank=0,
+    start_percent=0.0,
+    end_percent=1.0,
+    dense_first_steps=0,
+    dense_last_steps=0,
+    dense_layers="",
+    calibrate="auto",
+    calibrate_rows=128,
+    backend="auto",
+    block_order="auto",
+    min_tokens=64,
+    keep_diagonal=False,
+    keep_first_frame=False,
+    strict=False,
+    verbose=False,
 )
 # name -> (file, latent channels, whether a start image is concatenated)
 WAN = {
@@ -23,14 +37,18 @@ WAN = {
     "2.2 5B": ("tiny_wan22_ti2v_5b", 48, False),
     "2.2 A14B": ("tiny_wan22_t2v_high_noise", 16, False),
 }
-LATENT = (9, 16, 16)                        # 9 * 8 * 8 = 576 tokens: 9 blocks
+LATENT = (9, 16, 16)  # 9 * 8 * 8 = 576 tokens: 9 blocks
 
 
 def load_model(file: str):
     """A MODEL, by the stock loader; the tiny file is made when it is missing."""
     comfy_host.boot()
-    tiny_models.make(Path(os.environ["ROPESLR_TEST_BASE"]) / "models", [f"diffusion_models/{file}.safetensors"])
-    return comfy_host.run_node("UNETLoader", unet_name=f"{file}.safetensors", weight_dtype="default")[0]
+    tiny_models.make(
+        Path(os.environ["ROPESLR_TEST_BASE"]) / "models", [f"diffusion_models/{file}.safetensors"]
+    )
+    return comfy_host.run_node(
+        "UNETLoader", unet_name=f"{file}.safetensors", weight_dtype="default"
+    )[0]
 
 
 def sparse(model, **settings):
@@ -52,7 +70,9 @@ def own_adapter(method: str, layers: int = 2, heads: int = 2, width: int = 128, 
 
     made = getattr(adapters, f"{method}_adapter")(layers, heads, width, **more)
     module = comfy_host.module(".attention.adapters")
-    info = module.AdapterInfo(**{name: getattr(made.info, name) for name in made.info.__dataclass_fields__})
+    info = module.AdapterInfo(
+        **{name: getattr(made.info, name) for name in made.info.__dataclass_fields__}
+    )
     return module.Adapter(info, made.layers, made.name)
 
 
@@ -62,8 +82,16 @@ def conditioning(seed: int, tokens: int = 20, **extra) -> list:
 
 
 def sample(
-    model, channels: int = 16, image: bool = False, latent=LATENT, batch: int = 1, cfg: float = 1.0, steps: int = 3,
-    sampler: str = "euler", text_tokens: int = 20, pooled: bool = False,
+    model,
+    channels: int = 16,
+    image: bool = False,
+    latent=LATENT,
+    batch: int = 1,
+    cfg: float = 1.0,
+    steps: int = 3,
+    sampler: str = "euler",
+    text_tokens: int = 20,
+    pooled: bool = False,
 ) -> torch.Tensor:
     """Sample with the stock KSampler and return the latent."""
     shape = (batch, channels, *latent)
@@ -77,38 +105,71 @@ def sample(
     if pooled:
         extra["pooled_output"] = torch.randn(1, 768, generator=torch.Generator().manual_seed(8))
     out = comfy_host.run_node(
-        "KSampler", model=model, seed=1, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
-        positive=conditioning(1, text_tokens, **extra), negative=conditioning(2, text_tokens, **extra),
-        latent_image={"samples": torch.zeros(shape)}, denoise=1.0,
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=steps,
+        cfg=cfg,
+        sampler_name=sampler,
+        scheduler="simple",
+        positive=conditioning(1, text_tokens, **extra),
+        negative=conditioning(2, text_tokens, **extra),
+        latent_image={"samples": torch.zeros(shape)},
+        denoise=1.0,
     )
     return out[0]["samples"]
 
 
 def two_experts(
-    split: int, high: dict, low: dict, steps: int = 6, sampler: str = "euler", scheduler: str = "simple"
+    split: int,
+    high: dict,
+    low: dict,
+    steps: int = 6,
+    sampler: str = "euler",
+    scheduler: str = "simple",
 ):
-    """Sample as Wan 2.2 does: the high-noise expert, then the low-noise one, over one schedule; -> both reports."""
+    """Sample as Wan 2.2 does.
+
+    The high-noise expert, then the low-noise one, over one schedule; -> both reports.
+    """
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     common = dict(
-        noise_seed=7, steps=steps, cfg=1.0, sampler_name=sampler, scheduler=scheduler, positive=conditioning(1),
+        noise_seed=7,
+        steps=steps,
+        cfg=1.0,
+        sampler_name=sampler,
+        scheduler=scheduler,
+        positive=conditioning(1),
         negative=conditioning(2),
     )
     high = sparse(load_model("tiny_wan22_t2v_high_noise"), **high)
     low = sparse(load_model("tiny_wan22_t2v_low_noise"), **low)
     (latent,) = comfy_host.run_node(
-        "KSamplerAdvanced", model=high, add_noise="enable", latent_image=latent, start_at_step=0, end_at_step=split,
-        return_with_leftover_noise="enable", **common,
+        "KSamplerAdvanced",
+        model=high,
+        add_noise="enable",
+        latent_image=latent,
+        start_at_step=0,
+        end_at_step=split,
+        return_with_leftover_noise="enable",
+        **common,
     )
     (latent,) = comfy_host.run_node(
-        "KSamplerAdvanced", model=low, add_noise="disable", latent_image=latent, start_at_step=split,
-        end_at_step=10000, return_with_leftover_noise="disable", **common,
+        "KSamplerAdvanced",
+        model=low,
+        add_noise="disable",
+        latent_image=latent,
+        start_at_step=split,
+        end_at_step=10000,
+        return_with_leftover_noise="disable",
+        **common,
     )
     assert torch.isfinite(latent["samples"]).all()
     return report(high), report(low)
 
 
 def full_density(monkeypatch) -> None:
-    """Let sparsity 0, which the node leaves to dense attention, run sparse with every block kept."""
+    """Let sparsity 0, which the node leaves dense, run sparse with every block kept."""
     module = comfy_host.module(".nodes.patching.dense_reason")
     checks = tuple(check for check in module.CHECKS if check is not module._sparsity)
     assert len(checks) == len(module.CHECKS) - 1

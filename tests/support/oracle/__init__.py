@@ -1,1 +1,4 @@
-"""What results are compared with: the formulas written out slowly, and Triton's interpreter made strict."""
+"""What results are compared with.
+
+The formulas written out slowly, and Triton's interpreter made strict.
+"""

@@ -1,9 +1,10 @@
 """Triton's CPU interpreter made fit for tests: right in bfloat16, and strict about memory.
 
-The stock interpreter (3.4 to 3.9) computes on the raw bits of bfloat16, truncates where a GPU rounds, and with recent
-NumPy cannot loop up to a loaded bound (up to 3.6). `repair` mends that. `watch` makes it refuse what a GPU would
-silently do: lanes outside of every tensor of the launch, two programs that store to one address, a program that loads
-what another stored, integer overflow, a failed device_assert.
+The stock interpreter (3.4 to 3.9) computes on the raw bits of bfloat16, truncates where a GPU
+rounds, and with recent NumPy cannot loop up to a loaded bound (up to 3.6). `repair` mends that.
+`watch` makes it refuse what a GPU would silently do: lanes outside of every tensor of the launch,
+two programs that store to one address, a program that loads what another stored, integer overflow,
+a failed device_assert.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FLOATS = (tl.bfloat16, tl.float16, tl.float32, tl.float64)
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
-LARGE = 1 << 28                             # elements: of a larger tensor only the bounds are watched
+LARGE = 1 << 28  # elements: of a larger tensor only the bounds are watched
 
 
 class MemoryFault(Exception):
@@ -80,7 +81,10 @@ def _repair_casts() -> None:
             return Handle(source.data, want)
         if have == tl.bfloat16:
             values = _widen(source.data)
-            return Handle(values if want == tl.float32 else values.astype(interpreter._get_np_dtype(want)), want)
+            return Handle(
+                values if want == tl.float32 else values.astype(interpreter._get_np_dtype(want)),
+                want,
+            )
         if want == tl.bfloat16:
             return Handle(_round(source.data.astype(np.float32)), want)
         return stock_cast(self, source, wanted)
@@ -91,7 +95,9 @@ def _repair_casts() -> None:
         return stock_fp(self, source, wanted, rounding)
 
     Builder.cast_impl, Builder.create_fp_to_fp = cast, fp_to_fp
-    Builder.get_bf16 = lambda self, value: Handle(_round(np.array([value], np.float32)), tl.bfloat16)
+    Builder.get_bf16 = lambda self, value: Handle(
+        _round(np.array([value], np.float32)), tl.bfloat16
+    )
 
 
 def _repair_arithmetic() -> None:
@@ -101,7 +107,11 @@ def _repair_arithmetic() -> None:
         if not (_is_bf16(left) and _is_bf16(right)):
             return stock_binary(self, left, right, operation)
         found = operation(_widen(left.data), _widen(right.data))
-        return Handle(found, tl.int1) if operation in COMPARISONS else Handle(_round(found), tl.bfloat16)
+        return (
+            Handle(found, tl.int1)
+            if operation in COMPARISONS
+            else Handle(_round(found), tl.bfloat16)
+        )
 
     def unary(self, value, operation):
         if not _is_bf16(value):
@@ -109,7 +119,9 @@ def _repair_arithmetic() -> None:
         return Handle(_round(operation(_widen(value.data))), tl.bfloat16)
 
     def dot(self, left, right, *rest):
-        left, right = (Handle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (left, right))
+        left, right = (
+            Handle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (left, right)
+        )
         return stock_dot(self, left, right, *rest)
 
     Builder.binary_op, Builder.unary_op, Builder.create_dot = binary, unary, dot
@@ -180,19 +192,27 @@ def _touch(what: str, pointers: Any, mask: Any) -> None:
             seen.counts[key] = seen.counts.get(key, 0) + int(here.sum())
         if not buffer.stored_by.size:
             continue
-        elements = ((addresses[here] - np.uint64(buffer.start)) // np.uint64(buffer.item)).astype(np.int64)
+        elements = ((addresses[here] - np.uint64(buffer.start)) // np.uint64(buffer.item)).astype(
+            np.int64
+        )
         owners = buffer.stored_by[elements]
         others = owners[(owners >= 0) & (owners != _program)]
         if what == "load" and others.size:
-            raise MemoryFault(f"program {_program} loads what program {others[0]} stored in {buffer.shape}")
+            raise MemoryFault(
+                f"program {_program} loads what program {others[0]} stored in {buffer.shape}"
+            )
         if what == "store":
             if others.size:
-                raise MemoryFault(f"programs {others[0]} and {_program} store to one address of {buffer.shape}")
+                raise MemoryFault(
+                    f"programs {others[0]} and {_program} store to one address of {buffer.shape}"
+                )
             if np.unique(elements).size != elements.size:
                 raise MemoryFault(f"two lanes of one store hit one address of {buffer.shape}")
             buffer.stored_by[elements] = _program
     if outside.any():
-        raise MemoryFault(f"{what}: {int(outside.sum())} of {addresses.size} lanes outside of every tensor")
+        raise MemoryFault(
+            f"{what}: {int(outside.sum())} of {addresses.size} lanes outside of every tensor"
+        )
 
 
 def watch() -> None:
@@ -205,10 +225,12 @@ def watch() -> None:
     stock_load, stock_store = Builder.create_masked_load, Builder.create_masked_store
 
     def arguments(self, args, kwargs):
-        on_host = stock_args(self, args, kwargs)            # what the kernel will really touch
+        on_host = stock_args(self, args, kwargs)  # what the kernel will really touch
         _buffers.clear()
         for value in (*on_host[0], *on_host[1].values()):
-            _find_buffers(value if isinstance(value, torch.Tensor) else getattr(value, "base", None))
+            _find_buffers(
+                value if isinstance(value, torch.Tensor) else getattr(value, "base", None)
+            )
         return on_host
 
     def grid_index(self, x, y, z):
@@ -226,4 +248,6 @@ def watch() -> None:
 
     grid._init_args_hst, Builder.set_grid_idx = arguments, grid_index
     Builder.create_masked_load, Builder.create_masked_store = load, store
-    interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, debug=True
+    )

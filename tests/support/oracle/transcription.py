@@ -1,7 +1,8 @@
-"""A slow transcription of the methods' formulas in float64, one head and often one row at a time, for golden tests.
+"""A slow transcription of the methods' formulas in float64, head by head, for golden tests.
 
-Shapes: q, k before RoPE and v `(H, L, D)`, angles `(L, D/2)` or None for no rotation, x `(L, H*D)`; `blocks` lists the
-token numbers of each block, for queries and keys alike, and `keep` is 1 - sparsity. Every token is a video token.
+Shapes: q, k before RoPE and v `(H, L, D)`, angles `(L, D/2)` or None for no rotation, x `(L, H*D)`;
+`blocks` lists the token numbers of each block, for queries and keys alike, and `keep` is 1 -
+sparsity. Every token is a video token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Grid = tuple[int, int, int]
 Kept = list[list[list[int]]]  # per head, per query block: sorted numbers of the kept key blocks
 
 
-# ---------------------------------------------------------------------------------------------------------- RoPE
+# RoPE
 
 
 def wan_angles(grid: Grid, width: int) -> Tensor:
@@ -47,7 +48,7 @@ def _places(grid: Grid) -> list[tuple[int, int, int]]:
     return [(t, h, w) for t in range(frames) for h in range(rows) for w in range(columns)]
 
 
-# ------------------------------------------------------------------------------- dense, routing, block-sparse
+# dense, routing, block-sparse
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,16 +62,23 @@ def dense(q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None) -> tuple[Tenso
     return out, lse
 
 
-def kept_blocks(q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], keep: float) -> Kept:
+def kept_blocks(
+    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], keep: float
+) -> Kept:
     """The key blocks of largest pooled score, for each head and query block."""
     count = _kept_count(keep, len(blocks))
-    return [[sorted(order[:count]) for order in head] for head in _ranked_blocks(q, k, angles, blocks)]
+    return [
+        [sorted(order[:count]) for order in head] for head in _ranked_blocks(q, k, angles, blocks)
+    ]
 
 
 def sparse(
     q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the kept blocks only: O_s `(H, L, D)` and LSE `(H, L)`; no kept block gives 0 and -inf."""
+    """Softmax over the kept blocks only.
+
+    O_s `(H, L, D)` and LSE `(H, L)`; no kept block gives 0 and -inf.
+    """
     q, k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
     lse = torch.full(v.shape[:2], -math.inf, dtype=torch.float64)
@@ -114,7 +122,10 @@ def _descending(values: Tensor) -> list[int]:
 
 
 def _pool(x: Tensor, blocks: list[list[int]]) -> Tensor:
-    """`(L, D)` to the blocks' means `(N, D)`; a short block is divided by its own number of tokens."""
+    """`(L, D)` to the blocks' means `(N, D)`.
+
+    A short block is divided by its own number of tokens.
+    """
     return torch.stack([x[block].mean(0) for block in blocks])
 
 
@@ -126,13 +137,22 @@ def _dropped(kept: list[int], blocks: list[list[int]]) -> list[int]:
     return [j for j in range(len(blocks)) if j not in kept]
 
 
-# ------------------------------------------------------------------------------------ top-k with a pooled tail
+# top-k with a pooled tail
 
 
 def top_k(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: list[list[int]], keep: float, tail: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor | None,
+    blocks: list[list[int]],
+    keep: float,
+    tail: bool,
 ) -> Tensor:
-    """Block top-k `(H, L, D)`; with `tail` every unkept block is one pseudo-key of the same softmax."""
+    """Block top-k `(H, L, D)`.
+
+    With `tail` every unkept block is one pseudo-key of the same softmax.
+    """
     kept = kept_blocks(q, k, angles, blocks, keep)
     if not tail:
         return sparse(q, k, v, angles, blocks, kept)[0]
@@ -144,16 +164,22 @@ def top_k(
             columns, rest = _tokens(blocks, kept[h][block]), _dropped(kept[h][block], blocks)
             keys = torch.cat((k[h, columns], pooled_k[rest]))
             values = torch.cat((v[h, columns], pooled_v[rest]))
-            weight = torch.tensor([0.0] * len(columns) + [math.log(len(blocks[j])) for j in rest], dtype=torch.float64)
+            weight = torch.tensor(
+                [0.0] * len(columns) + [math.log(len(blocks[j])) for j in rest], dtype=torch.float64
+            )
             for i in rows:
-                out[h, i], _ = _softmax_mix(keys @ q[h, i] / math.sqrt(q.shape[-1]) + weight, values)
+                out[h, i], _ = _softmax_mix(
+                    keys @ q[h, i] / math.sqrt(q.shape[-1]) + weight, values
+                )
     return out
 
 
-# -------------------------------------------------------------------------------------------------------- AdaSpa
+# AdaSpa
 
 
-def block_mass(q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], lse: Tensor) -> Tensor:
+def block_mass(
+    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], lse: Tensor
+) -> Tensor:
     """Softmax mass `(H, Nq, Nk)` of each block under the given normaliser `lse` `(H, L)`."""
     q, k, lse = rotate(q, angles), rotate(k, angles), lse.double()
     mass = torch.zeros(q.shape[0], len(blocks), len(blocks), dtype=torch.float64)
@@ -167,12 +193,17 @@ def block_mass(q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[in
 
 
 def adaspa_masks(mass: Tensor, sparsity: float) -> tuple[Kept, list[float], list[float]]:
-    """From mass `(H, Nq, Nk)`: the kept blocks, each head's sparsity, and each head's recall at the uniform one."""
+    """From mass `(H, Nq, Nk)`.
+
+    The kept blocks, each head's sparsity, and each head's recall at the uniform one.
+    """
     mass = mass.double()
     recalls = []
     for head in mass:
         kept = _heaviest(head, sparsity)
-        recalls.append(sum(row[blocks].sum().item() for row, blocks in zip(head, kept)) / head.sum().item())
+        recalls.append(
+            sum(row[blocks].sum().item() for row, blocks in zip(head, kept)) / head.sum().item()
+        )
     sparsities = _head_sparsities(recalls, sparsity)
     return [_heaviest(head, own) for head, own in zip(mass, sparsities)], sparsities, recalls
 
@@ -195,7 +226,7 @@ def _head_sparsities(recalls: list[float], sparsity: float) -> list[float]:
     return sparsities
 
 
-# ----------------------------------------------------------------------------------------------------------- SLA
+# SLA
 
 
 def sla(
@@ -210,7 +241,10 @@ def sla(
     variant: str = "released",
     negligible: float = 0.10,
 ) -> Tensor:
-    """O_s + W O_l + b, `(H, L, D)`: O_l over all tokens ("released"), or over the marginal blocks only ("paper")."""
+    """O_s + W O_l + b, `(H, L, D)`.
+
+    O_l over all tokens ("released"), or over the marginal blocks only ("paper").
+    """
     if variant not in ("released", "paper"):
         raise ValueError(f"unknown variant {variant!r}")
     ranked = _ranked_blocks(q, k, angles, blocks)
@@ -233,7 +267,7 @@ def sla(
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- RoLA
+# RoLA
 
 
 def rola(
@@ -250,10 +284,23 @@ def rola(
     b_h: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """RoLA `(H, L, D)` with a_q, a_k `(r, D)`, w_g `(1, D)`, b_h `(H,)`; `dtype` is the activations'."""
+    """RoLA `(H, L, D)` with a_q, a_k `(r, D)`, w_g `(1, D)`, b_h `(H,)`.
+
+    `dtype` is the activations'.
+    """
     heads = q.shape[0]
-    phi_q = torch.stack([_rotate_features(_silu(q[h].double() @ a_q.double().T), angles, dtype) for h in range(heads)])
-    phi_k = torch.stack([_rotate_features(_silu(k[h].double() @ a_k.double().T), angles, dtype) for h in range(heads)])
+    phi_q = torch.stack(
+        [
+            _rotate_features(_silu(q[h].double() @ a_q.double().T), angles, dtype)
+            for h in range(heads)
+        ]
+    )
+    phi_k = torch.stack(
+        [
+            _rotate_features(_silu(k[h].double() @ a_k.double().T), angles, dtype)
+            for h in range(heads)
+        ]
+    )
     gate = _rms_gate(x, w_g.reshape(-1), b_h)
     return _rms_fusion(q, k, v, angles, blocks, keep, phi_q, phi_k, gate, dtype)
 
@@ -296,7 +343,7 @@ def _rms_fusion(
     gate: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(O_s / s + g O_l) s with O_l = RMSNorm(phi_q (phi_k^T v)) and s the root mean square of O_s."""
+    """(O_s / s + g O_l) s, O_l = RMSNorm(phi_q (phi_k^T v)), s the root mean square of O_s."""
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, _ = sparse(q, k, v, angles, blocks, kept)
     v = v.double()
@@ -315,7 +362,7 @@ def _rms_fusion(
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- RoPeSLR
+# RoPeSLR
 
 
 def ropeslr(
@@ -333,10 +380,11 @@ def ropeslr(
     pe_grid: Grid | None = None,
     rank: int = 0,
 ) -> Tensor:
-    """Kept and background attention mixed by mass, `(H, L, D)`; a missing weight has its initial value.
+    """Kept and background attention mixed by mass, `(H, L, D)`; missing weights are initial.
 
-    weights: beta `(H, D/2)`, gate_c, gate_b, eta `(H,)`, gate_w `(D,)`, a_q, a_k `(H, r, D)`, pe_q, pe_k `(H, r, D)`
-    ("fourier") or `(H, T+Hh+Ww, r)` on `pe_grid` ("table"). `x` may be None without gate_w. `rank` 0 keeps everything.
+    weights: beta `(H, D/2)`, gate_c, gate_b, eta `(H,)`, gate_w `(D,)`, a_q, a_k `(H, r, D)`, pe_q,
+    pe_k `(H, r, D)` ("fourier") or `(H, T+Hh+Ww, r)` on `pe_grid` ("table"). `x` may be None
+    without gate_w. `rank` 0 keeps everything.
     """
     heads, tokens, width = q.shape
     kept = kept_blocks(q, k, angles, blocks, keep)
@@ -344,7 +392,11 @@ def ropeslr(
     tail = _tail_mass(q, k, angles, blocks, kept)
     c = _weight(weights, "gate_slope", torch.ones(heads))
     b = _weight(weights, "gate_bias", torch.zeros(heads))
-    beta = _weight(weights, "channel_scale", torch.full((heads, width // 2), 1.0 / math.sqrt(width), dtype=torch.float64))
+    beta = _weight(
+        weights,
+        "channel_scale",
+        torch.full((heads, width // 2), 1.0 / math.sqrt(width), dtype=torch.float64),
+    )
     gate_x = torch.zeros(heads, tokens, dtype=torch.float64)
     if "gate_weight" in weights:
         gate_x = _gate_input(x, weights["gate_weight"], heads)
@@ -375,12 +427,14 @@ def ropeslr_rms(
     pe_grid: Grid | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """RoLA's additive form `(H, L, D)` with a projection of its own in every head and no rotation of the features.
+    """RoLA's additive form `(H, L, D)` with a projection per head and no feature RoPE.
 
-    weights: a_q, a_k `(H, r, D)`, gate_w `(D,)`, gate_b `(H,)`, and pe_q, pe_k as in `ropeslr`, zero where missing.
+    weights: a_q, a_k `(H, r, D)`, gate_w `(D,)`, gate_b `(H,)`, and pe_q, pe_k as in `ropeslr`,
+    zero where missing.
     """
     phi_q, phi_k = (
-        _silu(_projected(side, weights, name, angles, grid, pe, pe_grid, 0)) for side, name in ((q, "q"), (k, "k"))
+        _silu(_projected(side, weights, name, angles, grid, pe, pe_grid, 0))
+        for side, name in ((q, "q"), (k, "k"))
     )
     gate = _rms_gate(x, weights["gate_weight"], weights["gate_bias"])
     return _rms_fusion(q, k, v, angles, blocks, keep, phi_q, phi_k, gate, dtype)
@@ -396,15 +450,18 @@ def calibrate(
     rows: list[int],
     start: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
-    """gate_c `(H,)`, gate_b `(H,)`, beta `(H, D/2)` fitted in closed form to the dense attention of `rows`.
+    """Slope `(H,)`, bias `(H,)`, channel scale `(H, D/2)` fitted to the dense output of `rows`.
 
-    start: gate_c, gate_b `(H,)` and beta `(H, D/2)`, which the fit shrinks to (and keeps where it is not finite);
-    gate_x `(H, L)`, a known term of the gate's logit, or None; branch `(H, L, D)`, a known background, or None.
+    start: gate_c, gate_b `(H,)` and beta `(H, D/2)`, which the fit shrinks to (and keeps where it
+    is not finite); gate_x `(H, L)`, a known term of the gate's logit, or None; branch `(H, L, D)`,
+    a known background, or None.
     """
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
     tail = _tail_mass(q, k, angles, blocks, kept)
-    gate_c, gate_b, beta = (start[name].double().clone() for name in ("gate_slope", "gate_bias", "channel_scale"))
+    gate_c, gate_b, beta = (
+        start[name].double().clone() for name in ("gate_slope", "gate_bias", "channel_scale")
+    )
     gate_x, branch = start.get("gate_logits"), start.get("branch")
     turned_q, turned_k, v = rotate(q, angles), rotate(k, angles), v.double()
     gate_x = torch.zeros(v.shape[:2], dtype=torch.float64) if gate_x is None else gate_x.double()
@@ -416,21 +473,30 @@ def calibrate(
             rest = _tokens(blocks, _dropped(kept[h][block_of[i]], blocks))
             logits = turned_k[h, rest] @ turned_q[h, i] / math.sqrt(v.shape[-1])
             estimate.append((tail[h, i] - lse_kept[h, i]).item())
-            # log(exp(LSE_all - LSE_kept) - 1) is the unkept keys' own log-sum-exp against LSE_kept: nothing cancels so.
+            # log(exp(LSE_all - LSE_kept) - 1) is the unkept keys' own log-sum-exp against LSE_kept:
+            # nothing cancels so.
             truth.append((torch.logsumexp(logits, 0) - lse_kept[h, i] - gate_x[h, i]).item())
         c, b = _fit_line(estimate, truth, gate_c[h].item())
         if math.isfinite(c) and math.isfinite(b):
             gate_c[h], gate_b[h] = c, b
-        # The gate that beta works behind is the fitted one, not the true mass: that is what it will meet in use.
-        gates = [_mass_gate(tail[h, i], lse_kept[h, i], gate_c[h], gate_b[h], gate_x[h, i]) for i in rows]
-        solved = _fit_beta(turned_q[h], turned_k[h], v[h], branch[h], out_sparse[h], rows, gates, beta[h])
+        # The gate that beta works behind is the fitted one, not the true mass: that is what it will
+        # meet in use.
+        gates = [
+            _mass_gate(tail[h, i], lse_kept[h, i], gate_c[h], gate_b[h], gate_x[h, i]) for i in rows
+        ]
+        solved = _fit_beta(
+            turned_q[h], turned_k[h], v[h], branch[h], out_sparse[h], rows, gates, beta[h]
+        )
         if solved is not None:
             beta[h] = solved
     return {"gate_slope": gate_c, "gate_bias": gate_b, "channel_scale": beta}
 
 
 def interpolate_noise(values: Tensor, levels: list[float], noise: float) -> Tensor:
-    """values `(N, ...)` given at N noise levels, read linearly at `noise`; constant outside the levels."""
+    """values `(N, ...)` given at N noise levels, read linearly at `noise`.
+
+    Constant outside the levels.
+    """
     points = sorted(zip(levels, values.double()), key=lambda point: point[0])
     if noise <= points[0][0]:
         return points[0][1]
@@ -445,15 +511,21 @@ def _weight(weights: dict[str, Tensor], name: str, initial: Tensor) -> Tensor:
     return weights.get(name, initial).double()
 
 
-def _tail_mass(q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept) -> Tensor:
-    """T `(H, L)`: estimated log mass of the unkept blocks, one number per query block; -inf where none is unkept."""
+def _tail_mass(
+    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
+) -> Tensor:
+    """T `(H, L)`.
+
+    Estimated log mass of the unkept blocks, one number per query block; -inf where none is unkept.
+    """
     q, k = rotate(q, angles), rotate(k, angles)
     tail = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for h in range(q.shape[0]):
         pooled_q, pooled_k = _pool(q[h], blocks), _pool(k[h], blocks)
         for block, rows in enumerate(blocks):
             logits = [
-                (pooled_q[block] @ pooled_k[j]).item() / math.sqrt(q.shape[-1]) + math.log(len(blocks[j]))
+                (pooled_q[block] @ pooled_k[j]).item() / math.sqrt(q.shape[-1])
+                + math.log(len(blocks[j]))
                 for j in _dropped(kept[h][block], blocks)
             ]
             if logits:
@@ -487,7 +559,9 @@ def _strongest_pairs(beta: Tensor, c_matrix: Tensor, rank: int) -> Tensor:
     pairs = beta.shape[0]
     if rank <= 0 or math.ceil(rank / 2) >= pairs:
         return beta
-    strength = torch.stack([beta[p].abs() * c_matrix[2 * p : 2 * p + 2].norm() for p in range(pairs)])
+    strength = torch.stack(
+        [beta[p].abs() * c_matrix[2 * p : 2 * p + 2].norm() for p in range(pairs)]
+    )
     cut = torch.zeros_like(beta)
     for p in _descending(strength)[: math.ceil(rank / 2)]:
         cut[p] = beta[p]
@@ -540,7 +614,10 @@ def _projected(
     pe_grid: Grid | None,
     rank: int,
 ) -> Tensor:
-    """A_h x + E_h(p), `(H, L, r)`, from x `(H, L, D)` before RoPE; a rank > 0 keeps the first features only."""
+    """A_h x + E_h(p), `(H, L, r)`, from x `(H, L, D)` before RoPE.
+
+    A rank > 0 keeps the first features only.
+    """
     a = weights[f"proj_{side}"].double()
     features = torch.stack([x[h].double() @ a[h].T for h in range(x.shape[0])])
     table = weights.get(f"pe_{side}")
@@ -549,7 +626,9 @@ def _projected(
     return features[..., :rank] if rank > 0 else features
 
 
-def _position_term(table: Tensor, angles: Tensor | None, grid: Grid, pe: str, pe_grid: Grid | None) -> Tensor:
+def _position_term(
+    table: Tensor, angles: Tensor | None, grid: Grid, pe: str, pe_grid: Grid | None
+) -> Tensor:
     """E `(H, L, r)` from `(H, r, D)` ("fourier") or `(H, T+Hh+Ww, r)` ("table")."""
     if pe == "fourier":
         if angles is None:  # no grid position: c(p) = 0
@@ -560,7 +639,9 @@ def _position_term(table: Tensor, angles: Tensor | None, grid: Grid, pe: str, pe
         raise ValueError(f"unknown position encoding {pe!r}")
     out = []
     for head in table:
-        axes = [_resample(part, size) for part, size in zip(head.split(list(pe_grid or grid)), grid)]
+        axes = [
+            _resample(part, size) for part, size in zip(head.split(list(pe_grid or grid)), grid)
+        ]
         out.append(torch.stack([axes[0][t] + axes[1][h] + axes[2][w] for t, h, w in _places(grid)]))
     return torch.stack(out)
 
@@ -596,9 +677,10 @@ def _fit_beta(
     gates: list[Tensor],
     start: Tensor,
 ) -> Tensor | None:
-    """beta `(D/2,)` of one head by ridge regression to the dense output of `rows`; None where unsolvable.
+    """Ridge solution `(D/2,)` of one head for the dense output of `rows`; None if unsolvable.
 
-    The equations: g [mean v + (beta * q) C + branch] = O_dense - (1 - g) O_s, for every row and channel.
+    The equations: g [mean v + (beta * q) C + branch] = O_dense - (1 - g) O_s, for every row and
+    channel.
     """
     pairs, mean_v, c_matrix = start.shape[0], v.mean(0), _covariance(turned_k, v)
     normal = torch.zeros(pairs, pairs, dtype=torch.float64)
@@ -612,5 +694,7 @@ def _fit_beta(
     ridge = 0.05 * normal.diagonal().mean()
     if ridge <= 0 or not torch.isfinite(ridge):
         return None
-    solved = torch.linalg.solve(normal + ridge * torch.eye(pairs, dtype=torch.float64), right + ridge * start)
+    solved = torch.linalg.solve(
+        normal + ridge * torch.eye(pairs, dtype=torch.float64), right + ridge * start
+    )
     return solved if torch.isfinite(solved).all() else None
