@@ -1,7 +1,4 @@
-"""ComfyUI-RoPeSLR.
-
-What ComfyUI imports. Nothing of ComfyUI is touched before comfy_entrypoint is called.
-"""
+"""ComfyUI-RoPeSLR as ComfyUI loads it: nothing is imported before comfy_entrypoint is called."""
 
 WEB_DIRECTORY = "./web"
 

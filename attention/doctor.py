@@ -96,31 +96,30 @@ def self_test(device: torch.device) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, math.prod(grid), HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    layout = TokenLayout(grid)
-    here = [x.to(device) for x in (q, k, v)]
-    lines = [_verdict("kept blocks", *_kept_blocks(here, layout), dtype)]
+    call = AttentionCall(TokenLayout(grid))
+    here = q.to(device), k.to(device), v.to(device)
+    found, expected = _kept_blocks(here, call.layout)
+    lines = [_verdict("kept blocks", found, expected, dtype)]
     everything = AttentionRun(SparsePlan(method="top-k plain", sparsity=0.0).resolve())
-    whole, _ = everything.attend(*here, AttentionCall(layout))
+    whole, _ = everything.attend(*here, call)
     exact = reference.dense_attention(q, k, v)[0]
     lines.append(_verdict("every block kept, against dense", whole, exact, dtype))
     for method in METHODS[:2]:
         plan = SparsePlan(method=method, sparsity=0.6).resolve()
-        wide = (x.float() for x in (q, k, v))
-        expected, _ = AttentionRun(plan).attend(*wide, AttentionCall(layout))
-        found, _ = AttentionRun(plan).attend(*here, AttentionCall(layout))
+        expected, _ = AttentionRun(plan).attend(q.float(), k.float(), v.float(), call)
+        found, _ = AttentionRun(plan).attend(*here, call)
         lines.append(_verdict(method, found, expected, dtype))
     return lines
 
 
-def _kept_blocks(here: list[Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor]:
+def _kept_blocks(here: tuple[Tensor, Tensor, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor]:
     """Attention over the same kept blocks, on the device and by the definition."""
-    blocks, exact = layout.blocks(), [x.cpu().double() for x in here]
-    pooled = [reference.block_pool(x, blocks.kv_blocks).float() for x in exact[:2]]
-    mask, _ = reference.block_select(*pooled, blocks, topk=4)
-    expected, _ = reference.block_sparse_attention(*exact, mask)
-    q_blocks, kv_blocks = (x.to(here[0].device) for x in (mask.q_blocks, mask.kv_blocks))
-    lists = (x.to(here[0].device) for x in (mask.kv_indices, mask.kv_num_blocks))
-    found, _ = ops.block_sparse_attention(*here, ops.BlockMask(q_blocks, kv_blocks, *lists))
+    blocks, device = layout.blocks(), here[0].device
+    q, k, v = (x.cpu().double() for x in here)
+    pooled_q, pooled_k = (reference.block_pool(x, blocks.kv_blocks).float() for x in (q, k))
+    mask, _ = reference.block_select(pooled_q, pooled_k, blocks, topk=4)
+    expected, _ = reference.block_sparse_attention(q, k, v, mask)
+    found, _ = ops.block_sparse_attention(*here, mask.to(device))
     return found, expected
 
 

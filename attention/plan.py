@@ -1,7 +1,4 @@
-"""What a person asked for.
-
-A frozen plan, validated once and resolved once; all below only reads it.
-"""
+"""The plan: what a person asked for, validated once and resolved once; all below only reads it."""
 
 from __future__ import annotations
 

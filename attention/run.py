@@ -20,8 +20,12 @@ class Attention(Protocol):
     """What a host calls: an `AttentionRun`, or what stands in for one."""
 
     plan: ResolvedPlan
-    needs_x: bool
-    needs_rope: bool
+
+    @property
+    def needs_x(self) -> bool: ...
+
+    @property
+    def needs_rope(self) -> bool: ...
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""

@@ -200,9 +200,9 @@ def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
     X `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`.
     """
     phi = F.silu(_project(x, silu_map))
-    if silu_map.feature_cos is None:
-        return phi
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
+    if cos is None or sin is None:
+        return phi
     turned = 2 * cos.shape[1]
     even, odd = phi[..., :turned:2], phi[..., 1:turned:2]
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -331,13 +331,15 @@ def _project(x: Tensor, feature_map: FeatureMap | SiluMap) -> Tensor:
 
     `(B, H, L, D)` -> `(B, H, L, r)`.
     """
-    if feature_map.rope_cos is not None:
-        even, odd, cos, sin = x[..., 0::2], x[..., 1::2], feature_map.rope_cos, feature_map.rope_sin
+    cos, sin = feature_map.rope_cos, feature_map.rope_sin
+    if cos is not None and sin is not None:
+        even, odd = x[..., 0::2], x[..., 1::2]
         x = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2)
     if feature_map.proj is not None:
         x = torch.einsum("bhld,hrd->bhlr", x, feature_map.proj)
-    if feature_map.pe is not None:
-        x = x + sum(feature_map.pe[:, feature_map.axis_ids[:, axis].long()] for axis in range(3))
+    if feature_map.pe is not None and feature_map.axis_ids is not None:
+        ids = feature_map.axis_ids.long()
+        x = x + sum(feature_map.pe[:, ids[:, axis]] for axis in range(3))
     return x
 
 

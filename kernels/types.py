@@ -216,6 +216,11 @@ class BlockMask:
         used = place < self.kv_num_blocks[..., None]
         return torch.where(used, self.kv_indices.long(), value)
 
+    def to(self, device: torch.device | str) -> BlockMask:
+        q_blocks, kv_blocks = self.q_blocks.to(device), self.kv_blocks.to(device)
+        lists = self.kv_indices.to(device), self.kv_num_blocks.to(device)
+        return BlockMask(q_blocks, kv_blocks, *lists, trusted=True)
+
     def to_dense(self) -> Tensor:
         """`(B, H, Nq, Nk)` bool: whether a row keeps a block."""
         blocks = self.kv_blocks.num_blocks

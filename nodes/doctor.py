@@ -1,7 +1,4 @@
-"""RoPeSLR Doctor.
-
-What this machine would run, whether it computes right, and how fast it is at the person's size.
-"""
+"""RoPeSLR Doctor: what this machine would run, whether it is right, and how fast it is."""
 
 from __future__ import annotations
 

@@ -144,9 +144,9 @@ def _errors(axes, comparison: MethodComparison) -> None:
 
 
 def _blocks(axes, comparison: MethodComparison) -> None:
-    axes.set_title(
-        f"Kept blocks, layer {comparison.selection.number}, head {comparison.selection.head}"
-    )
+    shown = comparison.selection
+    if shown is not None:
+        axes.set_title(f"Kept blocks, layer {shown.number}, head {shown.head}")
     if comparison.kept is None:
         _note(axes, "This layer stayed dense.")
         return

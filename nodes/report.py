@@ -1,7 +1,4 @@
-"""RoPeSLR Report.
-
-After the sampler, what the run did, as a picture and in words; and which method suits the model.
-"""
+"""RoPeSLR Report: what the last run did, in words and as a picture, and which method fits."""
 
 from __future__ import annotations
 

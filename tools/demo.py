@@ -1,8 +1,4 @@
-"""The demo.
-
-The shipped workflow on a real ComfyUI server with tiny random checkpoints, once sparse and once
-dense.
-"""
+"""The demo: the shipped workflow on a real ComfyUI with tiny checkpoints, sparse and dense."""
 
 from __future__ import annotations
 

@@ -74,6 +74,8 @@ class LearnedPositions:
         if key not in self._ids:
             self._ids[key] = axis_ids(grid, weight.device)
         if self.info.pe == "table":
-            return resampled_tables(weight[..., :rank], self.info.pe_grid, grid), self._ids[key]
+            frames, height, width = self.info.pe_grid
+            tables = resampled_tables(weight[..., :rank], (frames, height, width), grid)
+            return tables, self._ids[key]
         assert call.inputs.rope is not None
         return fourier_tables(weight[:, :rank], call.inputs.rope, grid), self._ids[key]

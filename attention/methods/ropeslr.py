@@ -166,7 +166,9 @@ class RoPeSLR(Method):
         tokens = q_blocks.slots[slots]  # only the last slots of all are empty
         some_q = q.index_select(2, tokens)
         seen = self.seen_keys(call.layout, q.device)
-        exact = ops.dense_attention(some_q, k, v, seen, scale=call.scale, backend=self.plan.backend)
+        out, lse = ops.dense_attention(
+            some_q, k, v, seen, scale=call.scale, backend=self.plan.backend
+        )
         own_logits, branch = None, None
         if trained is not None and trained.gate_logits is not None:
             own_logits = trained.gate_logits.index_select(2, tokens)
@@ -174,8 +176,10 @@ class RoPeSLR(Method):
             branch = _branch(some_q, tokens, trained.low_rank, parts.state.v_mean)
         return ExactQueries(
             some_q,
-            *exact,
-            *(x.index_select(2, tokens) for x in sparse),
+            out,
+            lse,
+            sparse[0].index_select(2, tokens),
+            sparse[1].index_select(2, tokens),
             dropped_lse.index_select(2, slots // q_blocks.block_size),
             own_logits,
             branch,

@@ -7,10 +7,11 @@ straight to the body that `dispatch` picks: nothing would be gained by the detou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
 from ..pytorch.common import acc_dtype
 from ..triton_support import Operands
@@ -33,8 +34,8 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def operation(name: str) -> Callable[[Callable], CustomOpDef]:
-    """Decorator: a custom op of this copy's namespace that changes none of its arguments.
+def operation(name: str) -> Callable[[Callable], Any]:
+    """Decorator: a `CustomOpDef` of this copy's namespace that changes none of its arguments.
 
     An op's schema knows tensors, numbers and lists of them, so bundles travel in pieces.
     """

@@ -32,10 +32,10 @@ def check_backend(backend: str) -> None:
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:
     """The caller's own, or 1 / sqrt(D)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be a positive number, found {scale}")
-    return scale
+    found = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not found > 0:
+        raise ValueError(f"scale must be a positive number, found {found}")
+    return found
 
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -69,9 +69,9 @@ def _state(k: Tensor, v: Tensor, silu_map: SiluMap, b: int, h: int) -> Tensor:
 def silu_features(x: Tensor, silu_map: SiluMap, h: int) -> Tensor:
     """phi of one head: x `(L, D)` -> `(L, r)`."""
     phi = F.silu(project(x, silu_map, h))
-    if silu_map.feature_cos is None:
-        return phi
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
+    if cos is None or sin is None:
+        return phi
     turned = 2 * cos.shape[1]
     even, odd = phi[:, :turned:2], phi[:, 1:turned:2]
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)

@@ -79,16 +79,17 @@ def block_sparse_attention(
             near_k, near_v = (
                 x.index_select(0, flat).view(some.shape[0], -1, head_dim) for x in (keys, values)
             )
-            scores = None
+            near_bias = None
             if ragged or pooled is not None:
-                scores = bias.index_select(0, kept.reshape(-1)).view(some.shape[0], 1, -1)
-            if pooled is not None:
+                near_bias = bias.index_select(0, kept.reshape(-1)).view(some.shape[0], 1, -1)
+            if pooled is not None and near_bias is not None:
                 far_k, far_v = (x[b, h].to(dtype).expand(some.shape[0], -1, -1) for x in pooled)
                 near_k, near_v = torch.cat((near_k, far_k), 1), torch.cat((near_v, far_v), 1)
-                scores = torch.cat((scores, dropped_bias(kept, kv_blocks, dtype)), 2)
-            found, lse = softmax_attention(some, near_k, near_v, scale, scores)
+                near_bias = torch.cat((near_bias, dropped_bias(kept, kv_blocks, dtype)), 2)
+            found, lse = softmax_attention(some, near_k, near_v, scale, near_bias)
             results.append((found.to(q.dtype), lse))
-        return tuple(scatter(torch.cat(parts), q_blocks) for parts in zip(*results))
+        found, lse = (scatter(torch.cat(parts), q_blocks) for parts in zip(*results))
+        return found, lse
 
     return per_head(q, attend, nhd_outputs=1, out=out)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..types import TokenBlocks
+
+Results = TypeVar("Results", bound="tuple[Tensor, ...]")
 
 
 def gather(
@@ -37,10 +40,10 @@ def channels(x: Tensor, channel_ids: Tensor | None, b: int, h: int) -> Tensor:
 
 def per_head(
     like: Tensor,
-    compute: Callable[[int, int], tuple[Tensor, ...]],
+    compute: Callable[[int, int], Results],
     nhd_outputs: int = 0,
     out: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Results:
     """Run compute(b, h) for every head of `like`, and put the results together as `(B, H, ...)`.
 
     The first `nhd_outputs` results have their heads side by side in each token (NHD layout, which
@@ -64,8 +67,8 @@ def per_head(
             for whole, x in zip(results, found):
                 whole[b, h] = x
     if partials:
-        return tuple(torch.stack(xs).unflatten(0, (batch, heads)) for xs in zip(*partials))
-    return tuple(results)
+        results = [torch.stack(xs).unflatten(0, (batch, heads)) for xs in zip(*partials)]
+    return cast(Results, tuple(results))
 
 
 def _empty(x: Tensor, batch: int, heads: int, nhd: bool) -> Tensor:

@@ -64,13 +64,13 @@ def features(x: Tensor, feature_map: FeatureMap, h: int) -> Tensor:
 
 def project(x: Tensor, feature_map: FeatureMap | SiluMap, h: int) -> Tensor:
     """proj x + pe(p) of one head, x taken back to before RoPE: x `(L, D)` -> `(L, r)`."""
-    if feature_map.rope_cos is not None:
-        cos, sin = feature_map.rope_cos, feature_map.rope_sin
+    cos, sin = feature_map.rope_cos, feature_map.rope_sin
+    if cos is not None and sin is not None:
         even, odd = x[:, 0::2], x[:, 1::2]
         x = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2)
     if feature_map.proj is not None:
         x = x @ feature_map.proj[h].to(x.dtype).T
-    if feature_map.pe is not None:
+    if feature_map.pe is not None and feature_map.axis_ids is not None:
         for axis in range(3):
             x = x + feature_map.pe[h].index_select(0, feature_map.axis_ids[:, axis])
     return x

@@ -70,7 +70,8 @@ def block_sparse_attention_backward(
     )
     d_k, d_v = empty_nhd(k, k_tokens), empty_nhd(v, k_tokens)
     if not mask.kv_blocks.lists_every_token:  # keys in no block are not written
-        d_k.zero_(), d_v.zero_()
+        d_k.zero_()
+        d_v.zero_()
     q_indices, q_indptr = transposed_lists(mask)
     _d_keys[(n_k, batch * heads)](
         q,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,16 +28,17 @@ class Launch(NamedTuple):
     stages: int
 
 
-def kernel(function: Callable) -> triton.runtime.JITFunction:
-    """`triton.jit` with every run-time number left unspecialised."""
+def kernel(function: Callable) -> Any:
+    """`triton.jit` with every run-time number left unspecialised: a `JITFunction`."""
     parameters = inspect.signature(function).parameters
     numbers = [name for name in parameters if not name.endswith("_ptr") and not name.isupper()]
-    return triton.jit(function, do_not_specialize=numbers)
+    return triton.jit(function, do_not_specialize=numbers)  # pyright: ignore
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Batch, head and token stride of `(B, H, L, D)` in STRIDE_UNITs, for `aligned` tensors."""
-    return tuple(x.stride(i) // UNIT if x.shape[i] > 1 else 0 for i in range(3))
+    batch, head, token = (x.stride(i) // UNIT if x.shape[i] > 1 else 0 for i in range(3))
+    return batch, head, token
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def padded(width: int) -> int:
 
     A product takes 16 channels, and features come in pairs.
     """
-    return max(32, triton.next_power_of_2(width))
+    return max(32, 1 << (width - 1).bit_length())
 
 
 # Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks
@@ -130,7 +131,7 @@ def launch_options(name: str) -> dict[str, int | bool]:
 def architecture() -> str:
     """The name of the active device's architecture in TABLE: "90" for sm_90, "gfx942"."""
     try:
-        arch = triton.runtime.driver.active.get_current_target().arch
+        arch = triton.runtime.driver.active.get_current_target().arch  # pyright: ignore
     except Exception:  # the interpreter has no driver
         return "other"
     return "100" if arch in (101, 103, 110) else str(arch)  # datacentre Blackwell, all with tcgen05

@@ -7,6 +7,8 @@ go to the lower block number.
 
 from __future__ import annotations
 
+# Kernel bodies are Triton's own language, which a type checker takes for Python.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 import torch
 import triton
 import triton.language as tl

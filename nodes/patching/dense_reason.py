@@ -124,7 +124,7 @@ def _adapter(candidate: Candidate) -> DenseReason | None:
 
 def _inputs(candidate: Candidate) -> DenseReason | None:
     missing = candidate.call.run.attention.missing(candidate.inputs)
-    return missing and DenseReason(MISSING_INPUT.format(missing=missing))
+    return DenseReason(MISSING_INPUT.format(missing=missing)) if missing else None
 
 
 def too_short(tokens: int, least: int) -> DenseReason | None:

@@ -83,7 +83,7 @@ class RunReport:
     def send(self, node_id: str | None) -> None:
         """Send the report to the browser that queued the run, where a server runs and one did."""
         server = sys.modules.get("server")
-        prompt_server = getattr(getattr(server, "PromptServer", None), "instance", None)
+        prompt_server: Any = getattr(getattr(server, "PromptServer", None), "instance", None)
         client = getattr(prompt_server, "client_id", None)
         if client is None or node_id is None:  # without a client it would go to every browser
             return

@@ -1,7 +1,4 @@
-"""AdaSpa.
-
-Which blocks it finds, how heads share the work, when it searches, and whose masks are whose.
-"""
+"""AdaSpa: which blocks it finds, how heads share the work, when it searches, for whom."""
 
 import pytest
 import torch

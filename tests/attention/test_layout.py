@@ -1,7 +1,4 @@
-"""Token layouts.
-
-Every token stands in exactly one block, whatever the grid, and blocks are as compact as promised.
-"""
+"""Token layouts: every token in exactly one block on any grid, and blocks are compact."""
 
 import math
 

@@ -1,7 +1,4 @@
-"""The plan.
-
-Every field is checked, and an error names the field, what was found and what was expected.
-"""
+"""The plan: every field is checked; errors name the field, the value and what was expected."""
 
 from types import SimpleNamespace
 

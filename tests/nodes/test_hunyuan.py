@@ -1,7 +1,4 @@
-"""HunyuanVideo.
-
-Text and video in one sequence; the video's attention is sparse, the text's is not.
-"""
+"""HunyuanVideo, text and video in one sequence: only the video's attention is sparse."""
 
 import pytest
 import torch

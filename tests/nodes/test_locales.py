@@ -1,7 +1,4 @@
-"""Translations.
-
-Every node and every input in every language, the English ones word for word what the schemas say.
-"""
+"""Translations: every node and input in every language."""
 
 import json
 from pathlib import Path

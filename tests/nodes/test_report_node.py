@@ -1,7 +1,4 @@
-"""The Report node.
-
-After the sampler, in words and as a picture; a comparison of methods that changes nothing.
-"""
+"""The Report node: the last run in words and as a picture; its comparison changes nothing."""
 
 import builtins
 import dataclasses
