@@ -108,6 +108,7 @@ def parse(arguments: list[str]) -> Namespace:
     add(format_).add_argument(
         "paths", nargs="*", default=["."], metavar="PATH", help="by default everything"
     )
+    add(texts)
     add(workflows)
     add(pictures).add_argument(
         "names", nargs="*", metavar="NAME", help="a workflow, or readme; by default all"
@@ -153,18 +154,18 @@ def test(options: Namespace) -> int:
             typescript(),
         )
     others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
-    places = inside(comfyui(NEWEST), "others") | typescript()
+    env = inside(comfyui(NEWEST), "others") | typescript()
     suites = [
         Suite(
             "inside ComfyUI", [*effort(thorough), "tests/nodes"], inside(comfyui(NEWEST), "nodes")
         ),
-        Suite("everything else", [*effort(thorough), *others], places),
+        Suite("everything else", [*effort(thorough), *others], env),
     ]
     for version in COMFYUI:
         if version != NEWEST:
-            places = inside(registry_comfyui(version), version)
+            env = inside(registry_comfyui(version), version)
             arguments = [*effort(thorough, "quick"), "tests/nodes", *OURS_ALONE]
-            suites.append(Suite(f"inside ComfyUI {version}", arguments, places))
+            suites.append(Suite(f"inside ComfyUI {version}", arguments, env))
     program = chromium()
     if program:
         suites[1:1] = browser_suites(python, program, [], thorough)
@@ -193,15 +194,15 @@ def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) 
 
     When thorough, with those of the older ones too.
     """
-    places, arguments = {"ROPESLR_CHROMIUM": program}, [*effort(thorough), *rest, "tests/browser"]
-    suites = [Suite("in a browser", arguments, inside(comfyui(NEWEST), "browser") | places)]
+    env, arguments = {"ROPESLR_CHROMIUM": program}, [*effort(thorough), *rest, "tests/browser"]
+    suites = [Suite("in a browser", arguments, inside(comfyui(NEWEST), "browser") | env)]
     for version in COMFYUI if thorough else ():
         if version != NEWEST:
             tree = registry_comfyui(version)
             own = inside(tree, f"browser-{version}") | {
                 "ROPESLR_FRONTEND": str(frontend(python, tree))
             }
-            suites.append(Suite(f"in a browser, ComfyUI {version}", arguments, own | places))
+            suites.append(Suite(f"in a browser, ComfyUI {version}", arguments, own | env))
     return suites
 
 
@@ -211,7 +212,7 @@ def lint(options: Namespace) -> int:
     codes = []
     for name, check in checkers.everything(python, tree, tsc()).items():
         say(name)
-        codes.append(subprocess.call(check.command, cwd=ROOT, env={**os.environ, **check.places}))
+        codes.append(subprocess.call(check.command, cwd=ROOT, env={**os.environ, **check.env}))
     return next(filter(None, codes), 0)
 
 
@@ -222,6 +223,11 @@ def format_(options: Namespace) -> int:
         [python, "-m", "ruff", "check", "--fix-only", "--quiet", *options.paths], cwd=ROOT
     )
     return mended or subprocess.call([python, "-m", "ruff", "format", *options.paths], cwd=ROOT)
+
+
+def texts(options: Namespace) -> int:
+    """Rewrite what comes from schemas and records: locales, lists of inputs, tables."""
+    return run_in(environment(), comfyui(NEWEST), [str(TOOLS / "texts.py")])
 
 
 def workflows(options: Namespace) -> int:
@@ -237,29 +243,27 @@ def pictures(options: Namespace) -> int:
     python, program, tree = environment(), chromium(), comfyui(NEWEST)
     if program is None:
         raise SetupError(NO_BROWSER)
-    places = inside(tree, "browser") | {"ROPESLR_CHROMIUM": program}
+    env = inside(tree, "browser") | {"ROPESLR_CHROMIUM": program}
     with tempfile.TemporaryDirectory() as seen:
         if not options.names or "readme" in options.names:
-            places |= {"ROPESLR_SCREENSHOTS": seen, "ROPESLR_LARGE": "1"}
-            code = run_suites(
-                python, [Suite("pictures", ["tests/browser/test_pictures.py"], places)]
-            )
+            env |= {"ROPESLR_SCREENSHOTS": seen, "ROPESLR_LARGE": "1"}
+            code = run_suites(python, [Suite("pictures", ["tests/browser/test_pictures.py"], env)])
             if code:
                 return code
         command = [str(python), str(TOOLS / "browser.py"), *options.names]
-        return subprocess.call(command, cwd=ROOT, env={**os.environ, **places})
+        return subprocess.call(command, cwd=ROOT, env={**os.environ, **env})
 
 
 def coverage(options: Namespace) -> int:
     """Rewrite the matrix of models and methods from what the tests find in each ComfyUI."""
     python = environment()
     for version in COMFYUI:
-        places = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
-        places |= {"ROPESLR_COVERAGE": "1"}
+        env = inside(registry_comfyui(version), version if version != NEWEST else "nodes")
+        env |= {"ROPESLR_COVERAGE": "1"}
         arguments = [*effort(True), "tests/nodes/test_coverage.py", *options.rest]
-        if run_suites(python, [Suite(f"coverage, ComfyUI {version}", arguments, places)]):
+        if run_suites(python, [Suite(f"coverage, ComfyUI {version}", arguments, env)]):
             return 1
-    return subprocess.call([str(python), "-m", "benchmarks.readme"], cwd=ROOT)
+    return texts(options)
 
 
 def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
@@ -269,18 +273,18 @@ def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
         return []
     suites = []
     for version, least in TRITON.items():
-        places = {"PYTHONPATH": str(triton(python, version))}
-        places["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
+        env = {"PYTHONPATH": str(triton(python, version))}
+        env["TRITON_CACHE_DIR"] = str(cache_folder() / f"compiled-{version}")
         arguments = [*effort(thorough, least), *rest]
         compiled = Suite(
             f"kernels compiled, Triton {version}",
             [*arguments, "tests/kernels/test_compiled.py"],
-            places,
+            env,
         )
         interpreted = Suite(
             f"kernels interpreted, Triton {version}",
             [*arguments, "tests/kernels"],
-            places | {"TRITON_INTERPRET": "1"},
+            env | {"TRITON_INTERPRET": "1"},
         )
         everything = thorough or least != "quick"  # a newer one's news are in its compiler
         suites += [interpreted, compiled] if everything else [compiled]
@@ -297,7 +301,7 @@ class Suite(NamedTuple):
 
     name: str
     arguments: list[str]
-    places: dict[str, str]
+    env: dict[str, str]
 
 
 def run_suites(python: Path, suites: list[Suite]) -> int:
@@ -311,7 +315,7 @@ def run_suites(python: Path, suites: list[Suite]) -> int:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **suite.places},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **suite.env},
         )
         text = done.stdout.decode(errors="replace")
         say(
@@ -389,9 +393,7 @@ def with_adapters(run: Callable) -> int:
     return 0
 
 
-def run_in(
-    python: Path, tree: Path, command: list[str], places: dict[str, str] | None = None
-) -> int:
+def run_in(python: Path, tree: Path, command: list[str], env: dict[str, str] | None = None) -> int:
     """Run Python with a ComfyUI tree.
 
     Models, inputs and outputs of tests and demo stay in the cache.
@@ -399,7 +401,7 @@ def run_in(
     return subprocess.call(
         [str(python), *command],
         cwd=ROOT,
-        env={**os.environ, **inside(tree, "nodes"), **(places or {})},
+        env={**os.environ, **inside(tree, "nodes"), **(env or {})},
     )
 
 

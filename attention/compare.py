@@ -76,8 +76,8 @@ class MethodComparison:
         dense, _ = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=self.plan.backend)
         layout = call.layout
         count = min(SAMPLED_QUERIES, layout.video_tokens)
-        places = torch.arange(count, device=q.device) * layout.video_tokens // count
-        tokens = layout.before + places
+        positions = torch.arange(count, device=q.device) * layout.video_tokens // count
+        tokens = layout.before + positions
         exact = dense.index_select(2, tokens).float()
         for name, run in self.runs.items():
             if run.missing(call.inputs):

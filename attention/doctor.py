@@ -87,7 +87,7 @@ def _backend(device: torch.device) -> Choice:
 def backend_line(device: torch.device) -> str:
     """What sparse attention would run in there, and why where it is not Triton."""
     backend, found = _backend(device)
-    return "Triton kernels" if backend == "triton" else f"plain PyTorch, since {found}"
+    return "Triton kernels" if backend == "triton" else f"plain PyTorch: {found}"
 
 
 def self_test(device: torch.device) -> list[str]:
@@ -187,15 +187,15 @@ def _turns(
 
 def _shortened(grid: tuple[int, int, int]) -> tuple[int, int, int]:
     """The same picture with fewer frames, or a smaller one, that a CPU attends to in a moment."""
-    frames, rows, columns = grid
-    while frames * rows * columns > LARGEST_ON_CPU:
+    frames, height, width = grid
+    while frames * height * width > LARGEST_ON_CPU:
         if frames > 1:
-            frames = max(1, LARGEST_ON_CPU // (rows * columns))
+            frames = max(1, LARGEST_ON_CPU // (height * width))
         else:
-            rows, columns = max(1, rows // 2), max(1, columns // 2)
-        if frames * rows * columns > LARGEST_ON_CPU and frames > 1:
+            height, width = max(1, height // 2), max(1, width // 2)
+        if frames * height * width > LARGEST_ON_CPU and frames > 1:
             frames = 1
-    return frames, rows, columns
+    return frames, height, width
 
 
 def _wait(device: torch.device) -> None:
@@ -252,7 +252,7 @@ def examine(
     seconds: float = 20.0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> str:
-    """Everything above as one text. grid: frames, rows, columns of tokens."""
+    """Everything above as one text. grid: frames, height, width of tokens."""
     lines = ["Machine", *(f"  {line}" for line in facts(device)), "Self-test"]
     try:
         lines += [f"  {line}" for line in self_test(device)]

@@ -55,12 +55,12 @@ def layer_inputs(
     device: torch.device | str = "cpu",
 ):
     """A hidden state of all tokens, and Wan's RoPE of the video's."""
-    places = torch.stack(
+    positions = torch.stack(
         torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij"), -1
     ).view(-1, 3)
     angles = torch.cat(
         [
-            places[:, i : i + 1] * 10000.0 ** (-torch.arange(pairs) / pairs)
+            positions[:, i : i + 1] * 10000.0 ** (-torch.arange(pairs) / pairs)
             for i, pairs in enumerate(rope.rope_axes(width))
         ],
         dim=-1,

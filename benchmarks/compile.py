@@ -29,7 +29,7 @@ HEADS, TOKENS, RANK, BLOCK = 12, 32_760, 64, 64
 # 64 x 64 x D each.
 PRODUCTS = {
     "plain": 2,
-    "tail": 2,
+    "pooled": 2,
     "mixed": 2,
     "low_rank": 2,
     "linear": 2,
@@ -38,7 +38,7 @@ PRODUCTS = {
     "d_queries": 3,
     "d_keys": 4,
 }
-FORWARD = ("plain", "tail", "mixed", "low_rank", "linear", "dense")
+FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
 ALL = (
     *FORWARD,
     "pool",
@@ -102,7 +102,7 @@ def cases(
     forward = types.Forward(q, q, q, q, lse, mask, None, scale)
     return {
         "plain": lambda: backend.block_sparse_attention(*sparse, None, scale),
-        "tail": lambda: backend.block_sparse_attention(*sparse, far, scale),
+        "pooled": lambda: backend.block_sparse_attention(*sparse, far, scale),
         "mixed": lambda: backend.block_sparse_mixed(*sparse, mixed, scale),
         "low_rank": lambda: backend.block_sparse_mixed(*sparse, low_rank, scale),
         "linear": lambda: backend.block_sparse_linear(*sparse, linear, scale),

@@ -46,7 +46,7 @@ def errors(device: torch.device) -> dict[str, dict]:
             found[f"failed {name}"] = {
                 "error": float("inf"),
                 "limit": LIMITS[dtype],
-                "said": str(failure)[:500],
+                "error_text": str(failure)[:500],
             }
     return found
 
@@ -94,7 +94,7 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
         "dense_attention": ((q, k, v), 0),
         "dense_attention some keys": ((q, k, v, some), 0),
         "block_sparse_attention": (sparse, 0),
-        "block_sparse_attention tail": ((*sparse, far), 0),
+        "block_sparse_attention pooled": ((*sparse, far), 0),
         "block_sparse_mixed": ((*sparse, types.Background(gate, first)), None),
         "block_sparse_mixed low rank": ((*sparse, types.Background(gate, first, low_rank)), None),
         "block_sparse_linear": ((*sparse, branch), None),

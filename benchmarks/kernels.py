@@ -244,7 +244,7 @@ def measure_sparsity(
         "block_pool_state": lambda turn: ops.block_pool_state(*at(turn)[1:], blocks, **on),
         "block_select": lambda turn: ops.block_select(*routing, **on),
         "sparse": lambda turn: ops.block_sparse_attention(*at(turn), mask, **on),
-        "sparse + tail": lambda turn: ops.block_sparse_attention(*at(turn), mask, far, **on),
+        "sparse + pooled": lambda turn: ops.block_sparse_attention(*at(turn), mask, far, **on),
         "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), mask, mixed, **on),
     }
     row["parts"] = {name: run.measure(call) for name, call in calls.items()}

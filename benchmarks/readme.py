@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/.
+"""Tables for benchmarks/README.md and docs/models.md from benchmarks/results/.
 
-`python -m benchmarks.readme`.
+Those files call them in cog blocks; `python dev.py texts` runs these.
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ import json
 from . import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = {
-    "README.md": ("coverage",),
-    "benchmarks/README.md": ("gpu", "compile", "cpu"),
-}  # and their tables
 SHOWN = {  # case of the compile table -> what a reader calls it
     "plain": "kept blocks alone",
-    "tail": "with pooled tail",
+    "pooled": "with pooled keys",
     "mixed": "with first-order background (default)",
     "low_rank": "with low-rank background",
     "linear": "with linear branch (SLA)",
@@ -74,8 +70,8 @@ def compile_table(record: dict) -> str:
         if name not in ("whole call", "floor")
     )
     lines.append(
-        f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head width "
-        f"{record['head_width']}. All {len(record['rows'])} compiled kernels together, backward "
+        f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head_dim "
+        f"{record['head_dim']}. All {len(record['rows'])} compiled kernels together, backward "
         f"included: {spilled} bytes "
         "spilled, useful share of "
         f"tensor-core work at least {min(useful):.2f}. Bytes per token and head at 90 % of 75,600 "
@@ -139,11 +135,10 @@ def coverage_table(record: dict) -> str:
         where = "all three" if len(versions) == len(record) else ", ".join(versions)
         lines.append(f"| {name} | {' | '.join(cells)} | {where} |")
     lines.append(
-        "\nSelf-attention calls of one model call that run sparse, out of all. Found by tests in "
-        "ComfyUI "
-        f"{', '.join(record)} on tiny models with random weights, guidance 1 and 5, two sizes, one "
-        "of them with odd sides where the model itself takes them; rola and sla with random "
-        "weights of their form. Empty: no such weights are published."
+        "\nSparse / total self-attention calls per model call, as measured by the tests with "
+        f"ComfyUI {', '.join(record)} on tiny models with random weights: CFG 1 and 5, two sizes, "
+        "one of them with odd sides where the model takes them; rola and sla with random weights "
+        "of their form. Empty: no such weights are published."
     )
     return "\n".join(lines) + "\n"
 
@@ -152,28 +147,21 @@ def _share(cell: list[int] | str) -> str:
     return "dense" if isinstance(cell, str) else f"{cell[0]} / {cell[1]}"
 
 
-def with_tables(text: str, names: tuple[str, ...]) -> str:
-    """A file's text with its tables made anew."""
-    tables = {
-        "cpu": lambda: cpu_table(_read("cpu.json")),
-        "compile": lambda: compile_table(_read("compile.json")),
-        "coverage": lambda: coverage_table(_read("coverage.json")),
-        "gpu": lambda: gpu_table(
-            [json.loads(p.read_text("utf-8")) for p in sorted(RESULTS.glob("kernels-*.json"))]
-        ),
-    }
-    for name in names:
-        begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->"
-        before, rest = text.split(begin)
-        text = before + begin + tables[name]() + end + rest.split(end)[1]
-    return text
+def cpu() -> str:
+    return cpu_table(_read("cpu.json"))
+
+
+def compiled() -> str:
+    return compile_table(_read("compile.json"))
+
+
+def coverage() -> str:
+    return coverage_table(_read("coverage.json"))
+
+
+def gpu() -> str:
+    return gpu_table([_read(path.name) for path in sorted(RESULTS.glob("kernels-*.json"))])
 
 
 def _read(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    for file, names in FILES.items():
-        path = ROOT / file
-        path.write_text(with_tables(path.read_text(encoding="utf-8"), names), encoding="utf-8")

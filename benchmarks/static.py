@@ -215,15 +215,15 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int, list[str]]:
             capture_output=True,
             text=True,
         )
-    said = done.stderr
-    registers = re.search(r"Used (\d+) registers", said)
+    log = done.stderr
+    registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
-        raise RuntimeError(f"ptxas refused the kernel: {said[-500:]}")
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+        raise RuntimeError(f"ptxas refused the kernel: {log[-500:]}")
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     notes = sorted(
         {
             line.strip()[:120]
-            for line in said.splitlines()
+            for line in log.splitlines()
             if "wgmma" in line or "warning" in line.lower()
         }
     )

@@ -64,7 +64,7 @@ def block_select(
 
     pooled_q `(B, H, Nq, D)`, pooled_k `(B, H, Nk, D)` -> the block mask, and dropped_lse
     `(B, H, Nq)` = log of the pooled mass of the blocks that were NOT kept, -inf where all were.
-    Required blocks come in addition: they take none of the `topk` places.
+    Required blocks come in addition: they do not count towards `topk`.
     """
     blocks = layout.kv_blocks.num_blocks
     scores = torch.einsum("bhqd,bhkd->bhqk", pooled_q, pooled_k) * softmax_scale(pooled_q, scale)
@@ -203,10 +203,10 @@ def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
     if cos is None or sin is None:
         return phi
-    turned = 2 * cos.shape[1]
-    even, odd = phi[..., :turned:2], phi[..., 1:turned:2]
+    rotated = 2 * cos.shape[1]
+    even, odd = phi[..., :rotated:2], phi[..., 1:rotated:2]
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return torch.cat((pairs.flatten(-2), phi[..., turned:]), dim=-1)
+    return torch.cat((pairs.flatten(-2), phi[..., rotated:]), dim=-1)
 
 
 def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
@@ -290,7 +290,7 @@ def pack_bits(kept: Tensor) -> Tensor:
 
 
 def mask_from_bits(bits: Tensor, layout: BlockLayout, list_width: int) -> BlockMask:
-    """Bit masks `(B, H, Nq, words)` -> the block mask whose lists have `list_width` places."""
+    """Bit masks `(B, H, Nq, words)` -> the block mask whose lists have `list_width` entries."""
     blocks = layout.kv_blocks.num_blocks
     kept = (bits[..., None] >> torch.arange(32, device=bits.device)) & 1
     lists, counts = _lists(kept.flatten(-2)[..., :blocks].bool(), list_width)
@@ -303,7 +303,7 @@ def softmax_scale(q: Tensor, scale: float | None) -> float:
 
 
 def _lists(kept: Tensor, list_width: int | None = None) -> tuple[Tensor, Tensor]:
-    """kept `(..., Nk)` bool -> ascending lists, Nk in unused places, and their lengths; int32."""
+    """kept `(..., Nk)` bool -> ascending lists, Nk in unused entries, and their lengths; int32."""
     counts, blocks = kept.sum(dim=-1), kept.shape[-1]
     column = torch.arange(blocks, device=kept.device).expand_as(kept)
     lists = torch.where(kept, column, blocks).sort(dim=-1).values

@@ -30,7 +30,7 @@ class Cause(enum.Enum):
     NO_GPU = "the tensors are on {device}, and the kernels run on NVIDIA and AMD GPUs"
     NOT_INSTALLED = "the package triton is not installed"
     TOO_OLD = "{package} is {found}, and {needed} or newer is needed"
-    GPU_TOO_OLD = "{gpu} is {found}, and its tensor cores need sm_80 or newer"
+    GPU_TOO_OLD = "{gpu} is {found}, and the kernels need sm_80 or newer"
     GPU_UNKNOWN = "{found} is not among {known}"
     DTYPE = "the kernels are for {known}, not {found}"
     HEAD_DIM = "head_dim {found} is not a multiple of {multiple} up to {most}"

@@ -178,7 +178,7 @@ class BlockLayout:
 class BlockMask:
     """Which key blocks each query block keeps, in FlexAttention's terms.
 
-    kv_indices `(B, H, Nq, K)` int32: the kept key blocks of each row, ascending, each once; places
+    kv_indices `(B, H, Nq, K)` int32: the kept key blocks of each row, ascending, each once; entries
     beyond a row's number may hold anything. kv_num_blocks `(B, H, Nq)` int32: how many it keeps.
     Raises ValueError when the lists do not fit the blocks. Looking at every entry makes a GPU wait,
     so masks that this package's own selection made are trusted.

@@ -26,8 +26,8 @@ class RoPeSLRLoadAdapter(io.ComfyNode):
             display_name="Load RoPeSLR Adapter",
             category="RoPeSLR",
             description=(
-                "Loads trained weights of a sparse-attention method from models/ropeslr. Connect "
-                "it to RoPeSLR Sparse Attention; the first entry runs without any."
+                "Loads the trained weights of a sparse-attention method from models/ropeslr. "
+                "Connect it to RoPeSLR Sparse Attention. The first entry runs without weights."
             ),
             search_aliases=["sparse attention weights"],
             inputs=[
@@ -47,7 +47,7 @@ class RoPeSLRLoadAdapter(io.ComfyNode):
                     max=MAX_RANK,
                     step=2,
                     tooltip=(
-                        "Rank to use of the adapter's; 0 = all. A non-zero rank on RoPeSLR Sparse "
+                        "Rank of the adapter to use; 0 = all. A non-zero rank on RoPeSLR Sparse "
                         "Attention overrides this."
                     ),
                 ),
@@ -87,12 +87,18 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
                 "overwrites a file: if the name is taken, the new file gets a number."
             ),
             inputs=[
-                AdapterType.Input("adapter", tooltip="The adapter of Load Sparse Checkpoint."),
+                AdapterType.Input(
+                    "adapter",
+                    tooltip=(
+                        "The adapter from Load Sparse Checkpoint, to use it later without reading "
+                        "the whole checkpoint."
+                    ),
+                ),
                 io.String.Input(
                     "name",
                     default="adapter",
                     tooltip=(
-                        "File name without extension, in models/ropeslr. A subfolder is allowed: "
+                        "File name in models/ropeslr, without extension. Subfolders are allowed: "
                         "wan/my-adapter."
                     ),
                 ),

@@ -33,8 +33,8 @@ class RoPeSLRDoctor(io.ComfyNode):
             display_name="RoPeSLR Doctor",
             category="RoPeSLR",
             description=(
-                "Needs no model. Says which backend would run on this machine and why, checks that "
-                "it computes right, times it for your video's size, and says what to do."
+                "Shows which backend runs on this machine and why, checks its results, times it at "
+                "your video's size and recommends settings. Needs no model."
             ),
             search_aliases=["sparse attention benchmark", "triton check"],
             inputs=[
@@ -42,7 +42,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     "model_kind",
                     options=list(TOKENS),
                     default=next(iter(TOKENS)),
-                    tooltip="The model you use; it decides how many pixels make one token.",
+                    tooltip="Your model. It decides how many pixels make one token.",
                 ),
                 io.Int.Input(
                     "width",
@@ -50,7 +50,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     min=16,
                     max=8192,
                     step=16,
-                    tooltip="Of the video, in pixels.",
+                    tooltip="Video width in pixels.",
                 ),
                 io.Int.Input(
                     "height",
@@ -58,7 +58,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     min=16,
                     max=8192,
                     step=16,
-                    tooltip="Of the video, in pixels.",
+                    tooltip="Video height in pixels.",
                 ),
                 io.Int.Input(
                     "length",
@@ -66,7 +66,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     min=1,
                     max=4096,
                     step=4,
-                    tooltip="Of the video, in frames.",
+                    tooltip="Video length in frames.",
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -74,14 +74,17 @@ class RoPeSLRDoctor(io.ComfyNode):
                     min=0.0,
                     max=0.98,
                     step=0.01,
-                    tooltip="The sparsity to time; that of RoPeSLR Sparse Attention.",
+                    tooltip="Sparsity to benchmark; use the main node's.",
                 ),
                 io.Int.Input(
                     "seconds",
                     default=20,
                     min=1,
                     max=600,
-                    tooltip="About how long to measure; every method gets at least three turns.",
+                    tooltip=(
+                        "Approximate time to measure. Each method gets at least three turns, so "
+                        "long videos can take longer."
+                    ),
                 ),
             ],
             outputs=[io.String.Output(display_name="text")],

@@ -47,7 +47,7 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
 
 def _in_attention(report: RunReport) -> str:
     return (
-        f", of it {sum(report.attention_seconds.values()):.1f} s in attention"
+        f", {sum(report.attention_seconds.values()):.1f} s in attention"
         if report.attention_seconds
         else ""
     )
@@ -56,7 +56,7 @@ def _in_attention(report: RunReport) -> str:
 def _density(axes, report: RunReport) -> None:
     axes.set_title("Density by layer and step")
     if report.map is None:
-        _note(axes, "No self-attention call was seen.")
+        _note(axes, "No self-attention calls.")
         return
     values = numpy.array(report.map["density"], dtype=float).T  # None becomes NaN
     steps, layers = report.map["steps"], report.map["layers"]
@@ -148,7 +148,7 @@ def _blocks(axes, comparison: MethodComparison) -> None:
     if shown is not None:
         axes.set_title(f"Kept blocks, layer {shown.number}, head {shown.head}")
     if comparison.kept is None:
-        _note(axes, "This layer stayed dense.")
+        _note(axes, "This layer ran dense.")
         return
     axes.imshow(comparison.kept.numpy(), cmap="Blues", interpolation="nearest", aspect="auto")
     axes.set(xlabel="key block", ylabel="query block")

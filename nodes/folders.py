@@ -80,9 +80,9 @@ def _why_not(parts: list[str]) -> str | None:
         try:
             size = len(part.encode("utf-8"))
         except UnicodeEncodeError:
-            return "it has half of a character (a lone surrogate)"
+            return "it contains half of a character (a lone surrogate)"
         if size > MAX_STEM_BYTES:
-            return f"a part of it is {size:,} bytes long, and {MAX_STEM_BYTES} are possible"
+            return f"a part of it is {size:,} bytes long, at most {MAX_STEM_BYTES} are possible"
     return None
 
 

@@ -42,36 +42,40 @@ class RoPeSLRReport(io.ComfyNode):
             display_name="RoPeSLR Report",
             category="RoPeSLR",
             description=(
-                "After the sampler: what ran sparse and what dense and why, density by layer and "
-                "step, cost by part. With conditioning, also the error of this method, or of every "
-                "method, against dense attention."
+                "Shows what the last run did: sparse and dense calls with reasons, density by "
+                "layer and step, cost by part. With conditioning connected, also the error of this "
+                "method, or of every method, against dense attention."
             ),
             search_aliases=["sparse attention report", "compare methods"],
             inputs=[
                 io.Latent.Input(
                     "latent",
-                    tooltip="From the sampler, so that this node runs after it; passed on as it "
-                    "is.",
+                    tooltip=(
+                        "From the sampler, so that this node runs after it. Passed through "
+                        "unchanged."
+                    ),
                 ),
                 io.Model.Input(
                     "model",
-                    tooltip="The MODEL that went into that sampler, behind RoPeSLR Sparse "
-                    "Attention.",
+                    tooltip=(
+                        "The MODEL that went into that sampler, after RoPeSLR Sparse Attention."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The sampler's positive conditioning; only needed to compare with "
-                    "dense attention.",
+                    tooltip="The sampler's positive conditioning. Only needed for compare.",
                 ),
                 io.Combo.Input(
                     "compare",
                     options=list(COMPARE),
                     default="off",
-                    tooltip="this method, all methods: put noise on the finished latent and run "
-                    "the model once more, "
-                    "dense, with the methods beside it: one step's time, and about one step more "
-                    "for each method. Needs positive.",
+                    tooltip=(
+                        "off: only the last run. this method, all methods: also measures the error "
+                        "against dense attention, by adding noise to the finished latent and "
+                        "running the model once more. Takes about one step, and one more per "
+                        "method. Needs positive."
+                    ),
                 ),
                 io.Float.Input(
                     "at",
@@ -79,23 +83,30 @@ class RoPeSLRReport(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="The place in the schedule that the comparison looks at: 0 is pure "
-                    "noise, 1 the finished "
-                    "video.",
+                    tooltip=(
+                        "Point of the schedule to compare at: 0 is pure noise, 1 the finished "
+                        "video."
+                    ),
                 ),
                 io.Int.Input(
                     "layer",
                     default=0,
                     min=0,
                     max=999,
-                    tooltip="The layer whose block map is drawn, from 0.",
+                    tooltip=(
+                        "Layer whose block map is drawn, counted from 0. Too large a number means "
+                        "the last."
+                    ),
                 ),
                 io.Int.Input(
                     "head",
                     default=0,
                     min=0,
                     max=999,
-                    tooltip="The head whose block map is drawn, from 0.",
+                    tooltip=(
+                        "Head whose block map is drawn, counted from 0. Too large a number means "
+                        "the last."
+                    ),
                 ),
             ],
             outputs=[

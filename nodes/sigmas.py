@@ -44,20 +44,22 @@ class RoPeSLRFewStepSigmas(io.ComfyNode):
             node_id="RoPeSLRFewStepSigmas",
             display_name="Few-Step Sigmas",
             category="RoPeSLR",
-            description="The noise levels that SparkWan and TurboWan checkpoints were distilled "
-            "for. Connect them to "
-            "SamplerCustom at CFG 1, sampler euler for SparkWan and lcm for TurboWan. They replace "
-            "the scheduler: no ModelSamplingSD3 shift is needed. Wan 2.2: one sampler per expert, "
-            "the second without adding noise.",
+            description=(
+                "The noise levels that SparkWan and TurboWan checkpoints were distilled for. "
+                "Connect to SamplerCustom with CFG 1 and sampler euler (SparkWan) or lcm "
+                "(TurboWan). Replaces the scheduler; ModelSamplingSD3 is not needed. Wan 2.2: one "
+                "sampler per expert, the second without added noise."
+            ),
             search_aliases=["sparkwan sigmas", "turbowan sigmas", "few step schedule"],
             inputs=[
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default="SparkWan 2.1, 4 steps",
-                    tooltip="Checkpoint family and number of steps. Fewer is faster; each family "
-                    "was trained for 1 to "
-                    "4 steps (SparkWan also 8).",
+                    tooltip=(
+                        "Checkpoint family and number of steps. Fewer is faster. Each family was "
+                        "trained for 1 to 4 steps (SparkWan also 8)."
+                    ),
                 ),
             ],
             outputs=[io.Sigmas.Output()],

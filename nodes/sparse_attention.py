@@ -31,9 +31,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             display_name="RoPeSLR Sparse Attention",
             category="RoPeSLR",
             description=(
-                "Makes Wan and HunyuanVideo faster: self-attention computes only the key blocks "
-                "that matter, and a cheap background that calibrates itself stands in for the "
-                "rest. Put it between the model (or its LoRAs) and the sampler."
+                "Speeds up Wan and HunyuanVideo: self-attention computes only the most important "
+                "blocks and replaces the rest with a cheap, self-calibrating approximation. "
+                "Connect it between the model (or its LoRAs) and the sampler."
             ),
             search_aliases=[
                 "sparse attention",
@@ -53,27 +53,31 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Wan or HunyuanVideo. Other models pass through and run dense, with a "
-                    "note.",
+                    tooltip=(
+                        "A Wan or HunyuanVideo model. Other models pass through and run dense; the "
+                        "log notes it."
+                    ),
                 ),
                 AdapterType.Input(
                     "adapter",
                     optional=True,
-                    tooltip="Trained weights, from Load RoPeSLR Adapter or Load Sparse Checkpoint. "
-                    "Left open, the node "
-                    "runs training-free.",
+                    tooltip=(
+                        "Trained weights, from Load RoPeSLR Adapter or Load Sparse Checkpoint. Not "
+                        "connected: training-free."
+                    ),
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="auto",
-                    tooltip="auto: the adapter's own method; without an adapter, ropeslr. "
-                    "ropeslr: sparse attention plus a background that calibrates itself. "
-                    "rola, sla: sparse attention plus a trained low-rank or linear branch; they "
-                    "need their checkpoint's adapter. adaspa: searches the blocks that matter "
-                    "exactly, twice a run, and is dense until the first search. top-k: sparse "
-                    "attention plus one averaged key for every block left out. "
-                    "top-k plain: the kept blocks and nothing else.",
+                    tooltip=(
+                        "auto: the adapter's method, or ropeslr without one. ropeslr: kept blocks "
+                        "plus a self-calibrating background. rola, sla: kept blocks plus a trained "
+                        "low-rank or linear branch; both need their checkpoint's adapter. adaspa: "
+                        "finds the blocks by exact search, twice per run; dense until the first "
+                        "search. top-k: kept blocks plus one averaged key for each dropped block. "
+                        "top-k plain: kept blocks only."
+                    ),
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -82,10 +86,11 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     max=MAX_SPARSITY,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="The share of key blocks that is NOT computed. 0.90 computes one block "
-                    "in ten: about ten "
-                    "times less attention work. Higher is faster, lower is closer to the dense "
-                    "picture; 0 leaves nothing out and runs dense.",
+                    tooltip=(
+                        "Share of key blocks that are NOT computed. 0.90 computes one block in "
+                        "ten, about a tenth of the attention work. Higher is faster; lower is "
+                        "closer to the dense video. 0 drops nothing and runs dense."
+                    ),
                 ),
                 io.Int.Input(
                     "rank",
@@ -93,10 +98,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     min=0,
                     max=MAX_RANK,
                     step=2,
-                    tooltip="Channels and features per head that the background uses. 0 = all of "
-                    "them (or the "
-                    "adapter's own rank). Lower is a little faster and coarser, and keeps the most "
-                    "important ones; 64 is a good second choice.",
+                    tooltip=(
+                        "Rank of the background per head; 0 = full (or the adapter's rank). Lower "
+                        "is slightly faster and less accurate. Try 64."
+                    ),
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -104,7 +109,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Sampling before this point of the schedule stays dense.",
+                    tooltip="Steps before this point of the schedule run dense.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -112,42 +117,48 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Sampling after this point of the schedule stays dense.",
+                    tooltip="Steps after this point of the schedule run dense.",
                 ),
                 io.Int.Input(
                     "dense_first_steps",
                     default=AUTO,
                     min=AUTO,
                     max=1000,
-                    tooltip="This many steps at the start of the whole schedule stay dense; they "
-                    "decide the layout of "
-                    "the video. Two experts share one count. -1 = auto: 1, but 0 with a checkpoint "
-                    "that was trained sparse (rola, sla), and 0 for adaspa, which warms up by "
-                    "itself.",
+                    tooltip=(
+                        "Steps to run dense at the start; they set the composition. Counted over "
+                        "the whole schedule, across both experts of Wan 2.2. -1 = auto: 1, or 0 "
+                        "for adaspa and sparse-trained checkpoints (rola, sla)."
+                    ),
                 ),
                 io.Int.Input(
                     "dense_last_steps",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="This many steps at the end of the whole schedule stay dense. 1 can "
-                    "help fine detail.",
+                    tooltip=(
+                        "Steps to run dense at the end, counted over the whole schedule. 1 can "
+                        "improve fine detail."
+                    ),
                 ),
                 io.String.Input(
                     "dense_layers",
                     default="",
-                    tooltip="Layers that stay dense, counted from 0: numbers and ranges, such as "
-                    '"0, 1, 38-39".',
+                    tooltip=(
+                        'Layers to run dense, counted from 0: numbers and ranges, such as "0, 1, '
+                        '38-39".'
+                    ),
                 ),
                 io.Combo.Input(
                     "calibrate",
                     options=list(CALIBRATE),
                     default="auto",
                     advanced=True,
-                    tooltip="ropeslr: when a few rows are computed exactly to adjust the "
-                    "background. auto: at the "
-                    "first sparse step and every 5 steps; with an adapter, never. on top: with an "
-                    "adapter too, starting from its values.",
+                    tooltip=(
+                        "ropeslr: when to compute a few queries exactly and fit the background to "
+                        "them. auto: at the first sparse step and every 5 steps; never with an "
+                        "adapter. refine: like auto, but with an adapter too, starting from its "
+                        "values."
+                    ),
                 ),
                 io.Int.Input(
                     "calibrate_rows",
@@ -155,29 +166,32 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     min=1,
                     max=MAX_CALIBRATE_ROWS,
                     advanced=True,
-                    tooltip="Rows per layer that a calibration computes exactly. 128 cost 0.2 % of "
-                    "dense attention at "
-                    "75,000 tokens.",
+                    tooltip=(
+                        "Queries per layer that each calibration computes exactly. 128 cost 0.2 % "
+                        "of dense attention at 75,000 tokens."
+                    ),
                 ),
                 io.Combo.Input(
                     "backend",
                     options=list(BACKENDS),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: Triton's kernels where they can run, else plain PyTorch. "
-                    "triton: an error where "
-                    "they cannot. pytorch: always plain PyTorch. dense: switches the node off and "
-                    "still counts calls, to compare.",
+                    tooltip=(
+                        "auto: Triton kernels where they can run, otherwise plain PyTorch. triton: "
+                        "fails instead of falling back to PyTorch. pytorch: always plain PyTorch. "
+                        "dense: turns the node off but still counts calls, for comparison."
+                    ),
                 ),
                 io.Combo.Input(
                     "block_order",
                     options=list(BLOCK_ORDERS),
                     default="auto",
                     advanced=True,
-                    tooltip="Which tokens form a block. cube: neighbours in time and space (better "
-                    "without training). "
-                    "raster: as they lie in memory. auto: cube, or what the adapter was trained "
-                    "with.",
+                    tooltip=(
+                        "Which tokens form a block. cube: neighbours in space and time; best "
+                        "without training. raster: neighbours in memory. auto: cube, or the order "
+                        "the adapter was trained with."
+                    ),
                 ),
                 io.Int.Input(
                     "min_tokens",
@@ -185,8 +199,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     min=0,
                     max=1 << 20,
                     advanced=True,
-                    tooltip="Videos of fewer tokens stay dense, since sparse attention gains "
-                    "nothing there.",
+                    tooltip=(
+                        "Videos with fewer tokens run dense: sparse attention gains nothing there."
+                    ),
                 ),
                 io.Boolean.Input(
                     "keep_diagonal",
@@ -198,16 +213,19 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     "keep_first_frame",
                     default=False,
                     advanced=True,
-                    tooltip="Every block also attends to the first frame, whatever its score. In "
-                    "cube order that is "
-                    "the first three or four frames, since blocks span them.",
+                    tooltip=(
+                        "Every block also attends to the first frame, whatever its score. In cube "
+                        "order blocks span frames, so this keeps the first three or four."
+                    ),
                 ),
                 io.Boolean.Input(
                     "strict",
                     default=False,
                     advanced=True,
-                    tooltip="Stop with an error, before sampling where possible, instead of "
-                    "running dense.",
+                    tooltip=(
+                        "Stop with an error instead of running dense, before sampling where "
+                        "possible."
+                    ),
                 ),
                 io.Boolean.Input(
                     "verbose", default=False, advanced=True, tooltip="Log every model call."
@@ -218,10 +236,11 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     default="released",
                     optional=True,
                     advanced=True,
-                    tooltip="sla: which blocks its linear branch covers. released: all of them, as "
-                    "in every checkpoint "
-                    "that can be downloaded. paper: those neither kept nor among a row's worst 10 "
-                    "%.",
+                    tooltip=(
+                        "sla: which blocks its linear branch covers. released: all of them, as in "
+                        "every published checkpoint. paper: those that are neither kept nor among "
+                        "a query block's worst 10 %."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -16,7 +16,7 @@ class Check(NamedTuple):
     """A command, to be run in ROOT, and what it wants in its environment."""
 
     command: list[str]
-    places: dict[str, str] = {}
+    env: dict[str, str] = {}
 
 
 def everything(python: Path, comfyui: Path | None, tsc: Path | None) -> dict[str, Check]:

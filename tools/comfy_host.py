@@ -57,19 +57,22 @@ def module(name: str) -> ModuleType:
 
 
 def run_node(name: str, /, **inputs) -> tuple:
-    """Execute one node, old or new style, and return its outputs.
+    """Execute one node, old or new style, as ComfyUI's executor does, and return its outputs.
 
     Widgets that are not named keep their defaults.
     """
+    import torch
+
     node = boot().NODE_CLASS_MAPPINGS[name]
-    if hasattr(node, "GET_SCHEMA"):
+    with torch.inference_mode():
+        if not hasattr(node, "GET_SCHEMA"):
+            return getattr(node(), node.FUNCTION)(**inputs)
         widgets = {
             each.id: _default(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")
         }
         return node.EXECUTE_NORMALIZED(
             **{k: v for k, v in widgets.items() if v is not None} | inputs
         ).result
-    return getattr(node(), node.FUNCTION)(**inputs)
 
 
 def _default(widget):

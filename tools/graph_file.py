@@ -146,10 +146,10 @@ def render(graph: Graph, info: dict, models: dict[str, Model], version: str) -> 
     numbers = {key: number for number, key in enumerate(nodes, 1)}
     if len(nodes) != sum(1 for _ in graph.nodes()):
         raise ValueError(f"{graph.name}: a key is used twice")
-    places, frames = _layout(graph, info)
+    positions, frames = _layout(graph, info)
     links: list[list] = []
     result = {
-        key: _ui_node(node, numbers[key], info, models, version, places[key])
+        key: _ui_node(node, numbers[key], info, models, version, positions[key])
         for key, node in nodes.items()
     }
     for key, node in nodes.items():
@@ -297,7 +297,7 @@ def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
 
     Columns side by side, groups below each other.
     """
-    places, frames, left = {}, [], 0
+    positions, frames, left = {}, [], 0
     for column in graph.columns:
         width = max(node.width or WIDTH for group in column for node in group.nodes)
         top = 0
@@ -307,7 +307,7 @@ def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
                 top += GROUP_TITLE
             for node in group.nodes:
                 height = height_of(node, info)
-                places[node.key] = (left, top + TITLE, node.width or width, height)
+                positions[node.key] = (left, top + TITLE, node.width or width, height)
                 top += TITLE + height + GAP + GROWS.get(node.type, 0)
             if group.title:
                 frames.append(
@@ -322,4 +322,4 @@ def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
                 )
             top += 2 * GAP
         left += width + COLUMN_GAP
-    return places, frames
+    return positions, frames

@@ -65,11 +65,11 @@ def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def _wan(
-    seed: int, kind: str = "WanModel", module: str = "model", told: dict | None = None, **config
+    seed: int, kind: str = "WanModel", module: str = "model", extra: dict | None = None, **config
 ) -> Callable[[Path], None]:
     """A class of comfy.ldm.wan.
 
-    `told` goes into the file's metadata, for what the weights do not show.
+    `extra` goes into the file's metadata, for what the weights do not show.
     """
 
     def write(path: Path) -> None:
@@ -89,7 +89,7 @@ def _wan(
         )
         # The text width is the one size that ComfyUI does not read off the weights, but it heeds
         # the file's metadata.
-        metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH} | (told or {})})}
+        metadata = {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH} | (extra or {})})}
         save_file(_fill(model, seed).state_dict(), path, metadata)
 
     return write
@@ -274,7 +274,7 @@ FILES: dict[str, Callable[[Path], None]] = {
         in_dim=36,
         audio_inject_layers=[0],
     ),
-    "diffusion_models/tiny_wan21_flow_rvs.safetensors": _wan(27, told={"model_type": "flow_rvs"}),
+    "diffusion_models/tiny_wan21_flow_rvs.safetensors": _wan(27, extra={"model_type": "flow_rvs"}),
     "diffusion_models/tiny_wan21_causal.safetensors": _wan(
         25, "CausalWanModel", "ar_model", {"causal_ar": True}, model_type="t2v"
     ),

@@ -52,7 +52,7 @@ class SearchResult(NamedTuple):
     density: float
     step: int  # of the search
 
-    def rows(self, own: slice) -> SearchResult:
+    def of_batch(self, own: slice) -> SearchResult:
         """That of some batch rows; copies, since a part of a tensor would keep all of it alive."""
         ratio = None if self.ratio is None else self.ratio[own].clone()
         return self._replace(bits=self.bits[own].clone(), ratio=ratio)
@@ -208,7 +208,7 @@ class AdaSpa(Method):
 
     def _remember(self, found: SearchResult, call: AttentionCall, batch: int) -> None:
         for key, own in self._keys(call, batch):
-            self.memory[key] = found.rows(own)
+            self.memory[key] = found.of_batch(own)
         # Context windows may move from step to step: what the last two steps did not ask for is not
         # asked for again.
         last = self._last_asked

@@ -42,7 +42,7 @@ class Calibration(NamedTuple):
     channel_scale: Tensor  # (B, H, r)
     channel_ids: Tensor | None  # (B, H, r): which channels those are; None: all
 
-    def rows(self, own: slice) -> Calibration:
+    def of_batch(self, own: slice) -> Calibration:
         """Those of some batch rows."""
         return Calibration(*(None if x is None else x[own] for x in self))  # type: ignore[arg-type]
 

@@ -244,9 +244,9 @@ class RoPeSLR(Method):
 
         Whether more is due.
         """
-        rows = call.conditionings(batch)
-        found = [self.memory.get((call.layer, key)) for key, _ in rows]
-        counts = [own.stop - own.start for _, own in rows]
+        parts = call.conditionings(batch)
+        found = [self.memory.get((call.layer, key)) for key, _ in parts]
+        counts = [own.stop - own.start for _, own in parts]
         known = [each for each in found if each is not None]
         if len(known) < len(found) or [x.values.gate_slope.shape[0] for x in known] != counts:
             return None, self.plan.calibrates
@@ -262,11 +262,11 @@ class RoPeSLR(Method):
         for key, own in call.conditionings(batch):
             before = self.memory.get((call.layer, key))
             step = call.step if made_now or before is None else before.step
-            self.memory[call.layer, key] = Remembered(step, known.rows(own))
+            self.memory[call.layer, key] = Remembered(step, known.of_batch(own))
 
 
 def _spread(tokens: int, wanted: int, seed: int) -> Tensor:
-    """So many places of `tokens`, one drawn from each even part: -> ascending `(n,)` int64."""
+    """So many of `tokens`, one drawn from each even part: -> ascending `(n,)` int64."""
     count = min(wanted, tokens)
     generator = torch.Generator().manual_seed(seed)
     inside = torch.rand(count, generator=generator, dtype=torch.float64)

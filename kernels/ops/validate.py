@@ -110,7 +110,7 @@ def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:
     if out.dtype != q.dtype:
         raise ValueError(f"out must be {q.dtype}, as q is; found {out.dtype}")
     if gradients:
-        raise ValueError("out cannot be given where gradients are wanted")
+        raise ValueError("out cannot be used with gradients")
 
 
 def check_devices(like: Tensor, values: Iterable[object]) -> None:

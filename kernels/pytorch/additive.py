@@ -72,10 +72,10 @@ def silu_features(x: Tensor, silu_map: SiluMap, h: int) -> Tensor:
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
     if cos is None or sin is None:
         return phi
-    turned = 2 * cos.shape[1]
-    even, odd = phi[:, :turned:2], phi[:, 1:turned:2]
+    rotated = 2 * cos.shape[1]
+    even, odd = phi[:, :rotated:2], phi[:, 1:rotated:2]
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return torch.cat((pairs.flatten(-2), phi[:, turned:]), dim=-1)
+    return torch.cat((pairs.flatten(-2), phi[:, rotated:]), dim=-1)
 
 
 def marginal_linear(

@@ -112,7 +112,7 @@ def softmax_attention(
 
 
 def empty_slot_bias(kv_blocks: TokenBlocks, dtype: torch.dtype) -> Tensor:
-    """Additive scores `(Nk + 1, S)`: -inf on empty slots; a last row of -inf for unused places."""
+    """Additive scores `(Nk + 1, S)`: -inf on empty slots; a last row of -inf for unused entries."""
     shape = (kv_blocks.num_blocks + 1, kv_blocks.block_size)
     bias = torch.zeros(shape, dtype=dtype, device=kv_blocks.tokens.device)
     bias[:-1].masked_fill_(kv_blocks.empty, -torch.inf)

@@ -1,7 +1,7 @@
 """Dense and block-sparse attention, forward; an epilogue may be added before anything is written.
 
 One program per query block and head goes through the key blocks that the block keeps. Its epilogue
-may add, in registers, what the dropped blocks would have said; see `_forward`. Rows of D numbers
+may add, in registers, the background; see `_forward`. Rows of D numbers
 that a whole call of the training-free method moves per token and head (D = 128, half precision: 256
 bytes a row):
 
@@ -170,7 +170,7 @@ def launch(
     q, k, v = aligned(q), aligned(k), aligned(v)
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
-    kind = "tail" if pooled is not None else epilogue.kind
+    kind = "pooled" if pooled is not None else epilogue.kind
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:

@@ -67,7 +67,7 @@ TABLE: dict[str, dict[str, Launch]] = {
     "other": {
         "forward": Launch(4, 3),
         "mixed": Launch(8, 3),
-        "tail": Launch(8, 3),
+        "pooled": Launch(8, 3),
         "linear": Launch(8, 3),
         "low_rank": Launch(8, 3),
         "d_queries": Launch(8, 2),
@@ -83,7 +83,7 @@ TABLE: dict[str, dict[str, Launch]] = {
     # much again.
     "90": {
         "mixed": Launch(4, 3),
-        "tail": Launch(4, 3),
+        "pooled": Launch(4, 3),
         "linear": Launch(4, 3),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),

@@ -272,7 +272,7 @@ def _select_bits(
 
 @triton.jit
 def _fill(lists_ptr, written, list_width, n_k, CHUNK: tl.constexpr):
-    """n_k in the places that a row does not use."""
+    """n_k in the entries that a row does not use."""
     lanes = tl.arange(0, CHUNK)
     for start in range(written, list_width, CHUNK):
         place = start + lanes

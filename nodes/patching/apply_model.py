@@ -103,12 +103,12 @@ def retry_dense_if_not_finite(
         return result
     wasted = call.tally.spent.total()
     device = result.out.device
-    del result  # free before the same is computed again
+    del result  # free before the same is recomputed
     run.forget(device)  # what it learned in this call may be spoiled
     again = execute(x, DenseReason(NOT_FINITE, chosen=True))
     again.call.tally.spent[COMPUTED_AGAIN] += wasted
     if torch.isfinite(again.out).all():
-        run.say_not_finite()
+        run.warn_not_finite()
     else:  # computing every such call twice would not help
         run.unguarded.add(guarded)
         run.notices.once(MODEL_NOT_FINITE)

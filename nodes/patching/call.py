@@ -182,7 +182,7 @@ class ModelCall:
         return out
 
     def run_dense(self, host: HostCall, layer: Layer, reason: DenseReason) -> Tensor:
-        """Self-attention that stays dense, said and counted."""
+        """Log and count self-attention that stays dense."""
         self.entering.drop()
         self.run.notices.dense(reason)
         flops = host.batch * dense_flops(host.tokens, host.head_dim, host.heads)

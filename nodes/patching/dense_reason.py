@@ -20,12 +20,12 @@ BACKEND_DENSE = "backend is set to dense"
 NOTHING_TO_SKIP = "sparsity leaves no block out"
 DENSE_LAYER = "dense layers"
 TOO_SHORT = "{tokens} tokens are fewer than min_tokens {least}"
-TRAINING = "gradients are wanted (training)"
+TRAINING = "gradients are required (training)"
 NO_WEIGHTS = "'{adapter}' has no weights for control blocks"
 MISSING_INPUT = "{missing} (does another node replace the layer's self-attention?)"
 FAILED = "the sparse path failed ({error})"
-NOT_FINITE = "computed again, because the sparse output was not finite"
-OTHER_MODEL = "a second model, {name}, takes part in this run without a node of its own"
+NOT_FINITE = "recomputed, because the sparse output was not finite"
+OTHER_MODEL = "a second model in this run, {name}, has no RoPeSLR node"
 REPLACED = (
     "{silent} never called the attention override: another node replaced their self-attention"
 )
@@ -33,14 +33,14 @@ SKIPPED = "{silent} were skipped or replaced by another node's block patch"
 OVERWRITTEN = (
     "{silent} never called the attention override: another node took it inside the model call"
 )
-NO_BLOCK_INDEX = "{silent} never called the attention override with their number; update ComfyUI"
+NO_BLOCK_INDEX = "{silent} called the attention override without their number; update ComfyUI"
 SILENT = "{silent} never called the attention override"
 
 
 class DenseReason(NamedTuple):
     """Why a call stays dense.
 
-    Chosen: the person asked for it, so nothing has to be said or refused.
+    Chosen: the person asked for it, so nothing is logged or refused.
     """
 
     text: str

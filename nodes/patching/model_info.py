@@ -44,12 +44,12 @@ ARRANGEMENTS: dict[Identity, Arrangement] = {
 }
 WHY_NOT: dict[Identity, str] = {
     ("comfy.ldm.wan.ar_model", "CausalWanModel"): (
-        "it makes a few frames at a time, from keys that it remembers"
+        "it generates a few frames at a time, from cached keys"
     ),
     # Where its patches are flat.
-    (HUNYUAN, "HunyuanVideo"): "HunyuanImage, which makes single pictures",
+    (HUNYUAN, "HunyuanVideo"): "HunyuanImage generates single images",
 }
-UNSUPPORTED = "{name} runs dense: {why}"
+UNSUPPORTED = "{name} cannot be sparse: {why}"
 UNKNOWN_LAYOUT = "{name} is a kind of Wan or HunyuanVideo whose token layout is not known"
 NOT_OURS = "{name} is not a Wan or HunyuanVideo model"
 

@@ -62,4 +62,4 @@ def _sparse(candidate: Candidate) -> Tensor | DenseReason:
         reason = DenseReason(FAILED.format(error=f"{type(error).__name__}: {first_line}"))
         memory = isinstance(error, torch.cuda.OutOfMemoryError)
         candidate.call.run.notices.dense(reason, with_traceback=not memory)
-        return reason._replace(chosen=True)  # said here already
+        return reason._replace(chosen=True)  # logged here already

@@ -32,7 +32,7 @@ from .timing import AttentionTiming
 logger = logging.getLogger(__name__)
 
 SLOW_BACKEND = (
-    "sparse attention runs in plain PyTorch, which may be slower on {device} than dense attention: "
+    "sparse attention runs in plain PyTorch, which may be slower than dense attention on {device}: "
     "{why}"
 )
 NOT_FINITE_HERE = "a sparse output was not finite (NaN or infinite)"
@@ -74,7 +74,7 @@ class SamplingRun:
         self._spare: Attention | None = self.attention
         self._attentions: dict[torch.device, Attention] = {}
         self.heard = False  # some attention has called the override
-        self._said_not_finite = False
+        self._warned_not_finite = False
         self._lock = threading.Lock()
 
     def is_of(self, base_model: Any) -> bool:
@@ -120,7 +120,7 @@ class SamplingRun:
             self._attentions[device] = self._make_attention(self.plan)
 
     def backend_of(self, q: Tensor) -> str:
-        """The backend that attends for q, said where it may disappoint."""
+        """The backend that attends for q; logged where it may be slow."""
         backend, obstacle = backend_of(self.plan, q)
         if backend == "pytorch" and q.device.type != "cpu" and self.plan.backend == "auto":
             self.notices.once(SLOW_BACKEND.format(device=q.device.type, why=obstacle))
@@ -143,14 +143,14 @@ class SamplingRun:
         with self._lock:
             self.tally += tally
 
-    def say_not_finite(self) -> None:
-        """A model call was computed again, dense; said once in every run."""
+    def warn_not_finite(self) -> None:
+        """Log, once per run, that a model call is recomputed dense."""
         if self.plan.strict:
             raise SparseNotPossible(NOT_FINITE_HERE)
-        if not self._said_not_finite:
-            self._said_not_finite = True
+        if not self._warned_not_finite:
+            self._warned_not_finite = True
             logger.warning(
-                "RoPeSLR: %s; that model call is computed again with dense attention",
+                "RoPeSLR: %s; recomputing this model call with dense attention",
                 NOT_FINITE_HERE,
             )
 

@@ -15,7 +15,7 @@ KEPT_BLOCKS, ROUTING, BACKGROUND, CALIBRATION, DENSE_CALLS, COMPUTED_AGAIN = COM
     "background",
     "calibration",
     "dense calls",
-    "computed again",
+    "recomputed",
 )
 
 

@@ -16,10 +16,10 @@ from .model_info import ModelInfo
 
 HIDDEN = -1e4  # an additive mask below this leaves nothing
 UNKNOWN_TOKENS = (
-    "{tokens} tokens where the grid {grid} holds {held}: where the others stand is not known"
+    "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
 )
-MASK_SHAPE = "an attention mask of shape {shape} is set"
-MASK_VALUES = "an attention mask that weighs tokens, or hides some of the video, is set"
+MASK_SHAPE = "there is an attention mask of shape {shape}"
+MASK_VALUES = "an attention mask weights tokens or hides part of the video"
 
 
 @dataclass(frozen=True)

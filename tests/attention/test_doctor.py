@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_a_healthy_machine_passes_and_is_told_its_backend():
     text = doctor.examine(CPU, (3, 8, 9), 0.8, seconds=0.1)
-    assert "plain PyTorch, since the tensors are on cpu" in text and text.count(", right") == 4
+    assert "plain PyTorch: the tensors are on cpu" in text and text.count(", right") == 4
     assert (
         "WRONG" not in text
         and "one self-attention call, 216 tokens, 8 heads, sparsity 0.80: dense" in text

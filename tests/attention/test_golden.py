@@ -83,12 +83,12 @@ class Case:
 
 @DTYPES
 @ORDERS
-@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])  # two blocks of three, and one
-def test_top_k(dtype, order, tail, sparsity):
+def test_top_k(dtype, order, pooled, sparsity):
     case = Case(dtype, order=order)
-    found, _ = case.attend(method="top-k" if tail else "top-k plain", sparsity=sparsity)
-    case.check(found, golden.top_k(*case.tensors, case.angles, case.blocks, 1 - sparsity, tail))
+    found, _ = case.attend(method="top-k" if pooled else "top-k plain", sparsity=sparsity)
+    case.check(found, golden.top_k(*case.tensors, case.angles, case.blocks, 1 - sparsity, pooled))
 
 
 @DTYPES

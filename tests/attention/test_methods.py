@@ -133,7 +133,7 @@ def slow_ropeslr(q, k, v, layout, keep):
             scores = means @ queries[block].mean(0) / width**0.5
             best = scores.argsort(descending=True)[:kept].tolist()
             rest = [j for j in range(len(blocks)) if j not in best]
-            tail = torch.logsumexp(
+            dropped_lse = torch.logsumexp(
                 torch.stack([scores[j] + math.log(len(blocks[j])) for j in rest]), 0
             )
             near = [token for j in best for token in blocks[j]]
@@ -141,7 +141,7 @@ def slow_ropeslr(q, k, v, layout, keep):
                 logits = keys[near] @ queries[token] / width**0.5
                 lse = torch.logsumexp(logits, 0)
                 sparse = torch.softmax(logits, 0) @ values[near]
-                share = torch.sigmoid(tail - lse)
+                share = torch.sigmoid(dropped_lse - lse)
                 out[0, h, token] = (1 - share) * sparse + share * (
                     values.mean(0) + queries[token] @ cov / width**0.5
                 )
@@ -159,12 +159,12 @@ def test_calibration_solves_its_normal_equations():
 
     q, out, sparse = (noise(1, 1, rows, width) for _ in range(3))
     sparse_lse, v_mean, cov = noise(1, 1, rows), noise(1, 1, width), noise(1, 1, width, width)
-    tail, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
+    dropped_lse, lse = sparse_lse + noise(1, 1, rows), sparse_lse + 0.1 + noise(1, 1, rows).abs()
     state = module.State(v_mean, cov, 0.25)
-    exact = module.ExactQueries(q, out, lse, sparse, sparse_lse, tail)
+    exact = module.ExactQueries(q, out, lse, sparse, sparse_lse, dropped_lse)
     found = module.calibrate(exact, state, module.untrained(state))
     odds = torch.log(torch.expm1(lse - sparse_lse)).flatten()
-    estimate = (tail - sparse_lse).flatten()
+    estimate = (dropped_lse - sparse_lse).flatten()
     c = (((estimate - estimate.mean()) * (odds - odds.mean())).mean() + 0.1) / (
         estimate.var(correction=0) + 0.1
     )

@@ -150,9 +150,9 @@ def test_the_doctor_writes_on_its_own_node(shown):
         app.graph.add(node)
         node.onExecuted({ text: ["Machine", "all is well"] })
         const widget = node.widgets.find((each) => each.name === "ropeslr_text")
-        const told = [widget.element.textContent, node.serialize().widgets_values.length, widget.serialize]
+        const last = [widget.element.textContent, node.serialize().widgets_values.length, widget.serialize]
         app.graph.remove(node)
-        return told
+        return last
     }""")
     assert text == ["Machine\nall is well", 6, False]
 

@@ -21,7 +21,7 @@ def run(check):
     return subprocess.run(
         check.command,
         cwd=ROOT,
-        env=os.environ | check.places,
+        env=os.environ | check.env,
         capture_output=True,
         text=True,
         errors="replace",

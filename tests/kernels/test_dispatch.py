@@ -58,7 +58,7 @@ def test_where_the_kernels_can_run_nothing_stands_against_them(gpu, machine):
     (dict(), dict(device=torch.device("mps")), Cause.NO_GPU, "the tensors are on mps"),
     (dict(triton=None), dict(), Cause.NOT_INSTALLED, "the package triton is not installed"),
     (dict(triton="3.3.1"), dict(), Cause.TOO_OLD, "triton is 3.3.1, and 3.4 or newer is needed"),
-    (dict(major=7, minor=5), dict(), Cause.GPU_TOO_OLD, "a GPU is sm_75, and its tensor cores need sm_80"),
+    (dict(major=7, minor=5), dict(), Cause.GPU_TOO_OLD, "a GPU is sm_75, and the kernels need sm_80"),
     (dict(hip="gfx1100"), dict(), Cause.GPU_UNKNOWN, "gfx1100 is not among gfx90a, gfx942"),
     (dict(), dict(dtype=torch.float32), Cause.DTYPE, "the kernels are for float16 and bfloat16, not float32"),
     (dict(), dict(head_dim=36), Cause.HEAD_DIM, "head_dim 36 is not a multiple of 8"),

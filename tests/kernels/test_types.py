@@ -49,7 +49,7 @@ def test_tensors_that_do_not_belong_together():
         ops.dense_attention(q, k, v, out=q[:, :, :9].clone())
     with pytest.raises(ValueError, match="out must be torch.float64, as q is; found torch.float32"):
         ops.dense_attention(q, k, v, out=q.float())
-    with pytest.raises(ValueError, match="out cannot be given where gradients are wanted"):
+    with pytest.raises(ValueError, match="out cannot be used with gradients"):
         ops.block_sparse_attention(q.clone().requires_grad_(), k, v, mask, out=torch.empty_like(q))
 
 

@@ -34,11 +34,11 @@ def variant(request):
 
 
 def check(name, variant, patched, method, sampled, dense, calls):
-    told = report(patched)
+    last = report(patched)
     assert torch.isfinite(sampled).all() and 1e-5 < relative_error(sampled, dense) < 0.5
-    assert told.sparse_calls == calls * told.model_calls, told.summary()
+    assert last.sparse_calls == calls * last.model_calls, last.summary()
     assert FOUND[name].setdefault(method, [calls, variant.calls]) == [calls, variant.calls]
-    return told
+    return last
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_methods_without_weights(variant, cfg, size):
     dense = variant.sample(model, latent, cfg)
     for method in TRAINING_FREE:
         patched = sparse(model, method=method, sparsity=0.6)
-        told = check(
+        last = check(
             name,
             variant,
             patched,
@@ -65,7 +65,7 @@ def test_methods_without_weights(variant, cfg, size):
             dense,
             variant.calls,
         )
-        assert not told.dense_calls and told.density < 1
+        assert not last.dense_calls and last.density < 1
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_methods_with_weights(variant, method, cfg, size):
     layers = len(model.model.diffusion_model.blocks)
     patched = sparse(model, method=method, sparsity=0.6, adapter=own_adapter(method, layers))
     sampled = variant.sample(patched, latent, cfg)
-    told = check(name, variant, patched, method, sampled, dense, variant.calls - variant.control)
-    assert sum(told.dense_calls.values()) == variant.control * told.model_calls
-    assert all("has no weights for control blocks" in reason for reason in told.dense_calls)
+    last = check(name, variant, patched, method, sampled, dense, variant.calls - variant.control)
+    assert sum(last.dense_calls.values()) == variant.control * last.model_calls
+    assert all("has no weights for control blocks" in reason for reason in last.dense_calls)
 
 
 def test_every_block_kept_is_dense(variant, monkeypatch, thorough):
@@ -179,10 +179,10 @@ def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size)
     model, latent = variant.model(), getattr(variant, size)
     patched = sparse(model, method=method)
     assert torch.equal(variant.sample(patched, latent, 5.0), variant.sample(model, latent, 5.0))
-    told = report(patched)
+    last = report(patched)
     assert (
-        told.dense_calls == {variant.dense: variant.calls * told.model_calls}
-        and told.sparse_calls == 0
+        last.dense_calls == {variant.dense: variant.calls * last.model_calls}
+        and last.sparse_calls == 0
     )
     FOUND[name][method] = variant.dense
     with pytest.raises(RuntimeError, match="strict"):

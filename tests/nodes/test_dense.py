@@ -177,7 +177,7 @@ def test_tokens_that_nobody_accounts_for_run_dense_with_a_reason():
     q = torch.randn(1, 2, 300, 64)
     assert call(q, q, q, 2, skip_reshape=True) == "dense"
     assert dict(call.call.tally.dense_calls) == {
-        "300 tokens where the grid (4, 8, 8) holds 256: where the others stand is not known": 1
+        "300 tokens, but the video's grid (4, 8, 8) has 256: the position of the rest is unknown": 1
     }
 
 
@@ -243,7 +243,7 @@ class Calls:
     [
         (63, 2, None, "head_dim is 63 (an even number up to 512 is needed)"),
         (514, 2, None, "head_dim is 514 (an even number up to 512 is needed)"),
-        (64, 2, torch.zeros(256, 256), "an attention mask of shape (256, 256) is set"),
+        (64, 2, torch.zeros(256, 256), "there is an attention mask of shape (256, 256)"),
         (64, 1, None, "2 query heads on 1 key heads (equal numbers are needed)"),
     ],
 )
@@ -301,7 +301,7 @@ def test_calls_before_the_blocks_pass_through():
         ("tiny_flux", "Flux is not a Wan or HunyuanVideo model"),
         (
             "tiny_hunyuan_image",
-            "HunyuanVideo runs dense: HunyuanImage, which makes single pictures",
+            "HunyuanVideo cannot be sparse: HunyuanImage generates single images",
         ),
     ],
 )

@@ -107,10 +107,10 @@ def check(model, layers, heads, chosen, run):
         assert chosen["strict"] and "RoPeSLR (strict)" in str(error), repr(error)
         return
     assert torch.isfinite(out).all()
-    told = report(patched)
-    assert told.completed and told.sparse_calls + sum(told.dense_calls.values()) > 0
-    assert 0 <= told.density <= 1 and told.summary()
-    return told.sparse_calls
+    last = report(patched)
+    assert last.completed and last.sparse_calls + sum(last.dense_calls.values()) > 0
+    assert 0 <= last.density <= 1 and last.summary()
+    return last.sparse_calls
 
 
 @pytest.mark.slow

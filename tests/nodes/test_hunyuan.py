@@ -33,8 +33,8 @@ def test_every_block_kept_is_dense(hunyuan, order, monkeypatch):
     model, arguments, calls = hunyuan
     patched = sparse(model, sparsity=0.0, block_order=order)
     assert relative_error(sample(patched, **arguments), sample(model, **arguments)) < 1e-5
-    told = report(patched)
-    assert told.sparse_calls == 2 * calls and told.density == 1.0 and not told.dense_calls
+    last = report(patched)
+    assert last.sparse_calls == 2 * calls and last.density == 1.0 and not last.dense_calls
 
 
 @pytest.mark.parametrize("method", ["ropeslr", "adaspa", "top-k", "top-k plain"])

@@ -45,15 +45,15 @@ def test_every_method_runs_on_every_model(variant, method, cfg):
     for given in {None: None, "trained": adapter}.values() if adapter else (None,):
         patched = sparse(model, method=method, sparsity=0.6, adapter=given)
         found = sample(patched, **arguments)
-        told = report(patched)
+        last = report(patched)
         assert torch.isfinite(found).all() and 1e-3 < relative_error(found, dense) < 0.5
         assert (
-            told.method == method
-            and told.sparse_calls == 2 * told.model_calls
-            and not told.dense_calls
+            last.method == method
+            and last.sparse_calls == 2 * last.model_calls
+            and not last.dense_calls
         )
-        assert told.adapter == (given.name if given else "")
-        results[told.adapter] = found
+        assert last.adapter == (given.name if given else "")
+        results[last.adapter] = found
     if adapter:
         assert not torch.equal(*results.values())
 
@@ -63,8 +63,8 @@ def test_two_experts_each_have_their_own_weights_and_memory(method):
     adapters = [own_adapter(method, seed=seed) if method in TRAINED else None for seed in (1, 2)]
     settings = [dict(method=method, sparsity=0.6, adapter=adapter) for adapter in adapters]
     high, low = two_experts(3, high=settings[0], low=settings[1])
-    for told in (high, low):
-        assert told.sparse_calls == 6 and not told.dense_calls
+    for last in (high, low):
+        assert last.sparse_calls == 6 and not last.dense_calls
     if method == "adaspa":  # six steps: each expert searches for itself, at its first step
         assert high.calibrations == 2 and low.calibrations == 2 and high.recall != low.recall
 
@@ -219,8 +219,8 @@ def test_a_released_checkpoint_samples_as_its_transcription_does(family, ending)
     patched = sparse(with_lora(model), adapter=adapter, sparsity=0.6, dense_first_steps=-1)
     image = "channels" in shape
     found = few_steps(patched, preset, sampler, image)
-    told = report(patched)
-    assert told.adapter == name and not told.dense_calls and told.block_order == "raster"
+    last = report(patched)
+    assert last.adapter == name and not last.dense_calls and last.block_order == "raster"
 
     stock = {
         key: tensor for key, tensor in weights.items() if "proj_" not in key or "img_emb" in key
@@ -233,7 +233,7 @@ def test_a_released_checkpoint_samples_as_its_transcription_does(family, ending)
     other = Transcribed(with_lora(plain), weights, kind, 0.4)
     expected = few_steps(other.model, preset, sampler, image)
     other.close()
-    assert other.calls == told.sparse_calls > 0
+    assert other.calls == last.sparse_calls > 0
     assert relative_error(found, expected) < 2e-5
     without = few_steps(sparse(model, adapter=adapter, sparsity=0.6), preset, sampler, image)
     assert relative_error(without, expected) > 1e-2  # the LoRA plays its part
@@ -276,8 +276,8 @@ def test_an_expert_pair_runs_over_both_halves_of_its_levels():
         )
         reports.append(report(patched))
     assert torch.isfinite(latent["samples"]).all()
-    assert [told.sparse_calls for told in reports] == [4, 6] and not any(
-        told.dense_calls for told in reports
+    assert [last.sparse_calls for last in reports] == [4, 6] and not any(
+        last.dense_calls for last in reports
     )
 
 
@@ -427,10 +427,10 @@ def test_adaspa_is_dense_until_its_first_search_and_says_so():
         load_model("tiny_wan21_t2v"), method="adaspa", sparsity=0.6, dense_first_steps=-1
     )
     sample(patched, steps=10)
-    told = report(patched)
-    assert told.dense_calls == {"before AdaSpa's first search": 4} and told.sparse_calls == 16
-    assert told.calibrations == 4 and 0 < told.recall < 1  # at steps 2 and 6, in two layers
-    assert "4 searched, recall 0." in told.summary()
+    last = report(patched)
+    assert last.dense_calls == {"before AdaSpa's first search": 4} and last.sparse_calls == 16
+    assert last.calibrations == 4 and 0 < last.recall < 1  # at steps 2 and 6, in two layers
+    assert "4 searched, recall 0." in last.summary()
     few = sparse(load_model("tiny_wan21_t2v"), method="adaspa", sparsity=0.6, dense_first_steps=-1)
     sample(few, steps=4)
     assert not report(few).dense_calls and report(few).calibrations == 2

@@ -404,11 +404,11 @@ def test_context_windows_of_models_that_have_more_than_a_text(name):
     dense = variant.sample(windowed(model), latent, 1.0)
     patched = windowed(sparse(model, sparsity=0.5))
     assert relative_error(variant.sample(patched, latent, 1.0), dense) < 0.5
-    told = report(patched)
+    last = report(patched)
     assert (
-        told.model_calls > 2
-        and told.sparse_calls == variant.calls * told.model_calls
-        and not told.dense_calls
+        last.model_calls > 2
+        and last.sparse_calls == variant.calls * last.model_calls
+        and not last.dense_calls
     )
 
 

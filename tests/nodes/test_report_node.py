@@ -11,7 +11,7 @@ from support.data.variants import VARIANTS
 from support.host.sampling import conditioning, load_model, own_adapter, report, sample, sparse
 
 
-def told(model, latent, **widgets):
+def run_report(model, latent, **widgets):
     """(latent, image, text) of the node."""
     comfy_host.pack()
     return comfy_host.run_node("RoPeSLRReport", model=model, latent={"samples": latent}, **widgets)
@@ -25,7 +25,7 @@ def finished():
 
 def test_it_passes_the_latent_on_and_tells_of_the_run(finished):
     model, latent = finished
-    passed, image, text = told(model, latent)
+    passed, image, text = run_report(model, latent)
     assert passed["samples"] is latent
     assert image.shape == (1, 850, 1300, 3) and 0 <= image.min() < image.max() <= 1
     assert text.startswith(report(model).summary()) and "Time in self-attention" in text
@@ -34,15 +34,17 @@ def test_it_passes_the_latent_on_and_tells_of_the_run(finished):
 def test_every_method_is_compared_with_dense_attention(finished):
     model, latent = finished
     run = report(model)
-    _, image, text = told(model, latent, positive=conditioning(1), compare="all methods", layer=1)
+    _, image, text = run_report(
+        model, latent, positive=conditioning(1), compare="all methods", layer=1
+    )
     rows = {
         line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")
     }
     assert list(rows) == ["ropeslr", "top-k", "adaspa", "top-k plain"]
     assert "on this model at this sparsity: ropeslr" in text
     assert report(model) is run  # the comparison is no run of the person's
-    assert not torch.equal(image, told(model, latent)[1])
-    _, _, text = told(model, latent, positive=conditioning(1), compare="this method")
+    assert not torch.equal(image, run_report(model, latent)[1])
+    _, _, text = run_report(model, latent, positive=conditioning(1), compare="this method")
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == ["ropeslr"]
 
 
@@ -83,15 +85,17 @@ def test_other_models_are_compared_too(name):
     model = sparse(variant.model(), sparsity=0.6)
     latent = variant.sample(model, variant.even, 1.0)
     extra = conditioning(1, **variant.extra(variant.even))
-    _, _, text = told(model, latent, positive=extra, compare="all methods", layer=999, head=999)
+    _, _, text = run_report(
+        model, latent, positive=extra, compare="all methods", layer=999, head=999
+    )
     assert "Closest to dense" in text and "failed" not in text
 
 
 def test_a_comparison_that_was_not_asked_for_is_said(finished):
     """Conditioning is connected, so the person expects one."""
     model, latent = finished
-    assert "compare is off" in told(model, latent, positive=conditioning(1))[2]
-    assert "compare" not in told(model, latent)[2]
+    assert "compare is off" in run_report(model, latent, positive=conditioning(1))[2]
+    assert "compare" not in run_report(model, latent)[2]
 
 
 def test_comparing_leaves_the_random_state_alone(finished):
@@ -99,7 +103,7 @@ def test_comparing_leaves_the_random_state_alone(finished):
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
-    told(model, latent, positive=conditioning(1), compare="this method")
+    run_report(model, latent, positive=conditioning(1), compare="this method")
     assert torch.equal(torch.randn(3), expected)
 
 
@@ -139,7 +143,7 @@ def test_every_component_of_the_cost_is_drawn(finished, monkeypatch):
     """The bar of what was spent is as long as its title says, also when a step was recomputed."""
     figure, tally = (comfy_host.module(f".nodes.{name}") for name in ("figure", "patching.tally"))
     model, _ = finished
-    told = dataclasses.replace(report(model), spent_parts=dict.fromkeys(tally.COMPONENTS, 1.0))
+    last = dataclasses.replace(report(model), spent_parts=dict.fromkeys(tally.COMPONENTS, 1.0))
     lengths = []
 
     class Axes:
@@ -149,7 +153,7 @@ def test_every_component_of_the_cost_is_drawn(finished, monkeypatch):
         def __getattr__(self, name):
             return lambda *_, **__: None
 
-    figure._cost(Axes(), told)
+    figure._cost(Axes(), last)
     spent = [length for name, length in lengths if name == "spent"]
     assert len(spent) == len(tally.COMPONENTS) and len(set(spent)) == 1
     assert set(report(model).spent_parts) <= set(tally.COMPONENTS)
@@ -158,7 +162,7 @@ def test_every_component_of_the_cost_is_drawn(finished, monkeypatch):
 def test_comparing_leaves_the_model_as_it_was(finished):
     model, latent = finished
     plain = sample(load_model("tiny_wan21_t2v"))
-    told(model, latent, positive=conditioning(1), compare="all methods")
+    run_report(model, latent, positive=conditioning(1), compare="all methods")
     assert torch.equal(sample(model), latent)
     assert torch.equal(sample(load_model("tiny_wan21_t2v")), plain)
 
@@ -175,7 +179,7 @@ def test_comparing_leaves_the_model_as_it_was(finished):
 )
 def test_a_comparison_that_cannot_be_made_does_not_cost_the_run(finished, widgets, says):
     model, latent = finished
-    _, image, text = told(model, latent, **widgets)
+    _, image, text = run_report(model, latent, **widgets)
     assert says in text and image.shape[1:] == (850, 1300, 3)
 
 
@@ -183,15 +187,15 @@ def test_a_model_that_cannot_be_sparse_and_one_that_never_ran():
     variant = VARIANTS["HunyuanImage 2.1"]
     model = sparse(variant.model())
     latent = variant.sample(model, variant.even, 1.0)
-    text = told(
+    text = run_report(
         model,
         latent,
         positive=conditioning(1, **variant.extra(variant.even)),
         compare="all methods",
     )[2]
-    assert "single pictures" in text and "no attention of this model can be sparse" in text
+    assert "single images" in text and "no attention of this model can be sparse" in text
     for never in (load_model("tiny_wan21_t2v"), sparse(load_model("tiny_wan21_t2v"))):
-        assert "No run to report" in told(never, latent)[2]
+        assert "No run to report" in run_report(never, latent)[2]
 
 
 def test_without_matplotlib_the_text_is_the_picture(finished, monkeypatch):
@@ -203,5 +207,5 @@ def test_without_matplotlib_the_text_is_the_picture(finished, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    _, image, text = told(*finished)
+    _, image, text = run_report(*finished)
     assert "pip install matplotlib" in text and image.shape[2:] == (720, 3) and image.min() < 0.5

@@ -19,16 +19,16 @@ def test_the_map_tells_layers_and_steps_apart():
         load_model("tiny_wan21_t2v"), sparsity=0.6, dense_first_steps=1, dense_layers="1"
     )
     sample(patched, cfg=5.0)
-    told = report(patched)
-    cell = pytest.approx(told.density, abs=1e-4)
-    assert told.map == {
+    last = report(patched)
+    cell = pytest.approx(last.density, abs=1e-4)
+    assert last.map == {
         "layers": 2,
         "steps": [0, 1, 2],
         "density": [[1.0, 1.0], [cell, 1.0], [cell, 1.0]],
     }
-    assert 0.2 < told.density < 0.5
-    assert told.tokens == 576
-    assert json.loads(json.dumps(asdict(told)))["map"]["density"][1][1] == 1.0
+    assert 0.2 < last.density < 0.5
+    assert last.tokens == 576
+    assert json.loads(json.dumps(asdict(last)))["map"]["density"][1][1] == 1.0
 
 
 def test_steps_are_those_of_the_sampler():

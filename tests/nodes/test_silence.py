@@ -27,9 +27,9 @@ def test_a_skipped_block_is_no_fallback(strict, caplog):
     """It was left out on purpose: counted, not warned about, and nothing that strict refuses."""
     patched = sparse(skipping(load_model("tiny_wan21_t2v")), strict=strict)
     sample(patched)
-    told = report(patched)
-    assert told.sparse_calls == 3
-    assert told.dense_calls == {reasons.SKIPPED.format(silent="1 of 2 layers"): 3}
+    last = report(patched)
+    assert last.sparse_calls == 3
+    assert last.dense_calls == {reasons.SKIPPED.format(silent="1 of 2 layers"): 3}
     assert not [record for record in caplog.records if "runs dense" in record.message]
 
 
@@ -80,9 +80,9 @@ def test_a_layer_that_another_node_replaced_is_counted_in_every_call():
 
     patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", forward)
     sample(patched, steps=4)
-    told = report(patched)
-    assert told.sparse_calls == 4
-    assert told.dense_calls == {reasons.REPLACED.format(silent="1 of 2 layers"): 4}
+    last = report(patched)
+    assert last.sparse_calls == 4
+    assert last.dense_calls == {reasons.REPLACED.format(silent="1 of 2 layers"): 4}
     sample(model)  # puts the module's own forward back
 
 
@@ -115,6 +115,6 @@ def test_a_block_list_that_changes_in_a_run_is_no_second_model():
 
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "shorter", shorter)
     sample(patched, steps=2)
-    told = report(patched)
-    assert told.sparse_calls == 2 and list(told.dense_calls.values()) == [2]
-    assert not any("second model" in reason for reason in told.dense_calls)
+    last = report(patched)
+    assert last.sparse_calls == 2 and list(last.dense_calls.values()) == [2]
+    assert not any("second model" in reason for reason in last.dense_calls)

@@ -34,8 +34,8 @@ def test_train_lora_runs_on_a_patched_model(settings, checkpointing):
     widgets = {name: [value] for name, value in inputs.items() if value is not None}
     widgets |= dict(model=[patched], latents=[latent], positive=[conditioning(1)])
     nodes["TrainLoraNode"].EXECUTE_NORMALIZED(**widgets)
-    told = report(patched)
-    assert told.sparse_calls == 0 and set(told.dense_calls) == {reasons.TRAINING}
+    last = report(patched)
+    assert last.sparse_calls == 0 and set(last.dense_calls) == {reasons.TRAINING}
 
 
 def test_a_run_while_comfyui_trains_stays_dense_and_says_so(monkeypatch, caplog):

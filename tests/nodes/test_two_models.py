@@ -79,8 +79,8 @@ def test_each_of_two_nodes_counts_and_decides_for_its_own_model(models):
     second = sparse(low, method="top-k", sparsity=0.8, dense_layers="1")
     for _ in range(2):
         guided(first, second, steps=3)
-        told, other = report(first), report(second)
-        assert told.method == "sla" and told.sparse_calls == 6 and not told.dense_calls
+        last, other = report(first), report(second)
+        assert last.method == "sla" and last.sparse_calls == 6 and not last.dense_calls
         assert other.method == "top-k" and other.sparse_calls == 3
         assert other.dense_calls == {"dense layers": 3}
 

@@ -28,6 +28,7 @@ NEEDS = {
     "kernels/test_dispatch.py": (PLAIN,),
     "kernels/test_interpreter.py": ("triton", INTERPRETER),
     "nodes": (COMFYUI, "torch", "safetensors", "hypothesis", "psutil", "pathspec"),
+    "nodes/test_texts.py": ("cogapp",),
     "web": ("torch",),
     "workflows": ("jsonschema",),
 }

@@ -235,7 +235,7 @@ VARIANTS = {
     "Wan causal (Self-Forcing)": Variant(
         "tiny_wan21_causal",
         trained=False,
-        dense="CausalWanModel runs dense: it makes a few frames at a time, from keys that it remembers",
+        dense="CausalWanModel cannot be sparse: it generates a few frames at a time, from cached keys",
         needs=("WAN21_CausalAR", ""),
     ),
     "HunyuanImage 2.1": Variant(
@@ -245,6 +245,6 @@ VARIANTS = {
         even=(16, 16),
         odd=(15, 17),
         trained=False,
-        dense="HunyuanVideo runs dense: HunyuanImage, which makes single pictures",
+        dense="HunyuanVideo cannot be sparse: HunyuanImage generates single images",
     ),
 }

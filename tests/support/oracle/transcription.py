@@ -137,7 +137,7 @@ def _dropped(kept: list[int], blocks: list[list[int]]) -> list[int]:
     return [j for j in range(len(blocks)) if j not in kept]
 
 
-# top-k with a pooled tail
+# top-k with pooled keys
 
 
 def top_k(
@@ -147,14 +147,14 @@ def top_k(
     angles: Tensor | None,
     blocks: list[list[int]],
     keep: float,
-    tail: bool,
+    pooled: bool,
 ) -> Tensor:
     """Block top-k `(H, L, D)`.
 
-    With `tail` every unkept block is one pseudo-key of the same softmax.
+    With `pooled` every unkept block is one pseudo-key of the same softmax.
     """
     kept = kept_blocks(q, k, angles, blocks, keep)
-    if not tail:
+    if not pooled:
         return sparse(q, k, v, angles, blocks, kept)[0]
     q, k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
@@ -389,7 +389,7 @@ def ropeslr(
     heads, tokens, width = q.shape
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse = sparse(q, k, v, angles, blocks, kept)
-    tail = _tail_mass(q, k, angles, blocks, kept)
+    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
     c = _weight(weights, "gate_slope", torch.ones(heads))
     b = _weight(weights, "gate_bias", torch.zeros(heads))
     beta = _weight(
@@ -407,7 +407,7 @@ def ropeslr(
         mean_v, c_matrix = v[h].mean(0), _covariance(turned_k[h], v[h])
         scale = _per_channel(_strongest_pairs(beta[h], c_matrix, rank))
         for i in range(tokens):
-            gate = _mass_gate(tail[h, i], lse[h, i], c[h], b[h], gate_x[h, i])
+            gate = _mass_gate(dropped_lse[h, i], lse[h, i], c[h], b[h], gate_x[h, i])
             background = mean_v + (scale * turned_q[h, i]) @ c_matrix + branch[h, i]
             out[h, i] = (1.0 - gate) * out_sparse[h, i] + gate * background
     return out
@@ -458,7 +458,7 @@ def calibrate(
     """
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
-    tail = _tail_mass(q, k, angles, blocks, kept)
+    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
     gate_c, gate_b, beta = (
         start[name].double().clone() for name in ("gate_slope", "gate_bias", "channel_scale")
     )
@@ -472,7 +472,7 @@ def calibrate(
         for i in rows:
             rest = _tokens(blocks, _dropped(kept[h][block_of[i]], blocks))
             logits = turned_k[h, rest] @ turned_q[h, i] / math.sqrt(v.shape[-1])
-            estimate.append((tail[h, i] - lse_kept[h, i]).item())
+            estimate.append((dropped_lse[h, i] - lse_kept[h, i]).item())
             # log(exp(LSE_all - LSE_kept) - 1) is the unkept keys' own log-sum-exp against LSE_kept:
             # nothing cancels so.
             truth.append((torch.logsumexp(logits, 0) - lse_kept[h, i] - gate_x[h, i]).item())
@@ -482,7 +482,8 @@ def calibrate(
         # The gate that beta works behind is the fitted one, not the true mass: that is what it will
         # meet in use.
         gates = [
-            _mass_gate(tail[h, i], lse_kept[h, i], gate_c[h], gate_b[h], gate_x[h, i]) for i in rows
+            _mass_gate(dropped_lse[h, i], lse_kept[h, i], gate_c[h], gate_b[h], gate_x[h, i])
+            for i in rows
         ]
         solved = _fit_beta(
             turned_q[h], turned_k[h], v[h], branch[h], out_sparse[h], rows, gates, beta[h]
@@ -511,7 +512,7 @@ def _weight(weights: dict[str, Tensor], name: str, initial: Tensor) -> Tensor:
     return weights.get(name, initial).double()
 
 
-def _tail_mass(
+def _dropped_lse(
     q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
 ) -> Tensor:
     """T `(H, L)`.
@@ -519,7 +520,7 @@ def _tail_mass(
     Estimated log mass of the unkept blocks, one number per query block; -inf where none is unkept.
     """
     q, k = rotate(q, angles), rotate(k, angles)
-    tail = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    dropped_lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for h in range(q.shape[0]):
         pooled_q, pooled_k = _pool(q[h], blocks), _pool(k[h], blocks)
         for block, rows in enumerate(blocks):
@@ -529,15 +530,15 @@ def _tail_mass(
                 for j in _dropped(kept[h][block], blocks)
             ]
             if logits:
-                tail[h, rows] = torch.logsumexp(torch.tensor(logits, dtype=torch.float64), 0)
-    return tail
+                dropped_lse[h, rows] = torch.logsumexp(torch.tensor(logits, dtype=torch.float64), 0)
+    return dropped_lse
 
 
-def _mass_gate(tail: Tensor, lse: Tensor, c: Tensor, b: Tensor, gate_x: Tensor) -> Tensor:
+def _mass_gate(dropped_lse: Tensor, lse: Tensor, c: Tensor, b: Tensor, gate_x: Tensor) -> Tensor:
     # Nothing is dropped: no mass to give away, whatever c's sign (0 * inf would not be a number).
-    if torch.isinf(tail):
+    if torch.isinf(dropped_lse):
         return torch.zeros((), dtype=torch.float64)
-    return torch.sigmoid(c * (tail - lse) + b + gate_x)
+    return torch.sigmoid(c * (dropped_lse - lse) + b + gate_x)
 
 
 def _covariance(turned_k: Tensor, v: Tensor) -> Tensor:
