@@ -78,10 +78,7 @@ def parse(arguments: list[str]) -> Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(run: Run, hands_on: str = "", thorough: str = "") -> ArgumentParser:
-        """A command.
-
-        Its function, whose docstring is its help; what it hands on; its --thorough.
-        """
+        """A command: its function, whose docstring is its help, what it hands on, --thorough."""
         name, words = run.__name__.rstrip("_"), " ".join((run.__doc__ or "").split())
         usage = f"dev.py {name} {'[--thorough] ' if thorough else ''}[{hands_on} ...]"
         command = commands.add_parser(
@@ -378,10 +375,7 @@ def convert(options: Namespace) -> int:
 
 
 def with_adapters(run: Callable) -> int:
-    """Call run(the pack's adapters).
-
-    By starting anew in the environment where this Python lacks torch.
-    """
+    """Call run(the pack's adapters); in the environment's Python where this one lacks torch."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
         say("this Python has no torch; using the test environment's")
         return subprocess.call([str(environment()), *sys.argv])

@@ -1,7 +1,4 @@
-"""Where every token of a sequence belongs.
-
-The video's (T, H, W) grid, the tokens around it, blocks.
-"""
+"""Where every token of a sequence belongs: the video's grid, the tokens around it, blocks."""
 
 from __future__ import annotations
 

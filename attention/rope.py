@@ -15,9 +15,9 @@ Grid = tuple[int, int, int]
 
 
 class RopeTable(NamedTuple):
-    """The rotation of every token.
+    """The rotation of every token: channel pair (2 i, 2 i + 1) turns by angle i.
 
-    Channel pairs (2 i, 2 i + 1) turn by angle i; `(L, D / 2)` float32.
+    cos, sin `(L, D / 2)` float32.
     """
 
     cos: Tensor

@@ -1,7 +1,4 @@
-"""Which steps of a sampling run are sparse.
-
-The percent window, and counts of dense first and last steps.
-"""
+"""Which steps of a sampling run are sparse: percent window, dense first and last steps."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def poisoned() -> Iterator[None]:
 def errors(device: torch.device) -> dict[str, dict]:
     """ "operation dtype head_dim" -> relative error and its limit, or the operation's error text.
 
-    Float16 at one width only: every pair of dtype and width is compiled anew.
+    float16 at one head_dim only: every pair of dtype and width is compiled anew.
     """
     found = {}
     first = torch.float16 if device.type == "cuda" else torch.float32

@@ -1,7 +1,4 @@
-"""How the benchmarks measure.
-
-On a GPU with CUDA events, on a CPU with the clock; medians, spread, and the machine.
-"""
+"""How the benchmarks measure: CUDA events or the clock; medians, spread, and the machine."""
 
 from __future__ import annotations
 

@@ -186,10 +186,7 @@ def block_sparse_linear(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Sparse output + linear branch + bias.
-
-    SLA, its projection W folded into the state as S W^T.
-    """
+    """Sparse output + linear branch + bias: SLA, its projection W folded into the state S W^T."""
     out, _ = block_sparse_attention(q, k, v, mask, scale=scale)
     return out + linear_read(q, branch.feature_map, branch.state) + branch.bias
 
@@ -197,7 +194,7 @@ def block_sparse_linear(
 def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
     """phi = rope(silu(proj x + pe(p))).
 
-    X `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`.
+    x `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`.
     """
     phi = F.silu(_project(x, silu_map))
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
@@ -222,10 +219,7 @@ def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
 def add_rms_low_rank(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, gate: Tensor, branch: RmsLowRank
 ) -> Tensor:
-    """(out / s + gate * rms_low_rank) * s with s = sqrt(mean_D(out^2) + 1e-5).
-
-    Gate `(B, H, Lq)`.
-    """
+    """(out / s + gate * rms_low_rank) * s, s = sqrt(mean_D(out^2) + 1e-5); gate `(B, H, Lq)`."""
     size = (out.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     return (out / size + gate[..., None] * rms_low_rank(q, k, v, branch)) * size
 

@@ -99,10 +99,7 @@ class RoPeSLRDoctor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_kind, width, height, length, sparsity, seconds) -> io.NodeOutput:
-        """Examine.
-
-        Takes about as long as asked, and the memory of one attention call of eight heads.
-        """
+        """Examine for about `seconds`, with the memory of one attention call of eight heads."""
         pixels, frames = TOKENS[model_kind]
         grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
         bar = ProgressBar(100)

@@ -86,10 +86,7 @@ SEEN = """() => app.graph.nodes.map((node) => ({
 
 
 def find_chromium() -> str | None:
-    """The program, or None where this machine has no Chromium.
-
-    Dev.py looks further and sets ROPESLR_CHROMIUM.
-    """
+    """The program, or None without Chromium; dev.py looks further and sets ROPESLR_CHROMIUM."""
     return (
         os.environ.get("ROPESLR_CHROMIUM")
         or shutil.which("chromium")
@@ -169,10 +166,7 @@ class Window:
         return self.page.screenshot(clip=self.place(type_, margin))
 
     def place(self, type_: str | None = None, margin: int = 0) -> FloatRect:
-        """Where the first node of a type lies on the page, or the whole graph.
-
-        X, y, width, height.
-        """
+        """x, y, width, height on the page of the first node of a type, or of the whole graph."""
         return self.page.evaluate(PLACE, [type_, margin])
 
     def heed(self, message) -> None:

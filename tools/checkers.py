@@ -46,10 +46,7 @@ def layout(python: Path) -> Check | None:
 
 
 def types(python: Path, comfyui: Path | None) -> Check:
-    """Types, where [tool.pyright] of pyproject.toml says.
-
-    What ComfyUI defines is read from its tree.
-    """
+    """Types, of what [tool.pyright] in pyproject.toml includes; ComfyUI's come from its tree."""
     command = [str(python), "-m", "basedpyright", "--pythonpath", str(python)]
     return Check(command, {"PYTHONPATH": str(comfyui)} if comfyui else {})
 

@@ -67,12 +67,14 @@ def run_node(name: str, /, **inputs) -> tuple:
     with torch.inference_mode():
         if not hasattr(node, "GET_SCHEMA"):
             return getattr(node(), node.FUNCTION)(**inputs)
-        widgets = {
-            each.id: _default(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")
-        }
-        return node.EXECUTE_NORMALIZED(
-            **{k: v for k, v in widgets.items() if v is not None} | inputs
-        ).result
+        return node.EXECUTE_NORMALIZED(**widget_defaults(name) | inputs).result
+
+
+def widget_defaults(name: str) -> dict:
+    """What a new-style node's widgets hold when it is dropped."""
+    inputs = boot().NODE_CLASS_MAPPINGS[name].GET_SCHEMA().inputs
+    values = {each.id: _default(each) for each in inputs if hasattr(each, "default")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _default(widget):

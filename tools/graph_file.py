@@ -53,7 +53,7 @@ class Model:
 class Node:
     """One node.
 
-    Values: widgets that differ from their defaults. links: input -> "node" or "node.output".
+    values: widgets that differ from their defaults. links: input -> "node" or "node.output".
     """
 
     key: str

@@ -85,20 +85,20 @@ NOTE_WIDTH, NOTE_LETTERS, FILES_WIDTH = 440, 78, 410
 GREEN, RED, BROWN = ("#232", "#353"), ("#322", "#533"), ("#432", "#653")
 
 SLIDER = (
-    "## The slider to move\n\n**sparsity** on *RoPeSLR Sparse Attention* is the share of attention "
-    "that is **not** computed: 0.90 computes one block in ten. Lower it to come closer to the "
-    "dense video, raise it for speed. All other settings can stay as they are."
+    "## The slider to move\n\n**sparsity** on *RoPeSLR Sparse Attention* is the share of "
+    "attention that is **not** computed: 0.90 computes one block in ten. Lower is closer to the "
+    "dense video, higher is faster. Leave the other settings as they are."
 )
 EXPECT = (
-    "## What to expect\n\nThe first step stays dense, since it decides the layout; after it, "
-    "attention is sparse. At the end the log says how many attention calls were sparse, how many "
-    "stayed dense and why, and how much work was saved. Large and long videos gain most; below "
-    "4096 tokens everything stays dense, since there is nothing to gain."
+    "## What to expect\n\nThe first step runs dense, because it sets the composition. All later "
+    "steps run sparse. At the end the log shows sparse and dense calls, the reason for each dense "
+    "one, and the work saved. Large and long videos gain most. Below 4096 tokens everything runs "
+    "dense, because there is nothing to gain."
 )
 COMPARE = (
-    "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed: "
-    "its panel then shows the time of dense attention. Bypassing the node (Ctrl+B) gives the same "
-    "picture."
+    "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed. "
+    "Its panel then shows the time of dense attention. Bypassing the node (Ctrl+B) gives the same "
+    "video."
 )
 
 
@@ -123,7 +123,7 @@ def wan_text_and_vae(vae: str = "wan_2.1_vae.safetensors") -> tuple[Node, Node]:
 
 
 def prompts(positive: str, negative: str | None = AVOID) -> Group:
-    """The texts; without a negative one at guidance 1, where none is computed."""
+    """The prompts; no negative one at CFG 1, where none is computed."""
     text = Node(
         "positive",
         "CLIPTextEncode",
@@ -215,9 +215,8 @@ def graph(
         f"* [{each.name}]({each.url}) into **models/{each.directory}**" for each in files
     )
     text = (
-        f"# {title}\n\n{story}\n\n## What to download\n\nComfyUI offers to download what is "
-        "missing when the workflow "
-        f"is opened. By hand:\n\n{downloads}\n\n{SLIDER}\n\n{after}"
+        f"# {title}\n\n{story}\n\n## What to download\n\nComfyUI offers to download missing files "
+        f"when you open the workflow. By hand:\n\n{downloads}\n\n{SLIDER}\n\n{after}"
     )
     note = Node(
         "read_me",
@@ -248,8 +247,8 @@ def wan21_t2v() -> Graph:
     return graph(
         "wan2.1_t2v",
         "Wan 2.1 text to video",
-        "The smallest Wan: a good first run. **RoPeSLR Sparse Attention** stands between the model "
-        "and the sampler; put LoRAs in front of it or behind it.",
+        "The smallest Wan: a good first run. **RoPeSLR Sparse Attention** goes between the model "
+        "and the sampler; LoRAs go before or after it.",
         (
             Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())),
             size(832, 480, 81),
@@ -287,8 +286,8 @@ def wan21_i2v() -> Graph:
     return graph(
         "wan2.1_i2v",
         "Wan 2.1 image to video",
-        "Pick a picture in *Start image*, and describe what should happen in it. Keep *width* and "
-        "*height* in the shape of the picture; what sticks out is cut off.",
+        "Choose a picture in *Start image* and describe what should happen. Match *width* and "
+        "*height* to its shape; the rest is cropped.",
         (
             Group(
                 "Models",
@@ -350,10 +349,10 @@ def wan22_a14b() -> Graph:
     return graph(
         "wan2.2_a14b_t2v",
         "Wan 2.2 text to video, two experts",
-        "Wan 2.2 A14B is two models: the first half of the steps belongs to the one for high "
-        "noise, the rest to the one for low noise. **Each has a RoPeSLR node of its own behind "
-        "it.** Steps are counted over both samplers, so *dense_first_steps* means the first steps "
-        "of the whole run; give both nodes the same value.",
+        "Wan 2.2 A14B is two models: one for high noise, which runs the first half of the steps, "
+        "and one for low noise. **Each has its own RoPeSLR node.** Steps are counted over both "
+        "samplers, so *dense_first_steps* means the first steps of the whole run; give both nodes "
+        "the same value.",
         (Group("Models", (*files, *wan_text_and_vae())), size(832, 480, 81)),
         (prompts(CITY),),
         high,
@@ -378,8 +377,8 @@ def wan22_5b() -> Graph:
     return graph(
         "wan2.2_5b",
         "Wan 2.2 5B, text or image to video",
-        "Text to video as it stands. For image to video switch *Start image* on (select it, "
-        "Ctrl+B) and pick a picture.",
+        "Text to video as it is. For image to video, turn on *Start image* (select it, Ctrl+B) "
+        "and choose a picture.",
         (
             Group(
                 "Models",
@@ -420,9 +419,9 @@ def wan21_vace() -> Graph:
     return graph(
         "wan2.1_vace",
         "Wan 2.1 VACE, reference to video",
-        "The picture in *Reference image* shows what the video is about. For a control video "
-        "(depth, pose, edges) or a mask use the inputs *control_video* and *control_masks* of "
-        "**WanVaceToVideo**. VACE's own control blocks run sparse too.",
+        "The picture in *Reference image* shows the subject of the video. For a control video "
+        "(depth, pose, edges) or a mask, use the inputs *control_video* and *control_masks* of "
+        "**WanVaceToVideo**. VACE's control blocks run sparse too.",
         (
             Group("Models", (unet("wan2.1_vace_1.3B_fp16.safetensors"), *wan_text_and_vae())),
             Group("Picture", (start_image(title="Reference image"),)),
@@ -480,8 +479,8 @@ def hunyuan_t2v() -> Graph:
     return graph(
         "hunyuanvideo_t2v",
         "HunyuanVideo text to video",
-        "HunyuanVideo takes its guidance as an input, so there is no negative prompt. The text's "
-        "tokens are always kept and dense; what is sparse is attention among the video's own.",
+        "HunyuanVideo takes guidance as an input, so there is no negative prompt. Text tokens are "
+        "always kept and dense; only attention within the video is sparse.",
         (
             Group(
                 "Models",
@@ -513,8 +512,8 @@ def hunyuan15_t2v() -> Graph:
     return graph(
         "hunyuanvideo1.5_t2v",
         "HunyuanVideo 1.5 text to video",
-        "Every pixel of its latent is a token, so 720p and five seconds are more than 100,000: the "
-        "model that gains most from sparse attention. Lower *width* and *height* for a first look.",
+        "Every latent pixel is a token: five seconds of 720p are more than 100,000. This model "
+        "gains most from sparse attention. Lower *width* and *height* for a first try.",
         (
             Group(
                 "Models",
@@ -556,9 +555,9 @@ def sparkwan() -> Graph:
         "sparkwan_few_step",
         "SparkWan: four steps, trained sparse",
         "A Wan 2.1 that was trained with sparse attention (RoLA) and distilled to four steps. "
-        "**Load Sparse Checkpoint** gives the model and the weights of its sparse attention; both "
-        "go into the RoPeSLR node. **Few-Step Sigmas** replaces the scheduler, CFG stays at 1, the "
-        "sampler is euler. For TurboWan pick its sigmas and the sampler lcm.",
+        "**Load Sparse Checkpoint** outputs the model and its sparse-attention weights; connect "
+        "both to the RoPeSLR node. **Few-Step Sigmas** replaces the scheduler. Keep CFG at 1 and "
+        "the sampler at euler. For TurboWan, choose its sigmas and the sampler lcm.",
         (
             Group(
                 "Models",
@@ -584,9 +583,9 @@ def sparkwan() -> Graph:
         (Group("Sampling", sampling),),
         video("sparkwan_few_step", 16.0),
         after=(
-            "## What to expect\n\nEvery step is sparse, the first too: the model was trained so. "
-            "Keep **sparsity** at what the file's name says. The log says at the end what ran "
-            "sparse and how much work was saved."
+            "## What to expect\n\nEvery step runs sparse, including the first: the model was "
+            "trained that way. Keep **sparsity** at the value in the file's name. At the end the "
+            "log shows what ran sparse and the work saved."
         ),
     )
 
@@ -595,10 +594,10 @@ def adapter_on_stock() -> Graph:
     return graph(
         "adapter_on_stock_model",
         "An adapter on a stock model",
-        "**Load RoPeSLR Adapter** lists the files in **models/ropeslr**: trained weights of the "
-        "sparse attention alone, for a model that you have already. Its first entry, *none "
-        "(training-free)*, runs without any, so this workflow works before you have one. An "
-        "adapter that was made for another model is refused in words.",
+        "**Load RoPeSLR Adapter** lists the files in **models/ropeslr**: trained sparse-attention "
+        "weights for a model you already have. The first entry, *none (training-free)*, runs "
+        "without weights, so this workflow works before you have any. An adapter for another "
+        "model stops with an error that names both.",
         (
             Group(
                 "Models",
@@ -656,12 +655,12 @@ def dense_vs_sparse() -> Graph:
     return graph(
         "dense_vs_sparse",
         "Dense against sparse",
-        "The same model, seed and texts, sampled twice: without the RoPeSLR node and with it. The "
-        "video shows **dense on the left, sparse on the right**. ComfyUI keeps the dense result, "
-        "so after moving a slider only the sparse half is computed again. Give both samplers the "
-        "same steps and cfg.\n\n**RoPeSLR Report** draws what the sparse run did, and how far "
-        "every method is from dense attention on this model. That takes a few steps more; set "
-        "*compare* to off to do without.",
+        "The same model, seed and prompts, sampled without and with the RoPeSLR node. The video "
+        "shows **dense on the left, sparse on the right**. ComfyUI caches the dense result, so "
+        "moving a slider recomputes only the sparse half. Give both samplers the same steps and "
+        "cfg.\n\n**RoPeSLR Report** draws what the sparse run did, and every method's error "
+        "against dense attention on this model. That takes a few extra steps; set *compare* to "
+        "off to skip it.",
         (
             Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())),
             size(832, 480, 81),
@@ -674,8 +673,8 @@ def dense_vs_sparse() -> Graph:
         (Group("Report", (report,)),),
         after=(
             "## What to expect\n\nAt 0.90 look for small differences in fine texture and fast "
-            "motion. The progress bar shows the time of each sampler; the first run also loads the "
-            "model, so read the time of a second one. The log says what was saved."
+            "motion. The progress bar shows each sampler's time; the first run also loads the "
+            "model, so compare the second. The log shows the work saved."
         ),
     )
 

@@ -161,10 +161,7 @@ def _flux(path: Path) -> None:
 
 
 def _wan_vae(path: Path) -> None:
-    """Width 2.
-
-    PyTorch's 3-D convolution on a CPU is so slow that a wider one would take most of a test's time.
-    """
+    """Width 2: PyTorch's 3-D convolution on a CPU would take most of a test's time otherwise."""
     import comfy.ldm.wan.vae
 
     model = comfy.ldm.wan.vae.WanVAE(

@@ -107,10 +107,7 @@ def fresh(workflow: dict) -> dict:
 
 
 def _tiny(name: str, value, sizes: dict[str, int], steps: int):
-    """A widget's value in the small.
-
-    File names, the size of the video, steps and the border between two samplers.
-    """
+    """A small widget value: file names, video size, steps, the border between two samplers."""
     if isinstance(value, str):
         return TINY.get(value, value)
     if name in ("start_at_step", "end_at_step"):

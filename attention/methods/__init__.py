@@ -23,10 +23,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def create(plan: ResolvedPlan) -> Method:
-    """A fresh instance of the plan's method.
-
-    One that lacks its weights runs the kept blocks alone.
-    """
+    """A fresh instance of the plan's method; one without its weights runs kept blocks only."""
     adapter = plan.adapter
     if plan.method in ("rola", "sla") and (adapter is None or adapter.sparse_only):
         return TopK(plan)

@@ -15,10 +15,7 @@ from ..rope import axis_ids, fourier_tables, resampled_tables
 
 
 def layer_weights(adapter: Adapter, layer: Hashable, device: torch.device) -> dict[str, Tensor]:
-    """One layer's tensors on a device, without gradients.
-
-    Nothing is copied that is there already.
-    """
+    """One layer's tensors on a device, without gradients; no copy of what is there already."""
     return {name: tensor.detach().to(device) for name, tensor in adapter.layer(layer).items()}
 
 
@@ -64,10 +61,7 @@ class LearnedPositions:
     def tables(
         self, weight: Tensor | None, call: AttentionCall, rank: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(pe, axis_ids) of a feature map's first `rank` features.
-
-        None where nothing was learned.
-        """
+        """(pe, axis_ids) of a feature map's first `rank` features; None if nothing was learned."""
         if self.info.pe == "none" or weight is None:
             return None, None
         grid, key = call.layout.grid, (call.layout, weight.device)

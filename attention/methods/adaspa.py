@@ -110,10 +110,7 @@ class AdaSpa(Method):
         known: SearchResult,
         out: Tensor | None,
     ) -> MethodOutput:
-        """A later search.
-
-        The LSE is that of the blocks kept so far, and their old share of all mass.
-        """
+        """A later search: LSE from the blocks kept so far and their earlier share of the mass."""
         _, lse = self._attend(q, k, v, known, call)
         assert known.ratio is not None  # a search that is due was foreseen
         lse = lse + known.ratio
@@ -181,10 +178,7 @@ class AdaSpa(Method):
         ]
 
     def _lookup(self, call: AttentionCall, batch: int) -> SearchResult | None:
-        """What is known for all conditionings of the call.
-
-        None where any is new or of another size.
-        """
+        """What is known for all conditionings; None if any is new or of another size."""
         keys = self._keys(call, batch)
         self._last_asked.update((key, call.step) for key, _ in keys)
         found = [self.memory.get(key) for key, _ in keys]
@@ -228,10 +222,7 @@ def search_steps(num_steps: int) -> tuple[int, ...]:
 
 
 def head_sparsities(sparsity: float) -> tuple[float, ...]:
-    """The three sparsities that heads share, highest first.
-
-    One alone where the lowest is negative.
-    """
+    """The sparsities that heads share, highest first: three, or one if the lowest is negative."""
     if sparsity < 1 / 3:
         return (sparsity,)
     return ((1 + sparsity) / 2, sparsity, max(0.0, (3 * sparsity - 1) / 2))

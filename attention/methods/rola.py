@@ -120,10 +120,7 @@ class RoLA(RmsMethod):
 
 
 class RmsRoPeSLR(RmsMethod):
-    """RoPeSLR's form "rms" (ours).
-
-    A per head, learned positions inside the SiLU, nothing rotated.
-    """
+    """RoPeSLR's form "rms" (ours): A per head, positions inside the SiLU, no feature RoPE."""
 
     def __init__(self, plan: ResolvedPlan) -> None:
         super().__init__(plan)

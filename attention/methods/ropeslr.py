@@ -186,10 +186,7 @@ class RoPeSLR(Method):
         )
 
     def _trained(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Trained | None:
-        """What the adapter says about this call.
-
-        What it does not have is as in a run without one.
-        """
+        """What the adapter says about this call; what it lacks is as without an adapter."""
         adapter = self.plan.adapter
         if adapter is None:
             return None
@@ -240,10 +237,7 @@ class RoPeSLR(Method):
         return LowRank(q_map, state, weights["low_rank_scale"].float())
 
     def _lookup(self, call: AttentionCall, batch: int) -> tuple[Calibration | None, bool]:
-        """What is known for all conditionings of the call, None where any is new.
-
-        Whether more is due.
-        """
+        """What is known for all conditionings, None if any is new; and whether more is due."""
         parts = call.conditionings(batch)
         found = [self.memory.get((call.layer, key)) for key, _ in parts]
         counts = [own.stop - own.start for _, own in parts]

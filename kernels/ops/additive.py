@@ -1,7 +1,4 @@
-"""Linear branches added to the sparse output.
-
-RoLA's, and SLA's paper form. Plain PyTorch everywhere.
-"""
+"""Linear branches added to the sparse output: RoLA's, SLA's paper form; PyTorch everywhere."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of the given queries: -> out `(B, H, Lq, D)`, LSE `(B, H, Lq)`.
 
-    kv_blocks: only the keys in these blocks. out: where to write, where no gradients are wanted.
+    kv_blocks: only the keys in these blocks. out: where to write, where no gradients are required.
     """
     check_backend(backend)
     check_attention(q, k, v)
@@ -108,7 +108,7 @@ def block_sparse_attention(
     """Attention over the kept blocks: -> out `(B, H, Lq, D)` in q's dtype, LSE `(B, H, Lq)`.
 
     pooled: one pseudo-key for every dropped block. Differentiable in q, k, v and pooled.
-    out: where to write, where no gradients are wanted.
+    out: where to write, where no gradients are required.
     """
     check_backend(backend)
     check_attention(q, k, v)

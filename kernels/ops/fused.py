@@ -56,7 +56,7 @@ def block_sparse_mixed(
 ) -> Tensor:
     """Kept blocks and background, mixed by their shares of the softmax mass: -> `(B, H, Lq, D)`.
 
-    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are
+    Where gradients are required, its parts one by one. out: where to write, where no gradients are
     wanted.
     """
     check_backend(backend)
@@ -165,7 +165,7 @@ def block_sparse_linear(
 ) -> Tensor:
     """Kept blocks plus a linear branch (SLA): -> `(B, H, Lq, D)`.
 
-    Where gradients are wanted, its parts one by one. out: where to write, where no gradients are
+    Where gradients are required, its parts one by one. out: where to write, where no gradients are
     wanted.
     """
     check_backend(backend)

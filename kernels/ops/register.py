@@ -48,7 +48,7 @@ def needs_custom_op() -> bool:
 
 
 def wants_gradients(*values: object) -> bool:
-    """Whether gradients of any of these tensors are wanted, in whatever tuples they come."""
+    """Whether gradients of any of these tensors are required, in whatever tuples they come."""
     return torch.is_grad_enabled() and _any_requires_grad(values)
 
 

@@ -1,7 +1,4 @@
-"""Which key blocks each query block keeps.
-
-By the score of block means, or by exact softmax mass.
-"""
+"""Which key blocks each query block keeps: by scores of block means, or by exact mass."""
 
 from __future__ import annotations
 

@@ -100,10 +100,7 @@ def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
 
 
 def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:
-    """A tensor to write into, of q's shape and dtype.
-
-    As in PyTorch, not where gradients are wanted.
-    """
+    """A tensor to write into, of q's shape and dtype; as in PyTorch, not with gradients."""
     if out is None:
         return
     check_shape("out", out, q.shape)

@@ -1,7 +1,4 @@
-"""Pieces that every kernel shares.
-
-Tokens of a block, tiles of rows, one step of the online softmax.
-"""
+"""Pieces that kernels share: tokens of a block, tiles of rows, one step of online softmax."""
 
 from __future__ import annotations
 

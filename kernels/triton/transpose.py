@@ -1,7 +1,4 @@
-"""A block mask turned around.
-
-From each query block's key blocks to each key block's query blocks.
-"""
+"""A block mask transposed: from key blocks by query block to query blocks by key block."""
 
 from __future__ import annotations
 

@@ -86,10 +86,7 @@ class Candidate:
 
     @cached_property
     def layout(self) -> TokenLayout | DenseReason:
-        """Where the video lies in this sequence and which tokens are hidden.
-
-        Or why that is not known.
-        """
+        """Where the video lies and which tokens are hidden, or why that is not known."""
         host = self.host
         return self.call.layout_of(host.options, host.tokens, host.mask)
 

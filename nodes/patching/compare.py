@@ -25,10 +25,7 @@ METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa")  # those that need no we
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare.
-
-    All methods or one, at a place (0-1) of the schedule; whose blocks to draw.
-    """
+    """What to compare: all methods or one, where in the schedule (0-1), whose blocks to draw."""
 
     every_method: bool = False
     at: float = 0.5

@@ -1,7 +1,4 @@
-"""Why an attention call stays dense.
-
-One ordered list of checks, each of which gives a reason or None.
-"""
+"""Why an attention call stays dense: one ordered list of checks, each a reason or None."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ SILENT = "{silent} never called the attention override"
 class DenseReason(NamedTuple):
     """Why a call stays dense.
 
-    Chosen: the person asked for it, so nothing is logged or refused.
+    chosen: the person asked for it, so nothing is logged or refused.
     """
 
     text: str
@@ -80,10 +77,7 @@ def _layer(candidate: Candidate) -> DenseReason | None:
 
 
 def _gradients(candidate: Candidate) -> DenseReason | None:
-    """Training recomputes layers and steps several times.
-
-    What a run remembers would be of another.
-    """
+    """Training recomputes layers, so what a run remembers would belong to another pass."""
     host = candidate.host
     if torch.is_grad_enabled() and any(x.requires_grad for x in (host.q, host.k, host.v)):
         return DenseReason(TRAINING)

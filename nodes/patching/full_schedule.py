@@ -27,10 +27,7 @@ TOLERANCE = 1e-4  # of a level; samplers pass float32 slices of float32 schedule
 def step_schedule(
     plan: ResolvedPlan, sigmas: Tensor, starts: bool, model_sampling: Any
 ) -> StepSchedule:
-    """What a plan says about a sampler's noise levels.
-
-    Starts: it begins a schedule with its own noise.
-    """
+    """What a plan says about a sampler's noise levels. starts: it adds its own noise first."""
     levels = [float(sigma) for sigma in sigmas]
     adaspa = plan.method == "adaspa"
     outside = steps_outside(
@@ -130,8 +127,5 @@ def _estimate(sigmas: list[float], begins: bool, ends: bool, sigma_max: float) -
 
 
 def adds_noise(noise: Tensor) -> bool:
-    """Whether a sampler starts from noise of its own.
-
-    One that goes on with another's gets zeros.
-    """
+    """Whether a sampler starts from its own noise; one that continues another's gets zeros."""
     return bool(torch.count_nonzero(noise))

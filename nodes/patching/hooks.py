@@ -26,10 +26,7 @@ CALL = "ropeslr_call"
 
 
 class EnteringLayer:
-    """The hidden state and RoPE that the layer under way was called with.
-
-    Its attention takes them.
-    """
+    """The hidden state and RoPE that the current layer was called with, for its attention."""
 
     def __init__(self) -> None:
         self._x: Tensor | None = None

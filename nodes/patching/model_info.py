@@ -119,10 +119,7 @@ def unwrap(diffusion_model: Any) -> Any:
 
 
 def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Every block of a model, as it stands there.
-
-    Behind a wrapper where blocks are compiled singly.
-    """
+    """Every block of a model; a wrapper where blocks are compiled one by one."""
     model = unwrap(diffusion_model)
     names = ("blocks", "vace_blocks", "double_blocks", "single_blocks")
     return [block for name in names for block in getattr(model, name, ())]

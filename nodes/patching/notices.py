@@ -25,10 +25,7 @@ class Notices:
             logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
 
     def dense(self, reason: DenseReason, with_traceback: bool = False) -> None:
-        """Say that calls stay dense.
-
-        Strict makes it an error where the person did not choose it.
-        """
+        """Log why calls stay dense; an error under strict, unless the person chose it."""
         if reason.chosen:
             return
         if self.strict:

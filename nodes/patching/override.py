@@ -29,10 +29,7 @@ def sparse_override(
     mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """What ComfyUI calls.
-
-    A compiled model breaks its graph here, so that settings always take effect.
-    """
+    """What ComfyUI calls. A compiled model breaks its graph here, so settings take effect."""
     host = HostCall(func, q, k, v, heads, mask, kwargs)
     call: ModelCall = host.options[CALL]
     layer = call.next_self_attention(host)

@@ -58,10 +58,7 @@ class Runs:
     by_model: dict[Any, SamplingRun] = field(default_factory=dict)
 
     def of(self, base_model: Any) -> SamplingRun | None:
-        """The run of a model.
-
-        That of the guider's own for one without a node, which is counted there.
-        """
+        """A model's own run; a model without a node is counted in the guider's run."""
         return self.by_model.get(base_model) or self.main
 
 
@@ -297,9 +294,6 @@ def _say_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
 
 
 def last_report(model: Any) -> RunReport | None:
-    """The report of the last sampling run of a patched MODEL or any of its clones.
-
-    None before it.
-    """
+    """The report of the last sampling run of a patched MODEL or its clones; None before it."""
     patch: SparsePatch | None = model.get_attachment(KEY)
     return None if patch is None else patch.last_report

@@ -46,10 +46,7 @@ class Recompiler:
         return True
 
     def settle(self, missing: Layers) -> None:
-        """Layers that stay silent in a graph made with the override.
-
-        That is how this model runs.
-        """
+        """Layers silent in a graph made with the override stay silent in this model."""
         if missing:
             self.known_missing.add(missing)
 

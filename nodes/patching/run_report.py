@@ -1,4 +1,4 @@
-"""What happened in one sampling run, told at its end: in words, as an event, as an object."""
+"""What happened in one sampling run: in words, as an event, as an object."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One sampling run of a patched model.
-
-Its schedule, what its method remembers, and what happened.
-"""
+"""One sampling run of a patched model: its schedule, its method's memory, its counts."""
 
 from __future__ import annotations
 
@@ -127,10 +124,7 @@ class SamplingRun:
         return backend
 
     def begin_call(self, previous: Callable | None) -> None:
-        """Count a model call.
-
-        Previous: the override that was set before, which gets dense calls.
-        """
+        """Count a model call. previous: the override set before, which gets dense calls."""
         with self._lock:
             self.tally.model_calls += 1
             first = self.tally.model_calls == 1

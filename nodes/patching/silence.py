@@ -1,7 +1,4 @@
-"""Layers that never called the attention override in a model call.
-
-Which, and why as far as can be told.
-"""
+"""Layers that never called the attention override in a model call, and why if that is known."""
 
 from __future__ import annotations
 

@@ -11,10 +11,7 @@ import torch
 
 
 class AttentionTiming:
-    """Spans by kind ("sparse", "dense").
-
-    Device events on CUDA and ROCm, the wall on a CPU, else none.
-    """
+    """Spans by kind ("sparse", "dense"): device events on CUDA and ROCm, wall time on a CPU."""
 
     def __init__(self) -> None:
         self._walls: list[tuple[str, float]] = []

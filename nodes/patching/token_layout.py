@@ -70,9 +70,9 @@ def sequence_info(
 
 
 def with_hidden(layout: TokenLayout, mask: Tensor) -> TokenLayout | DenseReason:
-    """The layout with the tokens that an additive mask hides; or why the mask cannot be honoured.
+    """The layout with the tokens that an additive mask hides, or why it cannot be honoured.
 
-    A mask can be that is the same for every query and every batch row, and hides nothing but text.
+    It can if it is the same for all queries and batch rows and hides nothing but text.
     """
     if mask.numel() != layout.tokens or not mask.dtype.is_floating_point:
         return DenseReason(MASK_SHAPE.format(shape=tuple(mask.shape)))

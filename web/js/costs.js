@@ -1,8 +1,8 @@
-// What attention costs, in FLOPs and blocks: the same arithmetic as attention/accounting.py and attention/layout.py.
+// What attention costs, in FLOPs and blocks: the same arithmetic as attention/accounting.py and attention/block_layout.py.
 // @ts-check
 
 export const BLOCK = 64;
-const TILE = 4; // the sides of a cube of 64 tokens; see attention/layout.py
+const TILE = 4; // the sides of a cube of 64 tokens; see attention/block_layout.py
 const WAN_TEXT = 512; // Wan pads its prompt to this many tokens
 const DEFAULT_RANK = 64; // of the released RoLA checkpoints; a file's own rank is not known before the run
 
