@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,20 +51,20 @@ class TokenLayout:
                 )
             last = stop
 
-    @property
+    @cached_property
     def video_tokens(self) -> int:
         return math.prod(self.grid)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.before + self.video_tokens + self.after
 
-    @property
+    @cached_property
     def attended_tokens(self) -> int:
         """Those that are not hidden."""
         return self.tokens - sum(stop - start for start, stop in self.hidden)
 
-    @property
+    @cached_property
     def video(self) -> slice:
         """The video's tokens in the sequence."""
         return slice(self.before, self.before + self.video_tokens)

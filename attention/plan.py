@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
 TRAINED_METHODS = ("ropeslr", "rola", "sla")  # adapters exist for these
+NEED_WEIGHTS = ("rola", "sla")
 CALIBRATE = ("auto", "first step", "every step", "off", "refine")
 SLA_VARIANTS = ("released", "paper")
 AUTO = -1
@@ -106,8 +107,7 @@ class SparsePlan(_Settings):
         if trained and method != trained and method in TRAINED_METHODS:
             raise ValueError(
                 f"method is {method}, but the adapter was trained for {trained}. Set method to "
-                "auto "
-                f"or {trained}, or disconnect the adapter."
+                f"auto or {trained}, or disconnect the adapter."
             )
         if method != trained:
             adapter = None
@@ -116,7 +116,7 @@ class SparsePlan(_Settings):
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
             # AdaSpa is dense until its first search.
-            first = 0 if method == "adaspa" or (adapter and method in ("rola", "sla")) else 1
+            first = 0 if method == "adaspa" or (adapter and method in NEED_WEIGHTS) else 1
             values["dense_first_steps"] = first
         if self.calibrate == "auto":
             values["calibrate"] = "periodic" if adapter is None else "off"
@@ -130,7 +130,7 @@ class SparsePlan(_Settings):
             return self.block_order
         if adapter is not None:
             return adapter.info.block_order
-        return "raster" if method in ("rola", "sla") else "cube"
+        return "raster" if method in NEED_WEIGHTS else "cube"
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,9 @@ def run(operation: str, backend: str, operands: Operands, *arguments: Any) -> An
     portable = getattr(pytorch, operation)
     if backend == "pytorch":
         return portable(*arguments)
-    key = (operation, operands.kind)
     found = triton_support.obstacle(operands, LIMITS.get(operation, ON_TOKENS))
     if found is None and backend == "auto":
-        found = _failed.get(key)
+        found = _failed.get((operation, operands.kind))
     if found is not None:
         if backend == "triton":
             raise TritonNotUsable(explain(found))
@@ -66,7 +65,7 @@ def run(operation: str, backend: str, operands: Operands, *arguments: Any) -> An
         why = Cause.KERNEL_FAILED.because(operation=operation, error=_last_words(error))
         if backend == "triton":
             raise TritonNotUsable(explain(why)) from error
-        _failed[key] = why
+        _failed[operation, operands.kind] = why
         logger.warning("RoPeSLR: %s Continuing in plain PyTorch.", explain(why))
         return portable(*arguments)
 

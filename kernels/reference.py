@@ -73,7 +73,7 @@ def block_select(
     kept = required | torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     sizes = layout.kv_blocks.sizes.to(scores.dtype)
     dropped_lse = (scores + sizes.log()).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
-    return BlockMask(layout.q_blocks, layout.kv_blocks, *_lists(kept)), dropped_lse
+    return BlockMask.from_dense(layout.q_blocks, layout.kv_blocks, kept), dropped_lse
 
 
 def block_sparse_attention(
@@ -287,21 +287,13 @@ def mask_from_bits(bits: Tensor, layout: BlockLayout, list_width: int) -> BlockM
     """Bit masks `(B, H, Nq, words)` -> the block mask whose lists have `list_width` entries."""
     blocks = layout.kv_blocks.num_blocks
     kept = (bits[..., None] >> torch.arange(32, device=bits.device)) & 1
-    lists, counts = _lists(kept.flatten(-2)[..., :blocks].bool(), list_width)
-    return BlockMask(layout.q_blocks, layout.kv_blocks, lists, counts)
+    kept = kept.flatten(-2)[..., :blocks].bool()
+    return BlockMask.from_dense(layout.q_blocks, layout.kv_blocks, kept, list_width)
 
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:
     """The caller's own, or 1 / sqrt(D)."""
     return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _lists(kept: Tensor, list_width: int | None = None) -> tuple[Tensor, Tensor]:
-    """kept `(..., Nk)` bool -> ascending lists, Nk in unused entries, and their lengths; int32."""
-    counts, blocks = kept.sum(dim=-1), kept.shape[-1]
-    column = torch.arange(blocks, device=kept.device).expand_as(kept)
-    lists = torch.where(kept, column, blocks).sort(dim=-1).values
-    return lists[..., : list_width or int(counts.max())].int(), counts.int()
 
 
 def _required(layout: BlockLayout, device: torch.device) -> Tensor:

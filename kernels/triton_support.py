@@ -90,9 +90,14 @@ def obstacle(operands: Operands, limits: Limits = ON_TOKENS) -> Obstacle | None:
     """What stands against Triton's kernels for such a call; None where they can run."""
     device = operands.device
     if device.type != "cuda":
-        return Cause.NO_GPU.because(device=device.type)
+        return _no_gpu(device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
     return not_installed() or _gpu_obstacle(index) or _beyond(operands, limits)
+
+
+@cache
+def _no_gpu(device_type: str) -> Obstacle:
+    return Cause.NO_GPU.because(device=device_type)
 
 
 def _beyond(operands: Operands, limits: Limits) -> Obstacle | None:

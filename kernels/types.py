@@ -68,20 +68,20 @@ class TokenBlocks:
         table.view(-1)[:count] = order
         return cls(table.int(), count if num_tokens is None else num_tokens, count)
 
-    @property
+    @cached_property
     def num_blocks(self) -> int:
         return self.tokens.shape[0]
 
-    @property
+    @cached_property
     def block_size(self) -> int:
         """Slots of a block."""
         return self.tokens.shape[1]
 
-    @property
+    @cached_property
     def has_empty_slots(self) -> bool:
         return self.tokens.numel() != self.num_listed
 
-    @property
+    @cached_property
     def lists_every_token(self) -> bool:
         return self.num_listed == self.num_tokens
 
@@ -220,6 +220,30 @@ class BlockMask:
         q_blocks, kv_blocks = self.q_blocks.to(device), self.kv_blocks.to(device)
         lists = self.kv_indices.to(device), self.kv_num_blocks.to(device)
         return BlockMask(q_blocks, kv_blocks, *lists, trusted=True)
+
+    @classmethod
+    def from_dense(
+        cls,
+        q_blocks: TokenBlocks,
+        kv_blocks: TokenBlocks,
+        kept: Tensor,
+        list_width: int | None = None,
+    ) -> BlockMask:
+        """The mask that keeps what `kept` `(B, H, Nq, Nk)` bool says.
+
+        list_width: at least the most blocks that a row keeps; without it a GPU is asked and waited
+        for.
+        """
+        counts, blocks = kept.sum(dim=-1), kv_blocks.num_blocks
+        if kept.ndim != 4 or kept.shape[2:] != (q_blocks.num_blocks, blocks):
+            raise ValueError(
+                f"kept must be (B, H, {q_blocks.num_blocks}, {blocks}), query by key blocks; "
+                f"found {tuple(kept.shape)}"
+            )
+        column = torch.arange(blocks, device=kept.device).expand_as(kept)
+        lists = torch.where(kept, column, blocks).sort(dim=-1).values
+        lists = lists[..., : list_width or int(counts.max())]
+        return cls(q_blocks, kv_blocks, lists.int(), counts.int(), trusted=True)
 
     def to_dense(self) -> Tensor:
         """`(B, H, Nq, Nk)` bool: whether a row keeps a block."""

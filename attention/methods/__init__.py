@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan import ResolvedPlan
+from ..plan import NEED_WEIGHTS, ResolvedPlan
 from .adaspa import AdaSpa
 from .base import Method, MethodOutput
 from .rola import RmsRoPeSLR, RoLA
@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
 def create(plan: ResolvedPlan) -> Method:
     """A fresh instance of the plan's method; one without its weights runs kept blocks only."""
     adapter = plan.adapter
-    if plan.method in ("rola", "sla") and (adapter is None or adapter.sparse_only):
+    if plan.method in NEED_WEIGHTS and (adapter is None or adapter.sparse_only):
         return TopK(plan)
     if adapter is not None and plan.method == "ropeslr" and adapter.info.fusion == "rms":
         return RmsRoPeSLR(plan)

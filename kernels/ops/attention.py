@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch, pytorch
 from ..pytorch.common import empty_nhd
@@ -14,7 +15,6 @@ from .register import (
     mask_of,
     mask_operands,
     mask_parts,
-    needs_custom_op,
     operands,
     operation,
     wants_gradients,
@@ -54,7 +54,7 @@ def dense_attention(
         check_blocks("kv_blocks", kv_blocks, k)
     if gradients:
         return pytorch.dense_attention(q, k, v, kv_blocks, scale)
-    if needs_custom_op():
+    if is_compiling():
         tokens = None if kv_blocks is None else kv_blocks.tokens
         listed = k.shape[2] if kv_blocks is None else kv_blocks.num_listed
         found, lse = dense_attention_op(q, k, v, tokens, listed, scale, backend)
@@ -120,7 +120,7 @@ def block_sparse_attention(
         shape = (*q.shape[:2], mask.kv_blocks.num_blocks, q.shape[3])
         check_shape("pooled.k", pooled.k, shape)
         check_shape("pooled.v", pooled.v, shape)
-    if gradients or needs_custom_op():
+    if gradients or is_compiling():
         found, lse = block_sparse_attention_op(
             q, k, v, *mask_parts(mask), list(pooled or ()), scale, backend
         )

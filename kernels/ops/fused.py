@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch, pytorch
 from ..pytorch.common import empty_nhd
@@ -22,7 +23,6 @@ from .register import (
     mask_of,
     mask_operands,
     mask_parts,
-    needs_custom_op,
     operation,
     wants_gradients,
     write,
@@ -69,7 +69,7 @@ def block_sparse_mixed(
     if gradients:
         sparse, lse = block_sparse_attention(q, k, v, mask, scale=scale, backend=backend)
         return pytorch.mix_background(q, sparse, lse, mask.q_blocks, background)
-    if needs_custom_op():
+    if is_compiling():
         pieces = (*mask_parts(mask), *_background_parts(background))
         return write(block_sparse_mixed_op(q, k, v, *pieces, scale, backend), out)
     return dispatch.run(
@@ -181,7 +181,7 @@ def block_sparse_linear(
     if gradients:
         sparse, _ = block_sparse_attention(q, k, v, mask, scale=scale, backend=backend)
         return pytorch.add_linear(q, sparse, branch)
-    if needs_custom_op():
+    if is_compiling():
         (act, *feature_map), state, bias = branch
         tensors = [*feature_map, state.kv_state, state.normalizer, bias]
         found = block_sparse_linear_op(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch, pytorch
 from ..types import BlockLayout, FeatureMap, TokenBlocks
-from .register import fake_sums, needs_custom_op, operands, operation, wants_gradients
+from .register import fake_sums, operands, operation, wants_gradients
 from .validate import check_backend, check_blocks, check_heads, check_map, check_shape
 
 
@@ -21,7 +22,7 @@ def block_pool(x: Tensor, blocks: TokenBlocks, *, backend: str = "auto") -> Tens
     check_blocks("blocks", blocks, x)
     if wants_gradients(x):
         return pytorch.block_pool(x, blocks)
-    if needs_custom_op():
+    if is_compiling():
         return block_pool_op(x, blocks.tokens, blocks.num_listed, backend)
     return dispatch.run("block_pool", backend, operands(x, blocks), x, blocks)
 
@@ -55,7 +56,7 @@ def block_pool_state(
     check_blocks("layout.kv_blocks", layout.kv_blocks, k)
     if wants_gradients(k, v):
         return pytorch.block_pool_state(k, v, layout, channel_ids)
-    if needs_custom_op():
+    if is_compiling():
         blocks = layout.kv_blocks
         listed = [blocks.num_listed, layout.q_blocks.num_listed]
         return block_pool_state_op(k, v, blocks.tokens, listed, channel_ids, backend)
@@ -100,7 +101,7 @@ def low_rank_state(
     check_map(feature_map, k)
     if wants_gradients(k, v, feature_map):
         return pytorch.low_rank_state(k, v, feature_map)
-    if needs_custom_op():
+    if is_compiling():
         return low_rank_state_op(k, v, feature_map.act, list(feature_map[1:]), backend)
     return dispatch.run("low_rank_state", backend, operands(k), k, v, feature_map)
 

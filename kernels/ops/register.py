@@ -42,11 +42,6 @@ def operation(name: str) -> Callable[[Callable], Any]:
     return custom_op(f"{NAMESPACE}::{name}", mutates_args=())
 
 
-def needs_custom_op() -> bool:
-    """Whether a call without gradients is being traced."""
-    return torch.compiler.is_compiling()
-
-
 def wants_gradients(*values: object) -> bool:
     """Whether gradients of any of these tensors are required, in whatever tuples they come."""
     return torch.is_grad_enabled() and _any_requires_grad(values)
@@ -62,7 +57,7 @@ def _any_requires_grad(values: Sequence[object]) -> bool:
 
 def operands(x: Tensor, *blocks: TokenBlocks) -> Operands:
     """What `dispatch` looks at."""
-    return Operands(x.device, x.dtype, x.shape[-1], tuple(each.block_size for each in blocks))
+    return Operands(x.device, x.dtype, x.shape[-1], tuple([each.block_size for each in blocks]))
 
 
 def mask_operands(q: Tensor, mask: BlockMask) -> Operands:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..triton_support import Operands
 from ..types import BlockLayout, BlockMask, RequiredBlocks, TokenBlocks
-from .register import fake_lists, fake_sums, needs_custom_op, operands, operation
+from .register import fake_lists, fake_sums, operands, operation
 from .validate import (
     check_attention,
     check_backend,
@@ -47,7 +48,7 @@ def block_select(
     scale = softmax_scale(pooled_q, scale)
     with torch.no_grad():
         pooled_q, pooled_k = pooled_q.detach(), pooled_k.detach()
-        if needs_custom_op():
+        if is_compiling():
             *lists, dropped_lse = block_select_op(
                 pooled_q, pooled_k, *_pieces(layout), topk, layout.list_width(topk), scale, backend
             )
@@ -114,7 +115,7 @@ def block_mass(
     scale = softmax_scale(q, scale)
     with torch.no_grad():
         q, k, lse = q.detach(), k.detach(), lse.detach()
-        if needs_custom_op():
+        if is_compiling():
             return block_mass_op(q, k, lse, *_pieces(layout), counts, scale, backend)
         found = operands(q, layout.q_blocks, layout.kv_blocks)
         return dispatch.run("block_mass", backend, found, q, k, lse, layout, counts, scale)
@@ -159,7 +160,7 @@ def mask_from_bits(
             f"bits must be int32 with {words} words a row; found {bits.dtype} {tuple(bits.shape)}"
         )
     list_width = whole_number("list_width", list_width, 1, blocks)
-    if needs_custom_op():
+    if is_compiling():
         lists = lists_from_bits_op(bits, blocks, list_width, backend)
     else:
         lists = _run_bits(bits, blocks, list_width, backend)

@@ -83,20 +83,26 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_blocks(name: str, blocks: TokenBlocks, x: Tensor) -> None:
     """Blocks of x's tokens, on its device."""
+    _check_tokens(name, blocks, x)
+    check_devices(x, [blocks.tokens])
+
+
+def _check_tokens(name: str, blocks: TokenBlocks, x: Tensor) -> None:
     if blocks.num_tokens != x.shape[2]:
         raise ValueError(
             f"{name} are blocks of {blocks.num_tokens} tokens, but the tensor has {x.shape[2]}"
         )
-    check_devices(x, [blocks.tokens])
 
 
 def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     """A block mask for these queries and keys."""
-    check_blocks("mask.q_blocks", mask.q_blocks, q)
-    check_blocks("mask.kv_blocks", mask.kv_blocks, k)
-    rows = (*q.shape[:2], mask.q_blocks.num_blocks)
+    q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
+    _check_tokens("mask.q_blocks", q_blocks, q)
+    _check_tokens("mask.kv_blocks", kv_blocks, k)
+    rows = (*q.shape[:2], q_blocks.num_blocks)
     check_shape("mask.kv_num_blocks", mask.kv_num_blocks, rows)
-    check_devices(q, [mask.kv_indices, mask.kv_num_blocks])
+    lists = mask.kv_indices, mask.kv_num_blocks
+    check_devices(q, [q_blocks.tokens, kv_blocks.tokens, *lists])
 
 
 def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:

@@ -52,12 +52,13 @@ def per_head(
     dense attention needs; only gradients need one.
     """
     batch, heads = like.shape[:2]
+    may_need_gradients = torch.is_grad_enabled()
     results: list[Tensor] = []
     partials: list[tuple[Tensor, ...]] = []
     for b in range(batch):
         for h in range(heads):
             found = compute(b, h)
-            if any(x.requires_grad for x in found):
+            if may_need_gradients and any(x.requires_grad for x in found):
                 partials.append(found)
                 continue
             if not results:

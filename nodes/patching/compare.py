@@ -1,7 +1,4 @@
-"""One dense model call on a finished latent, with every method tried beside it.
-
-Which one suits this model?
-"""
+"""One dense model call on a finished latent, with every method tried beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +12,10 @@ from torch import Tensor
 
 from ...attention import ResolvedPlan, SparsePlan
 from ...attention.compare import MapSelection, MethodComparison
-from ...attention.plan import TRAINED_METHODS
+from ...attention.plan import METHODS, NEED_WEIGHTS
 from .model_info import model_info
 from .patch import KEY, SparsePatch, put_on
 from .run_report import RunReport
-
-METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa")  # those that need no weights
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def _plans(patch: SparsePatch | None, every_method: bool) -> dict[str, ResolvedP
     plans = {plan.method: plan}
     if every_method:
         trained = plan.adapter.info.method if plan.adapter is not None else None
-        names = [*METHODS, *(name for name in TRAINED_METHODS if name == trained)]
+        names = [name for name in METHODS[1:] if name == trained or name not in NEED_WEIGHTS]
         plans |= {name: plan.by_method(name) for name in names if name not in plans}
     return plans
 

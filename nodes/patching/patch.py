@@ -18,6 +18,7 @@ from torch import Tensor
 from ...attention import AttentionRun, ResolvedPlan, SparsePlan
 from ...attention.adapters import Adapter, check_model
 from ...attention.backend import check_triton
+from ...attention.plan import NEED_WEIGHTS
 from ...attention.run import Attention
 from .adapter_weights import carried
 from .apply_model import Request, apply_model
@@ -282,7 +283,7 @@ def _say_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
     """Where a run does less than the settings seem to say."""
     if plan.start_percent >= plan.end_percent:
         warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
-    if adapter is None and plan.method in ("rola", "sla"):
+    if adapter is None and plan.method in NEED_WEIGHTS:
         text = NO_WEIGHTS.format(method=plan.method)
         if plan.strict and plan.backend != "dense":
             raise SparseNotPossible(text, CONNECT_ADAPTER)

@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...attention.plan import NEED_WEIGHTS
+
 logger = logging.getLogger(__name__)
 
 EVENT = "ropeslr.report"
@@ -66,9 +68,8 @@ class RunReport:
     def _method(self) -> str:
         if self.adapter:
             return f"{self.method} ({self.adapter})"
-        return (
-            f"{self.method} without its weights" if self.method in ("rola", "sla") else self.method
-        )
+        without = " without its weights" if self.method in NEED_WEIGHTS else ""
+        return f"{self.method}{without}"
 
     def _how(self) -> str:
         if not self.sparse_calls:

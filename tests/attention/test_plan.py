@@ -133,3 +133,9 @@ def test_a_method_that_the_adapter_was_not_trained_for_is_refused():
 def test_a_list_of_layers_that_no_person_wrote_is_refused_at_once(length):
     with pytest.raises(ValueError, match=f"dense_layers is {length} characters long; at most 1000"):
         plan.parse_layers("0," * (length // 2) + "0" * (length % 2))
+
+
+def test_every_method_of_the_node_has_a_class():
+    methods = load(".attention.methods")
+    assert plan.METHODS == ("auto", *methods.METHODS)
+    assert set(plan.NEED_WEIGHTS) < set(plan.TRAINED_METHODS) < set(plan.METHODS)

@@ -154,7 +154,19 @@ def test_a_wrong_list_is_caught_when_the_mask_is_made(spoil, says):
         mask_like(mask, kv_indices=wrong_lists, kv_num_blocks=wrong_counts)
 
 
-def test_unused_places_of_a_list_may_hold_anything():
+def test_a_mask_is_made_of_what_is_kept_and_says_it_again():
+    q_blocks, kv_blocks = blocks_of(192), blocks_of(250)
+    kept = torch.rand(2, 3, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept[0, 0, 1] = False
+    for width in (None, 4):
+        mask = ops.BlockMask.from_dense(q_blocks, kv_blocks, kept, width)
+        assert torch.equal(mask.to_dense(), kept)
+        mask_like(mask)  # looked at entry by entry
+    with pytest.raises(ValueError, match=r"kept must be \(B, H, 3, 4\).*found \(2, 3, 4, 4\)"):
+        ops.BlockMask.from_dense(q_blocks, kv_blocks, kept[:, :, [0, 1, 2, 2]])
+
+
+def test_unused_entries_of_a_list_may_hold_anything():
     (q, k, v, mask), _ = sparse_case(250, torch.float32, heads=1, topk=2)
     one = mask.kv_num_blocks - 1
     short = mask_like(mask, kv_indices=mask.kv_indices[..., :1], kv_num_blocks=one)
