@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import comfy.model_management
 from comfy.utils import ProgressBar
@@ -93,12 +94,14 @@ class RoPeSLRDoctor(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_) -> float:
+    def fingerprint_inputs(cls, **_: Any) -> float:
         """Every queue is a new examination."""
         return time.time()
 
     @classmethod
-    def execute(cls, model_kind, width, height, length, sparsity, seconds) -> io.NodeOutput:
+    def execute(
+        cls, model_kind: str, width: int, height: int, length: int, sparsity: float, seconds: int
+    ) -> io.NodeOutput:
         """Examine for about `seconds`, with the memory of one attention call of eight heads."""
         pixels, frames = TOKENS[model_kind]
         grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import matplotlib
 import numpy
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..attention.compare import MethodComparison
 from .patching import RunReport
@@ -53,7 +55,7 @@ def _in_attention(report: RunReport) -> str:
     )
 
 
-def _density(axes, report: RunReport) -> None:
+def _density(axes: Axes, report: RunReport) -> None:
     axes.set_title("Density by layer and step")
     if report.map is None:
         _note(axes, "No self-attention calls.")
@@ -74,12 +76,12 @@ def _density(axes, report: RunReport) -> None:
     )
     every = max(1, -(-len(steps) // 12))
     axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel="step of this sampler", ylabel="layer")
     axes.figure.colorbar(drawn, ax=axes, extend="max", label="share of blocks kept; orange: dense")
 
 
-def _cost(axes, report: RunReport) -> None:
+def _cost(axes: Axes, report: RunReport) -> None:
     axes.set_title(f"Attention FLOPs: {100 * report.flops_saved:.1f} % saved")
     scale, unit = _unit(report.dense_tflop)
     left, whole = 0.0, report.dense_tflop * scale
@@ -110,7 +112,7 @@ def _unit(tflop: float) -> tuple[float, str]:
     return (1.0, "TFLOP") if tflop >= 1 else (1e3, "GFLOP")
 
 
-def _reasons(axes, report: RunReport) -> None:
+def _reasons(axes: Axes, report: RunReport) -> None:
     axes.set_title("Self-attention calls")
     counts = {f"sparse ({report.backend})": report.sparse_calls} if report.sparse_calls else {}
     counts |= {_short(reason): calls for reason, calls in report.dense_calls.items()}
@@ -129,7 +131,7 @@ def _short(text: str, most: int = 34) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _errors(axes, comparison: MethodComparison) -> None:
+def _errors(axes: Axes, comparison: MethodComparison) -> None:
     axes.set_title("Error against dense attention, by layer")
     for name, errors in comparison.errors.items():
         if errors:
@@ -138,12 +140,12 @@ def _errors(axes, comparison: MethodComparison) -> None:
             )
     axes.set(xlabel="layer", ylabel="relative error of the output")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
 
 
-def _blocks(axes, comparison: MethodComparison) -> None:
+def _blocks(axes: Axes, comparison: MethodComparison) -> None:
     shown = comparison.selection
     if shown is not None:
         axes.set_title(f"Kept blocks, layer {shown.number}, head {shown.head}")
@@ -154,6 +156,6 @@ def _blocks(axes, comparison: MethodComparison) -> None:
     axes.set(xlabel="key block", ylabel="query block")
 
 
-def _note(axes, text: str) -> None:
+def _note(axes: Axes, text: str) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", color="#666666", transform=axes.transAxes)

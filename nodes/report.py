@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import folder_paths
 import numpy
@@ -118,7 +119,16 @@ class RoPeSLRReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, model, compare, at, layer, head, positive=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        latent: dict,
+        model: Any,
+        compare: str,
+        at: float,
+        layer: int,
+        head: int,
+        positive: list | None = None,
+    ) -> io.NodeOutput:
         """Tell about the last run of MODEL; never fails a graph whose video is finished."""
         report = last_report(model)
         if report is None:
@@ -166,7 +176,7 @@ def _matplotlib_folder(folder: str) -> Iterator[None]:
 
 
 def _compare(
-    model, latent: dict, positive: list | None, request: Request
+    model: Any, latent: dict, positive: list | None, request: Request
 ) -> tuple[MethodComparison | None, str]:
     """What a comparison found, or why there is none."""
     if positive is None:

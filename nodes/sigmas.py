@@ -66,6 +66,6 @@ class RoPeSLRFewStepSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, preset) -> io.NodeOutput:
+    def execute(cls, preset: str) -> io.NodeOutput:
         """The preset's levels as float32 `(steps + 1,)`."""
         return io.NodeOutput(torch.tensor(PRESETS[preset], dtype=torch.float32))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..attention.adapters import Adapter
 from ..attention.plan import (
     AUTO,
     BACKENDS,
@@ -251,7 +254,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dense_layers=None) -> bool | str:
+    def validate_inputs(cls, dense_layers: str | None = None) -> bool | str:
         """Refuse before the run what cannot be read; linked inputs are None and checked later.
 
         ComfyUI shows an error on every input that is named here, so there is only this one.
@@ -263,7 +266,14 @@ class RoPeSLRSparseAttention(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, method, dense_layers="", adapter=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        method: str,
+        dense_layers: str = "",
+        adapter: Adapter | None = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
         """Build the plan from the widgets and install it on a clone of the model."""
         plan = SparsePlan(method=method, dense_layers=parse_layers(dense_layers), **settings)
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
