@@ -72,7 +72,7 @@ def test_the_errors_are_those_of_the_methods():
     assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
     patched = sparse(model, adapter=own_adapter("rola"), sparsity=0.8)
     trained = module.compare(patched, latent, conditioning(1), module.Request(True))
-    assert list(trained.errors) == ["rola", "ropeslr", "top-k", "top-k plain", "adaspa"]
+    assert list(trained.errors) == ["rola", "ropeslr", "adaspa", "top-k", "top-k plain"]
 
 
 @pytest.mark.slow
