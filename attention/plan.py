@@ -27,7 +27,7 @@ MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings themselves; what each means stands in the node's tooltips."""
+    """The settings themselves; the node's tooltips explain each."""
 
     method: str = "auto"
     sparsity: float = 0.90

@@ -359,7 +359,7 @@ class LowRank(NamedTuple):
 
 
 class Background(NamedTuple):
-    """What stands in for the dropped blocks, and its share of each query's output."""
+    """What replaces the dropped blocks, and its share of each query's output."""
 
     gate: Gate
     first_order: FirstOrder

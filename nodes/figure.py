@@ -24,7 +24,7 @@ NOT_RUN = "#d9d9d9"
 def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor:
     """-> IMAGE `(1, H, W, 3)` float32 in 0..1."""
     figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
-    (density, cost), (below, blocks) = figure.subplots(2, 2)
+    (density, cost), (lower, blocks) = figure.subplots(2, 2)
     done = "" if report.completed else ", not finished"
     figure.suptitle(
         f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} "
@@ -36,10 +36,10 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
     _density(density, report)
     _cost(cost, report)
     if comparison is None:
-        _reasons(below, report)
+        _reasons(lower, report)
         _note(blocks, "Connect positive and choose a comparison\nto see errors and kept blocks.")
     else:
-        _errors(below, comparison)
+        _errors(lower, comparison)
         _blocks(blocks, comparison)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

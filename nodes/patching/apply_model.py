@@ -63,7 +63,7 @@ def apply_model(run: SamplingRun, executor: Any, request: Request) -> Tensor:
         result = execute(untouched.clone())
         run.recompiler.settle(result.call.missing_layers())
     if run.plan.verbose:
-        say_call(result.call)
+        log_call(result.call)
     note_silence(result.call, base, request.options)
     result = retry_dense_if_not_finite(result, untouched, execute)
     run.end_call(result.call.tally)
@@ -130,7 +130,7 @@ def note_silence(call: ModelCall, base: Any, options: Mapping[str, Any]) -> None
         call.leave_dense(reason, layers)
 
 
-def say_call(call: ModelCall) -> None:
+def log_call(call: ModelCall) -> None:
     """The line of `verbose`."""
     what = call.facts.unsupported or call.reason or "sparse"
     logger.info(

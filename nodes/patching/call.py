@@ -33,7 +33,7 @@ OUTSIDE_BLOCKS = "outside the transformer blocks"
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What a model call is told from outside.
+    """What holds for a model call from outside.
 
     conditioning: (key, batch rows) in batch order. window: the frames that the call looks at, of a
     longer video. context_lengths: tokens of each context that blocks attend to besides themselves.

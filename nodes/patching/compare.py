@@ -31,7 +31,7 @@ class Request:
 class SilentPatch(SparsePatch):
     """A patch whose run is no run of a person's."""
 
-    def tell(self, report: RunReport) -> None:
+    def publish(self, report: RunReport) -> None:
         """Nothing."""
 
 

@@ -26,8 +26,8 @@ class Arrangement:
 
 
 # Exact classes, by module and name: a subclass may arrange its tokens in another way, and older
-# versions of ComfyUI have fewer of them. A frame of reference tokens in front is told by the
-# model's `ref_conv`.
+# versions of ComfyUI have fewer of them. A model's `ref_conv` shows that a frame of
+# reference tokens comes first.
 ARRANGEMENTS: dict[Identity, Arrangement] = {
     # T2V, I2V, Fun, Phantom, 5B, A14B
     (WAN, "WanModel"): Arrangement(after=("context_latents",)),
@@ -103,7 +103,7 @@ class ModelInfo:
         return {*self.layer_identities(), *(("control", i, 1) for i in self.control_layers)}
 
     def layer(self, options: Mapping[str, Any]) -> Layer | None:
-        """The layer that transformer_options tell of; None outside the blocks."""
+        """The layer named in transformer_options; None outside the blocks."""
         index = options.get("block_index")
         if index is None:
             return None

@@ -154,9 +154,9 @@ class SparsePatch:
 
     def _end(self, run: SamplingRun, completed: bool) -> None:
         self.last_report = run.report(completed)
-        self.tell(self.last_report)
+        self.publish(self.last_report)
 
-    def tell(self, report: RunReport) -> None:
+    def publish(self, report: RunReport) -> None:
         """One line in the log, and an event for the browser."""
         logger.info(report.summary())
         report.send(self.node_id)
@@ -212,7 +212,7 @@ def install(
             raise SparseNotPossible(info.unsupported)
     else:
         _check_fit(model, info, resolved, adapter)
-    _say_what_is_ignored(resolved, adapter)
+    _log_what_is_ignored(resolved, adapter)
     patched = model.clone()
     patched.remove_additional_models(KEY)
     if resolved.adapter is not None:
@@ -279,7 +279,7 @@ def warn(text: str) -> None:
     logger.warning("RoPeSLR: %s", text)
 
 
-def _say_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
+def _log_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
     """Where a run does less than the settings seem to say."""
     if plan.start_percent >= plan.end_percent:
         warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
