@@ -12,7 +12,15 @@ import torch
 import comfy_host
 from support.data import checkpoints
 from support.data.fields import relative_error
-from support.host.sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
+from support.host.sampling import (
+    SETTINGS,
+    k_sample,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
+)
 
 MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
 SPARKWAN = "made_nodes_sparkwan.pth"
@@ -48,19 +56,7 @@ def texts(width=4096):
 
 def run(model, steps=2, width=4096):
     positive, negative = texts(width)
-    return comfy_host.run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=steps,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=positive,
-        negative=negative,
-        latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
-        denoise=1.0,
-    )[0]["samples"]
+    return k_sample(model, positive, negative, torch.zeros(1, 16, 5, 16, 16), steps=steps)
 
 
 # Load and save

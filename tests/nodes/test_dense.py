@@ -8,6 +8,7 @@ from support.data.fields import relative_error
 from support.host.sampling import (
     conditioning,
     full_density,
+    k_sample,
     load_model,
     own_adapter,
     report,
@@ -19,19 +20,7 @@ from support.host.sampling import (
 def flux_sample(model):
     extra = dict(pooled_output=torch.zeros(1, 768), guidance=3.5)
     text = [[torch.randn(1, 10, 4096, generator=torch.Generator().manual_seed(0)), extra]]
-    return comfy_host.run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=2,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=text,
-        negative=text,
-        latent_image={"samples": torch.zeros(1, 16, 16, 16)},
-        denoise=1.0,
-    )[0]["samples"]
+    return k_sample(model, text, text, torch.zeros(1, 16, 16, 16))
 
 
 def warnings(caplog):
@@ -101,19 +90,7 @@ def with_reference(model):
             torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(4))
         ],
     )
-    return comfy_host.run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=2,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=text,
-        negative=text,
-        latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
-        denoise=1.0,
-    )[0]["samples"]
+    return k_sample(model, text, text, torch.zeros(1, 16, 5, 16, 16))
 
 
 def test_reference_tokens_in_front_of_the_video_are_always_kept(monkeypatch):
@@ -151,19 +128,7 @@ def test_latents_behind_the_video_are_always_kept(monkeypatch):
                 for seed in (4, 5)
             ],
         )
-        return comfy_host.run_node(
-            "KSampler",
-            model=model,
-            seed=1,
-            steps=2,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=text,
-            negative=text,
-            latent_image={"samples": torch.zeros(1, 16, 5, 16, 16)},
-            denoise=1.0,
-        )[0]["samples"]
+        return k_sample(model, text, text, torch.zeros(1, 16, 5, 16, 16))
 
     dense, patched = run(model), sparse(model, sparsity=0.6)
     assert 1e-4 < relative_error(run(patched), dense) < 0.5

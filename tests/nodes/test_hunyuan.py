@@ -6,7 +6,7 @@ import torch
 import comfy_host
 from support.data.fields import relative_error
 from support.host.passes import count_passes
-from support.host.sampling import full_density, load_model, report, sample, sparse
+from support.host.sampling import full_density, k_sample, load_model, report, sample, sparse
 
 # file -> (latent channels, latent, sparse calls of one step)
 HUNYUAN = {
@@ -110,19 +110,7 @@ def masked(real, seed=1, padded_seed=2, tokens=20):
 
 
 def run(model, positive, sparse_steps=2):
-    return comfy_host.run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=sparse_steps,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=positive,
-        negative=positive,
-        latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)},
-        denoise=1.0,
-    )[0]["samples"]
+    return k_sample(model, positive, positive, torch.zeros(1, 16, 9, 16, 16), steps=sparse_steps)
 
 
 @pytest.mark.parametrize("real", [1, 12, 19])

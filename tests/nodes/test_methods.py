@@ -18,6 +18,7 @@ from support.host.sampling import (
     SLOT,
     WAN,
     conditioning,
+    k_sample,
     load_model,
     own_adapter,
     report,
@@ -402,18 +403,13 @@ def test_two_conditionings_have_their_own_masks(monkeypatch):
     )
     for text_tokens in (20, 77):  # of equal length they come in one batch
         patched = sparse(load_model("tiny_wan21_t2v"), method="adaspa", sparsity=0.6)
-        comfy_host.run_node(
-            "KSampler",
-            model=patched,
-            seed=1,
+        k_sample(
+            patched,
+            conditioning(1, 20),
+            conditioning(2, text_tokens),
+            torch.zeros(1, 16, *LATENT),
             steps=3,
             cfg=5.0,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=conditioning(1, 20),
-            negative=conditioning(2, text_tokens),
-            latent_image={"samples": torch.zeros(1, 16, *LATENT)},
-            denoise=1.0,
         )
         memory = runs[-1].method.memory
         keys = {key for _, key, _, _ in memory}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import comfy_host
-from support.host.sampling import conditioning, load_model, report, sample, sparse
+from support.host.sampling import conditioning, k_sample, load_model, report, sample, sparse
 
 AGAIN = comfy_host.module(".nodes.patching.dense_reason").NOT_FINITE
 
@@ -148,17 +148,5 @@ def test_one_conditioning_that_is_not_finite_by_itself_leaves_the_others_guarded
     bad[0][0][0, 0, 0] = float("nan")
     spoiled(float("inf"), 7)
 
-    comfy_host.run_node(
-        "KSampler",
-        model=patched,
-        seed=1,
-        steps=2,
-        cfg=5.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=bad,
-        negative=conditioning(2, 24),
-        latent_image={"samples": torch.zeros(1, 16, 9, 16, 16)},
-        denoise=1.0,
-    )
+    k_sample(patched, bad, conditioning(2, 24), torch.zeros(1, 16, 9, 16, 16), cfg=5.0)
     assert report(patched).dense_calls[AGAIN] >= 2 and report(patched).completed

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import comfy_host
-from support.host.sampling import conditioning, load_model, report, sample, sparse, two_experts
+from support.host.sampling import (
+    conditioning,
+    k_sample,
+    load_model,
+    report,
+    sample,
+    sparse,
+    two_experts,
+)
 
 
 def test_percent_is_read_when_sampling_and_not_when_patching():
@@ -66,17 +74,12 @@ def test_steps_of_levels_made_by_hand_are_estimated():
 def test_a_run_that_starts_from_its_own_noise_starts_a_schedule():
     """denoise below 1 begins in the middle of the levels; its first step is still a first step."""
     patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=1)
-    comfy_host.run_node(
-        "KSampler",
-        model=patched,
-        seed=1,
+    k_sample(
+        patched,
+        conditioning(1),
+        conditioning(2),
+        torch.randn(1, 16, 5, 16, 16),
         steps=3,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=conditioning(1),
-        negative=conditioning(2),
-        latent_image={"samples": torch.randn(1, 16, 5, 16, 16)},
         denoise=0.5,
     )
     assert report(patched).dense_calls == {"dense first steps": 2}

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-import comfy_host
-from support.host.sampling import conditioning, load_model
+from support.host.sampling import conditioning, k_sample, load_model
 
 EVEN, ODD = (5, 16, 16), (3, 15, 17)  # 5 x 8 x 8 and 3 x 8 x 9 tokens
 ODD_GRID = (3, 14, 18)  # 3 x 7 x 9 tokens, for models that fail at odd latents by themselves
@@ -68,20 +67,15 @@ class Variant:
             self.extra(latent),
             24 if self.apart else 20,
         )  # texts of two lengths stay apart
-        out = comfy_host.run_node(
-            "KSampler",
-            model=model,
+        return k_sample(
+            model,
+            conditioning(1, **extra),
+            conditioning(2, other_text, **extra),
+            start,
             seed=seed,
             steps=steps,
             cfg=cfg,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=conditioning(1, **extra),
-            negative=conditioning(2, other_text, **extra),
-            latent_image={"samples": start},
-            denoise=1.0,
         )
-        return out[0]["samples"]
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:

@@ -64,6 +64,20 @@ def conditioning(seed: int, tokens: int = 20, **extra) -> list:
     return [[torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed)), extra]]
 
 
+def k_sample(model, positive, negative, latent: torch.Tensor, **widgets) -> torch.Tensor:
+    """The latent that the stock KSampler makes of one; two Euler steps at CFG 1 by default."""
+    settings = dict(seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+    (out,) = comfy_host.run_node(
+        "KSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image={"samples": latent},
+        **(settings | widgets),
+    )
+    return out["samples"]
+
+
 def sample(
     model,
     channels: int = 16,
@@ -87,20 +101,15 @@ def sample(
         }
     if pooled:
         extra["pooled_output"] = torch.randn(1, 768, generator=torch.Generator().manual_seed(8))
-    out = comfy_host.run_node(
-        "KSampler",
-        model=model,
-        seed=1,
+    return k_sample(
+        model,
+        conditioning(1, text_tokens, **extra),
+        conditioning(2, text_tokens, **extra),
+        torch.zeros(shape),
         steps=steps,
         cfg=cfg,
         sampler_name=sampler,
-        scheduler="simple",
-        positive=conditioning(1, text_tokens, **extra),
-        negative=conditioning(2, text_tokens, **extra),
-        latent_image={"samples": torch.zeros(shape)},
-        denoise=1.0,
     )
-    return out[0]["samples"]
 
 
 def two_experts(
