@@ -82,7 +82,7 @@ def _why_not(parts: list[str]) -> str | None:
         except UnicodeEncodeError:
             return "it contains half of a character (a lone surrogate)"
         if size > MAX_STEM_BYTES:
-            return f"a part of it is {size:,} bytes long, at most {MAX_STEM_BYTES} are possible"
+            return f"a part of it is {size:,} bytes long; at most {MAX_STEM_BYTES} are possible"
     return None
 
 

@@ -140,7 +140,7 @@ def test_the_help_page_is_shown_with_its_picture(shown):
     shown.page.wait_for_function(
         "() => document.querySelector('.node-help-content img')?.naturalWidth > 100"
     )
-    assert "share of key blocks that is NOT computed" in page.inner_text()
+    assert "Share of key blocks that are NOT computed" in page.inner_text()
 
 
 def test_the_doctor_writes_on_its_own_node(shown):

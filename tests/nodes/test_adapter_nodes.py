@@ -90,7 +90,7 @@ PART, CHARACTER, END = (
     "it has a control character or one of",
     "ends with a dot or a space",
 )
-DEVICE, LONG = "is a device on Windows", f"{LONGEST + 1} bytes long, and {LONGEST} are possible"
+DEVICE, LONG = "is a device on Windows", f"{LONGEST + 1} bytes long; at most {LONGEST} are possible"
 
 
 @pytest.mark.parametrize(

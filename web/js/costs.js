@@ -1,4 +1,4 @@
-// What attention costs, in FLOPs and blocks: the same arithmetic as attention/accounting.py and attention/block_layout.py.
+// What attention costs, in FLOPs and blocks: the arithmetic of attention/accounting.py and block_layout.py.
 // @ts-check
 
 export const BLOCK = 64;
