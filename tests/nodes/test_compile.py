@@ -12,28 +12,15 @@ import comfy_host
 from support.data.fields import relative_error
 from support.data.variants import VARIANTS
 from support.host.compiling import compiled
-from support.host.sampling import load_model, own_adapter, report, sample, sparse
-
-CHANGES = (
-    dict(),
-    dict(method="top-k"),
-    dict(method="adaspa"),
-    dict(sparsity=0.5),
-    dict(rank=32),
-    dict(calibrate="off"),
-    dict(calibrate_rows=16),
-    dict(block_order="raster"),
-    dict(keep_diagonal=True),
-    dict(keep_first_frame=True),
-    dict(backend="dense"),
-    dict(dense_layers="0"),
-    dict(start_percent=0.5),
-    dict(end_percent=0.1),
-    dict(dense_first_steps=1),
-    dict(dense_last_steps=1),
-    dict(min_tokens=100_000),
-    dict(sparsity=0.0),
+from support.host.sampling import (
+    CHANGES,
+    load_model,
+    own_adapter,
+    report,
+    sample,
+    sparse,
 )
+
 FEW = (CHANGES[0], CHANGES[1], dict(dense_layers="0", dense_first_steps=1))
 SOME_OR_ALL = None  # FEW, and CHANGES when thorough
 

@@ -107,6 +107,7 @@ def test_comparing_leaves_the_random_state_alone(finished):
     assert torch.equal(torch.randn(3), expected)
 
 
+@pytest.mark.slow  # matplotlib is the same in every ComfyUI
 def test_drawing_leaves_no_folder_in_the_home_directory(tmp_path):
     """matplotlib makes one for its caches where nobody tells it a better place."""
     import os

@@ -9,6 +9,7 @@ import torch
 import comfy_host
 from support.data.fields import relative_error
 from support.host.sampling import (
+    CHANGES,
     WAN,
     conditioning,
     full_density,
@@ -130,23 +131,7 @@ def test_settings_take_effect():
     """Each option changes what runs, so that none is a widget without a wire."""
     model = load_model("tiny_wan21_t2v")
     base = sample(sparse(model), steps=2)
-    for changed in (
-        dict(method="top-k"),
-        dict(sparsity=0.5),
-        dict(rank=32),
-        dict(calibrate="off"),
-        dict(calibrate_rows=16),
-        dict(block_order="raster"),
-        dict(keep_diagonal=True),
-        dict(keep_first_frame=True),
-        dict(backend="dense"),
-        dict(dense_layers="1"),
-        dict(start_percent=0.5),
-        dict(end_percent=0.1),
-        dict(dense_first_steps=1),
-        dict(dense_last_steps=1),
-        dict(min_tokens=100_000),
-    ):
+    for changed in CHANGES[1:]:
         assert not torch.equal(sample(sparse(model, **changed), steps=2), base), changed
 
 

@@ -13,6 +13,27 @@ import tiny_models
 SLOT = "optimized_attention_override"
 # Tiny models are short, and most tests look at the first step too.
 SETTINGS = dict(dense_first_steps=0, min_tokens=64)
+# Settings of the node of which each changes what runs; the first is the default.
+CHANGES = (
+    dict(),
+    dict(method="top-k"),
+    dict(method="adaspa"),
+    dict(sparsity=0.5),
+    dict(rank=32),
+    dict(calibrate="off"),
+    dict(calibrate_rows=16),
+    dict(block_order="raster"),
+    dict(keep_diagonal=True),
+    dict(keep_first_frame=True),
+    dict(backend="dense"),
+    dict(dense_layers="1"),
+    dict(start_percent=0.5),
+    dict(end_percent=0.1),
+    dict(dense_first_steps=1),
+    dict(dense_last_steps=1),
+    dict(min_tokens=100_000),
+    dict(sparsity=0.0),
+)
 # name -> (file, latent channels, whether a start image is concatenated)
 WAN = {
     "2.1 T2V": ("tiny_wan21_t2v", 16, False),
