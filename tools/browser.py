@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # playwright is only there where a browser is driven
 
 SECONDS = 1000  # playwright counts in milliseconds
 PATIENCE = 120 * SECONDS  # a busy machine takes many times the usual two seconds to load the page
-PICTURE_WIDTH, PICTURE_BYTES = 1600, 80_000
+PICTURE_WIDTHS, PICTURE_BYTES = (1600, 1440, 1280, 1120), 80_000
 # Nothing is to cover the canvas: no tour, no template browser, no floating tools.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -35,6 +35,7 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasMenu": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.Workflow.Persist": False,
     "Comfy.Validation.Workflows": True,
     "Comfy.Workflow.ConfirmDelete": False,
@@ -359,12 +360,13 @@ def readme_pictures(seen: Path, folder: Path) -> None:
 def _small_jpeg(image: Image.Image) -> bytes:
     """The picture as a JPEG of at most PICTURE_BYTES."""
     image = image.convert("RGB")
-    image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH), Image.Resampling.LANCZOS)
-    for quality in range(88, 30, -4):
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=quality, optimize=True, progressive=True)
-        if out.tell() <= PICTURE_BYTES:
-            return out.getvalue()
+    for width in PICTURE_WIDTHS:
+        image.thumbnail((width, width), Image.Resampling.LANCZOS)
+        for quality in range(88, 55, -4):
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=quality, optimize=True, progressive=True)
+            if out.tell() <= PICTURE_BYTES:
+                return out.getvalue()
     raise RuntimeError(f"the picture does not become smaller than {PICTURE_BYTES} bytes")
 
 
