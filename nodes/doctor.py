@@ -83,8 +83,8 @@ class RoPeSLRDoctor(io.ComfyNode):
                     min=1,
                     max=600,
                     tooltip=(
-                        "Approximate time to measure. Each method gets at least three turns, so "
-                        "long videos can take longer."
+                        "Approximate time to measure. Each method is timed at least three times, "
+                        "so long videos can take longer."
                     ),
                 ),
             ],

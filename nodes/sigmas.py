@@ -45,8 +45,8 @@ class RoPeSLRFewStepSigmas(io.ComfyNode):
             display_name="Few-Step Sigmas",
             category="RoPeSLR",
             description=(
-                "The noise levels that SparkWan and TurboWan checkpoints were distilled for. "
-                "Connect to SamplerCustom with CFG 1 and sampler euler (SparkWan) or lcm "
+                "The noise levels (sigmas) that SparkWan and TurboWan checkpoints were distilled "
+                "for. Connect to SamplerCustom with CFG 1 and sampler euler (SparkWan) or lcm "
                 "(TurboWan). Replaces the scheduler; ModelSamplingSD3 is not needed. Wan 2.2: one "
                 "sampler per expert, the second without added noise."
             ),

@@ -76,8 +76,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip=(
                         "auto: the adapter's method, or ropeslr without one. ropeslr: kept blocks "
                         "plus a self-calibrating background. rola, sla: kept blocks plus a trained "
-                        "low-rank or linear branch; both need their checkpoint's adapter. adaspa: "
-                        "finds the blocks by exact search, twice per run; dense until the first "
+                        "low-rank or linear branch, for SparkWan and TurboWan checkpoints. adaspa: "
+                        "finds the blocks by exact search, twice in a run; dense until the first "
                         "search. top-k: kept blocks plus one averaged key for each dropped block. "
                         "top-k plain: kept blocks only."
                     ),
@@ -102,8 +102,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     max=MAX_RANK,
                     step=2,
                     tooltip=(
-                        "Rank of the background per head; 0 = full (or the adapter's rank). Lower "
-                        "is slightly faster and less accurate. Try 64."
+                        "Rank of the approximation per head; 0 = full (or the adapter's rank). "
+                        "Lower is slightly faster and less accurate. Try 64."
                     ),
                 ),
                 io.Float.Input(
@@ -218,7 +218,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Every block also attends to the first frame, whatever its score. In cube "
-                        "order blocks span frames, so this keeps the first three or four."
+                        "order blocks span frames, so this keeps the first three or four latent "
+                        "frames."
                     ),
                 ),
                 io.Boolean.Input(
@@ -241,8 +242,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "sla: which blocks its linear branch covers. released: all of them, as in "
-                        "every published checkpoint. paper: those that are neither kept nor among "
-                        "a query block's worst 10 %."
+                        "every published checkpoint. paper: all but the kept ones and each query "
+                        "block's lowest-scoring 10 %."
                     ),
                 ),
             ],

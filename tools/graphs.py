@@ -97,8 +97,13 @@ EXPECT = (
 )
 COMPARE = (
     "To compare, set *backend* of the RoPeSLR node to *dense* and queue again with the same seed. "
-    "Its panel then shows the time of dense attention. Bypassing the node (Ctrl+B) gives the same "
-    "video."
+    "Its panel then shows the time of dense attention. Bypassing the node (Ctrl+B) gives the video "
+    "that you would get without it."
+)
+COMPARE_BOTH = (
+    "To compare, set *backend* of **both** RoPeSLR nodes to *dense* and queue again with the same "
+    "seed. Their panels then show the time of dense attention. Bypassing both (Ctrl+B) gives the "
+    "video that you would get without them."
 )
 
 
@@ -197,12 +202,9 @@ def graph(
     title: str,
     story: str,
     *columns: tuple[Group, ...],
-    after: str = f"{EXPECT}\n\n{COMPARE}",
+    advice: str = f"{SLIDER}\n\n{EXPECT}\n\n{COMPARE}",
 ) -> Graph:
-    """A graph with its read-me in front.
-
-    What it does, what to download, which slider to move, what to expect.
-    """
+    """A graph with its read-me in front: story, downloads, and advice on settings and results."""
     used = [
         value
         for column in columns
@@ -216,7 +218,7 @@ def graph(
     )
     text = (
         f"# {title}\n\n{story}\n\n## What to download\n\nComfyUI offers to download missing files "
-        f"when you open the workflow. By hand:\n\n{downloads}\n\n{SLIDER}\n\n{after}"
+        f"when you open the workflow. By hand:\n\n{downloads}\n\n{advice}"
     )
     note = Node(
         "read_me",
@@ -364,6 +366,7 @@ def wan22_a14b() -> Graph:
             ),
         ),
         (Group("Decoding", (decode("sampler_low"),)), *video("wan2.2_a14b_t2v", 16.0)),
+        advice=f"{SLIDER}\n\n{EXPECT}\n\n{COMPARE_BOTH}",
     )
 
 
@@ -512,8 +515,8 @@ def hunyuan15_t2v() -> Graph:
     return graph(
         "hunyuanvideo1.5_t2v",
         "HunyuanVideo 1.5 text to video",
-        "Every latent pixel is a token: five seconds of 720p are more than 100,000. This model "
-        "gains most from sparse attention. Lower *width* and *height* for a first try.",
+        "Every latent pixel is a token: five seconds of 720p are more than 100,000, so attention "
+        "takes most of the time. Lower *width* and *height* for a first try.",
         (
             Group(
                 "Models",
@@ -582,10 +585,11 @@ def sparkwan() -> Graph:
         ),
         (Group("Sampling", sampling),),
         video("sparkwan_few_step", 16.0),
-        after=(
-            "## What to expect\n\nEvery step runs sparse, including the first: the model was "
-            "trained that way. Keep **sparsity** at the value in the file's name. At the end the "
-            "log shows what ran sparse and the work saved."
+        advice=(
+            "## The setting that matters\n\nKeep **sparsity** on *RoPeSLR Sparse Attention* at the "
+            "value in the file's name: the model was trained with it. Leave the other settings as "
+            "they are.\n\n## What to expect\n\nEvery step runs sparse, including the first. At the "
+            "end the log shows what ran sparse and the work saved."
         ),
     )
 
@@ -595,9 +599,9 @@ def adapter_on_stock() -> Graph:
         "adapter_on_stock_model",
         "An adapter on a stock model",
         "**Load RoPeSLR Adapter** lists the files in **models/ropeslr**: trained sparse-attention "
-        "weights for a model you already have. The first entry, *none (training-free)*, runs "
-        "without weights, so this workflow works before you have any. An adapter for another "
-        "model stops with an error that names both.",
+        "weights for a model you already have. None have been published for stock models yet. The "
+        "first entry, *none (training-free)*, runs without weights, so this workflow works before "
+        "you have any. An adapter for another model stops with an error that names both.",
         (
             Group(
                 "Models",
@@ -671,10 +675,10 @@ def dense_vs_sparse() -> Graph:
         samplers,
         (Group("Side by side", (stitch,)), *video("dense_vs_sparse", 16.0, "stitch")),
         (Group("Report", (report,)),),
-        after=(
-            "## What to expect\n\nAt 0.90 look for small differences in fine texture and fast "
-            "motion. The progress bar shows each sampler's time; the first run also loads the "
-            "model, so compare the second. The log shows the work saved."
+        advice=(
+            f"{SLIDER}\n\n## What to expect\n\nAt 0.90 look for small differences in fine texture "
+            "and fast motion. The progress bar shows each sampler's time; the first run also loads "
+            "the model, so compare the second. The log shows the work saved."
         ),
     )
 
