@@ -1,7 +1,4 @@
-"""Every method beside dense attention on the same q, k, v.
-
-Each one's error, layer by layer, and cost.
-"""
+"""Every method beside dense attention on the same q, k, v: error by layer, and cost."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import BlockMask
 from .accounting import AttentionCost, dense_flops
 from .call import AttentionCall, LayerInputs
 from .plan import ResolvedPlan
@@ -36,7 +34,7 @@ class MethodComparison:
     plans: the methods to try, by name. selection: whose kept blocks are drawn, or None; a head that
     the model lacks means its last. After the calls: `errors[name][layer]` relative to dense
     attention on some queries, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of
-    the video's blocks (the first plan's).
+    the video's blocks that the first plan's method kept.
     """
 
     def __init__(
@@ -79,6 +77,7 @@ class MethodComparison:
         positions = torch.arange(count, device=q.device) * layout.video_tokens // count
         tokens = layout.before + positions
         exact = dense.index_select(2, tokens).float()
+        self._watch_kept_blocks(first, call, heads)
         for name, run in self.runs.items():
             if run.missing(call.inputs):
                 continue
@@ -86,21 +85,30 @@ class MethodComparison:
             off = (out.index_select(2, tokens).float() - exact).norm() / exact.norm()
             self.errors[name][call.layer] = off.item()
             self._costs[name].append(cost)
-        if self.selection is not None and call.layer == self.selection.layer and self.kept is None:
-            head = min(self.selection.head, heads - 1)
-            self.selection = replace(self.selection, head=head)
-            self.kept = _kept_blocks(first, q, k, call, head)
+        first.on_mask = None
         flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
         return dense, AttentionCost(1.0, flops, flops)
+
+    def _watch_kept_blocks(self, run: AttentionRun, call: AttentionCall, heads: int) -> None:
+        """Let the selected layer's first call note which of the video's blocks are kept."""
+        selection = self.selection
+        if selection is None or call.layer != selection.layer or self.kept is not None:
+            return
+        self.selection = selection = replace(selection, head=min(selection.head, heads - 1))
+
+        def note(mask: BlockMask) -> None:
+            kept = mask.to_dense()[0, selection.head, :, : mask.q_blocks.num_blocks]
+            self.kept = kept.cpu()
+
+        run.on_mask = note
 
     def _tried(
         self, run: AttentionRun, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, AttentionCost]:
         call = _own_order(run, replace(call, step=0, num_steps=STEPS))
         out, cost = run.attend(q, k, v, call)
-        if (
-            cost.calibration
-        ):  # it has just learned, which costs more, or is dense; this is how it goes on
+        # It has just learned, which costs more, or is dense; this is how it goes on.
+        if cost.calibration:
             del out
             out, cost = run.attend(q, k, v, replace(call, step=1))
         return out, cost
@@ -108,10 +116,3 @@ class MethodComparison:
 
 def _own_order(run: AttentionRun, call: AttentionCall) -> AttentionCall:
     return replace(call, layout=replace(call.layout, order=run.plan.block_order))
-
-
-def _kept_blocks(run: AttentionRun, q: Tensor, k: Tensor, call: AttentionCall, head: int) -> Tensor:
-    """Which of the video's blocks routing keeps for one head of the first batch row; on the CPU."""
-    call = _own_order(run, call)
-    routing = run.method.route(q[:, :, call.video], k, call)
-    return routing.mask.to_dense()[0, head, :, : routing.mask.q_blocks.num_blocks].cpu()

@@ -26,11 +26,8 @@ from .plan import BLOCK, SparsePlan
 from .run import AttentionRun
 
 METHODS = ("ropeslr", "top-k", "top-k plain")
-ROUNDING = {
-    torch.float32: 1e-4,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}  # of the outputs of the self-test
+# Of the outputs of the self-test.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 HEADS, HEAD_DIM = 8, 128
 LARGEST_ON_CPU = 4096  # tokens; a longer video would take minutes and say the same
 WORTH_IT = 1.1
@@ -57,8 +54,7 @@ def facts(device: torch.device) -> list[str]:
     """The machine, and which backend it would use, and why."""
     lines = [
         f"system: {platform.system()} {platform.release()}, Python {platform.python_version()}, "
-        "torch "
-        f"{torch.__version__}",
+        f"torch {torch.__version__}",
         f"triton: {' '.join(triton_support.installed_triton() or ('not installed',))}",
     ]
     if device.type == "cuda":
@@ -165,9 +161,8 @@ def measure(
             call()
             _wait(device)
             samples[name].append(1e3 * (time.perf_counter() - started))
-    medians = {
-        name: statistics.median(values[1:]) for name, values in samples.items()
-    }  # the first warms up
+    # The first warms up.
+    medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
     return Measurement(tokens, medians.pop("dense"), medians)
 
 
@@ -224,8 +219,7 @@ def advice(
     if measured.gain("ropeslr") >= WORTH_IT:
         lines.append(
             f"Recommended: method auto, sparsity {sparsity:.2f}, for attention "
-            f"{measured.gain('ropeslr'):.1f} times as "
-            "fast at this size. A whole step gains less."
+            f"{measured.gain('ropeslr'):.1f} times as fast at this size. A whole step gains less."
         )
     elif measured.gain(best) >= WORTH_IT:
         lines.append(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.types import BlockMask
 from .accounting import AttentionCost, dense_flops, sparse_flops
 from .call import AttentionCall, LayerInputs
 from .methods import Method, MethodOutput, create
@@ -48,6 +50,7 @@ class AttentionRun:
     def __init__(self, plan: ResolvedPlan) -> None:
         self.plan = plan
         self.method: Method = create(plan)
+        self.on_mask: Callable[[BlockMask], None] | None = None  # sees the kept blocks of each call
 
     @property
     def needs_x(self) -> bool:
@@ -99,6 +102,8 @@ class AttentionRun:
         with _full_precision(q.device):
             own = None if out is None else out[:, :, video]
             found = self.method.attend(q[:, :, video], k, v, call, own)
+            if self.on_mask is not None and found.mask is not None:
+                self.on_mask(found.mask)
             if out is not None:
                 self._attend_beside(q, k, v, call, out)
             elif not alone:
@@ -133,10 +138,13 @@ class AttentionRun:
                 q[:, :, part], k, v, kv_blocks, scale=call.scale, backend=self.plan.backend
             )
             parts.insert(0 if part.start == 0 else len(parts), found)
-        seen = q.new_ones(call.layout.tokens, 1)
+        whole = torch.cat(parts, dim=2)
+        if not call.layout.hidden:
+            return whole
+        hidden = torch.zeros(call.layout.tokens, 1, dtype=torch.bool, device=q.device)
         for start, stop in call.layout.hidden:
-            seen[start:stop] = 0.0
-        return torch.cat(parts, dim=2) * seen
+            hidden[start:stop] = True
+        return whole.masked_fill(hidden, 0.0)  # not a product: hidden text may hold NaN
 
     def _cost(self, q: Tensor, call: AttentionCall, found: MethodOutput) -> AttentionCost:
         batch, heads, _, head_dim = q.shape

@@ -157,8 +157,7 @@ def main() -> None:
                 print(
                     f"{target:>10} {name:>15} {row['kernel']:>15}  {row['warps']} warps "
                     f"{row['stages']} stages {row['registers']:>4} regs {row['spilled_bytes']:>5} "
-                    "B spilled "
-                    f"{row['shared_bytes']:>7} B shared {row['blocks_per_sm']} per SM  "
+                    f"B spilled {row['shared_bytes']:>7} B shared {row['blocks_per_sm']} per SM  "
                     f"{row['tensor_cores']} useful {row['useful_mma']}",
                     flush=True,
                 )

@@ -207,9 +207,8 @@ def measure_case(run: Run, case: Case) -> dict:
                 lambda s=sparsity: measure_sparsity(run, case, sets, s, found["dense_ms"])
             )
     sets.clear()  # the backward makes its own
-    expected = (
-        2 * 22 * 4.5 * (found["dense_ms"] or 0) / 1e3
-    )  # two exact ones, forward and both, 22 turns each
+    # Two exact ones, forward and both, 22 turns each.
+    expected = 2 * 22 * 4.5 * (found["dense_ms"] or 0) / 1e3
     if run.has_time(f"{case.name}, backward", expected):
         found["backward"] = run.guarded(lambda: backward(run, case))
     return found

@@ -91,9 +91,8 @@ def capture(target: str) -> Iterator[list[tuple[str, Any]]]:
     before = vars(driver)[slot]
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # a refusal of ptxas prints the whole program
+        # A refusal of ptxas prints the whole program.
+        with contextlib.redirect_stdout(io.StringIO()):
             found: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         found = found.result() if hasattr(found, "result") else found
         compiled.append((self.__name__, found))

@@ -26,17 +26,15 @@ def bytes_per_token(
     """
     row, mean = width * item, 4 * width / BLOCK
     lists = 4 * kept / BLOCK
-    state = (
-        2 * 4 * width * width / (BLOCK * BLOCKS_PER_STATE)
-    )  # parts written, then read to be added up
+    # Parts written, then read to be added up.
+    state = 2 * 4 * width * width / (BLOCK * BLOCKS_PER_STATE)
     found: dict[str, float] = {
         name: row * (sum(read) + written) for name, (read, written) in ROWS.items()
     }
     found["block_pool"] += mean
     found["block_pool_state"] += 4 * mean + state  # of k and of v, written, then read to be centred
-    found["block_select"] = (
-        2 * mean + 2 * 4 * key_blocks / BLOCK + lists
-    )  # scores of a few heads stay in cache
+    # Scores of a few heads stay in cache.
+    found["block_select"] = 2 * mean + 2 * 4 * key_blocks / BLOCK + lists
     found["block_sparse_mixed"] += lists
     found["whole call"] = sum(found.values())
     found["floor"] = FLOOR * row

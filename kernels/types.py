@@ -53,11 +53,16 @@ class TokenBlocks:
             and not torch.compiler.is_compiling()
             and type(table) is Tensor
         ):
-            found, last = int((table >= 0).sum()), int(table.max())
-            if found != self.num_listed or last >= self.num_tokens:
+            listed = table[table >= 0]
+            found, last = listed.unique().numel(), int(table.max())
+            if not listed.numel() == found == self.num_listed or last >= self.num_tokens:
                 raise ValueError(
-                    f"tokens lists {found} tokens up to {last}; "
-                    f"expected {self.num_listed}, each once, below {self.num_tokens}"
+                    f"tokens lists {listed.numel()} tokens, {found} of them different, up to "
+                    f"{last}; expected {self.num_listed}, each once, below {self.num_tokens}"
+                )
+            if ((table[:, :-1] < 0) & (table[:, 1:] >= 0)).any():
+                raise ValueError(
+                    "tokens must fill each block from the front; found a token behind -1"
                 )
 
     @classmethod
@@ -165,6 +170,15 @@ class BlockLayout:
         most = 0 if self.required is None else self.required.most
         return min(self.kv_blocks.num_blocks, topk + most)
 
+    def mask(self, kept: Tensor, topk: int) -> BlockMask:
+        """The mask that keeps the required blocks and `kept` `(B, H, Nq, Nk)` bool.
+
+        topk: the most blocks that a row of `kept` has.
+        """
+        if self.required is not None:
+            kept = kept | self.required.mask
+        return BlockMask.from_dense(self.q_blocks, self.kv_blocks, kept, self.list_width(topk))
+
     def density(self, topk: int) -> float:
         """Kept blocks / all blocks when each row keeps its best `topk` and the required ones."""
         blocks = self.kv_blocks.num_blocks
@@ -201,8 +215,7 @@ class BlockMask:
         if lists.ndim != 4 or lists.shape[2] != rows or counts.shape != lists.shape[:3]:
             raise ValueError(
                 f"kv_indices and kv_num_blocks must have {rows} rows per head, one per query "
-                "block; "
-                f"found {tuple(lists.shape)} and {tuple(counts.shape)}"
+                f"block; found {tuple(lists.shape)} and {tuple(counts.shape)}"
             )
         for name, x in (("kv_indices", lists), ("kv_num_blocks", counts)):
             if x.dtype not in INDEX_DTYPES:
@@ -242,8 +255,11 @@ class BlockMask:
             )
         column = torch.arange(blocks, device=kept.device).expand_as(kept)
         lists = torch.where(kept, column, blocks).sort(dim=-1).values
-        lists = lists[..., : list_width or int(counts.max())]
-        return cls(q_blocks, kv_blocks, lists.int(), counts.int(), trusted=True)
+        width = list_width or max(1, int(counts.max()))
+        if counts.device.type == "cpu" and int(counts.max()) > width:
+            raise ValueError(f"a row keeps {int(counts.max())} blocks; list_width is {width}")
+        counts = counts.clamp(max=width)  # on a GPU nobody looks
+        return cls(q_blocks, kv_blocks, lists[..., :width].int(), counts.int(), trusted=True)
 
     def to_dense(self) -> Tensor:
         """`(B, H, Nq, Nk)` bool: whether a row keeps a block."""

@@ -72,8 +72,8 @@ class RoPeSLRLoadSparseCheckpoint(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip=(
-                        "Also save a copy as NAME-comfyui.safetensors, which loads faster and is as "
-                        "large as the original (int8: twice). If it cannot be written, the run "
+                        "Also save a copy as NAME-comfyui.safetensors, which loads faster and is "
+                        "as large as the original (int8: twice). If it cannot be written, the run "
                         "continues and the log says why."
                     ),
                 ),

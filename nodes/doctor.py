@@ -62,12 +62,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     tooltip="Video height in pixels.",
                 ),
                 io.Int.Input(
-                    "length",
-                    default=81,
-                    min=1,
-                    max=4096,
-                    step=4,
-                    tooltip="Video length in frames.",
+                    "length", default=81, min=1, max=4096, step=4, tooltip="Video length in frames."
                 ),
                 io.Float.Input(
                     "sparsity",

@@ -28,8 +28,7 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
     done = "" if report.completed else ", not finished"
     figure.suptitle(
         f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} "
-        "sparse and "
-        f"{sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} "
+        f"sparse and {sum(report.dense_calls.values()):,} dense calls, {report.seconds:.1f} "
         f"s{_in_attention(report)}{done}",
         fontsize=13,
     )

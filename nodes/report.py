@@ -17,7 +17,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.compare import MethodComparison
 from .patching import RunReport, last_report
-from .patching.compare import Request, compare
+from .patching import compare as comparison
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class RoPeSLRReport(io.ComfyNode):
             category="RoPeSLR",
             description=(
                 "Shows what the last run did: sparse and dense calls with reasons, density by "
-                "layer and step, cost by part. With conditioning connected, also the error of this "
-                "method, or of every method, against dense attention."
+                "layer and step, cost by part. compare also measures the error of this method, or "
+                "of every method, against dense attention."
             ),
             search_aliases=["sparse attention report", "compare methods"],
             inputs=[
@@ -135,7 +135,7 @@ class RoPeSLRReport(io.ComfyNode):
             return io.NodeOutput(latent, _written(NO_RUN), NO_RUN, ui=ui.PreviewText(NO_RUN))
         found, remark = None, NOT_ASKED if positive is not None else ""
         if compare != "off":
-            request = Request(compare == "all methods", at, layer, head)
+            request = comparison.Request(compare == "all methods", at, layer, head)
             found, remark = _compare(model, latent, positive, request)
         text = "\n".join(filter(None, (report.summary(), _time(report), _table(found), remark)))
         try:
@@ -176,14 +176,14 @@ def _matplotlib_folder(folder: str) -> Iterator[None]:
 
 
 def _compare(
-    model: Any, latent: dict, positive: list | None, request: Request
+    model: Any, latent: dict, positive: list | None, request: comparison.Request
 ) -> tuple[MethodComparison | None, str]:
     """What a comparison found, or why there is none."""
     if positive is None:
         return None, NO_POSITIVE
     try:
         with torch.inference_mode():
-            found = compare(model, latent["samples"], positive, request)
+            found = comparison.compare(model, latent["samples"], positive, request)
     except Exception as error:  # the video is finished: a report must not cost it
         logger.warning("RoPeSLR: the comparison failed", exc_info=True)
         return None, f"No comparison: it failed ({type(error).__name__}: {error})."
@@ -209,8 +209,7 @@ def _each(report: RunReport) -> str:
         return ""
     return (
         f" Median call: sparse {1000 * one['sparse']:,.1f} ms, dense {1000 * one['dense']:,.1f} "
-        "ms: "
-        f"{one['dense'] / one['sparse']:.2f} times as fast."
+        f"ms: {one['dense'] / one['sparse']:.2f} times as fast."
     )
 
 

@@ -60,7 +60,7 @@ class RoPeSLRFewStepSigmas(io.ComfyNode):
                         "Checkpoint family and number of steps. Fewer is faster. Each family was "
                         "trained for 1 to 4 steps (SparkWan also 8)."
                     ),
-                ),
+                )
             ],
             outputs=[io.Sigmas.Output()],
         )

@@ -121,9 +121,8 @@ class Window:
         )
         try:
             self.page.wait_for_function("() => app.graph.nodes.length", timeout=PATIENCE // 8)
-        except (
-            TimeoutError
-        ):  # the default workflow stands on the canvas last; older frontends have none
+        except TimeoutError:
+            # The default workflow stands on the canvas last; older frontends have none.
             pass
         self.settle()
         if self.page.evaluate("() => LiteGraph.vueNodesMode === true") != vue:
@@ -176,9 +175,8 @@ class Window:
         An address that cannot be reached is the machine's affair.
         """
         about = f"{message.text} {message.location.get('url')}"
-        asked = "ERR_NAME_NOT_RESOLVED" in about or about.endswith(
-            "/en.md"
-        )  # a help page falls back to the other
+        # A help page falls back to the other.
+        asked = "ERR_NAME_NOT_RESOLVED" in about or about.endswith("/en.md")
         if message.type == "error" and "ropeslr" in about.lower() and not asked:
             self.errors.append(message.text)
 

@@ -16,12 +16,8 @@ NOTE = "MarkdownNote"  # exists in the browser alone
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 CONTROL, UPLOAD = "control_after_generate", "upload"  # widgets that the browser adds behind another
 BYPASSED = 4
-TITLE, GAP, PADDING, GROUP_TITLE = (
-    30,
-    20,
-    20,
-    40,
-)  # pixels: a node's title stands above its position
+# Pixels: a node's title stands above its position.
+TITLE, GAP, PADDING, GROUP_TITLE = (30, 20, 20, 40)
 COLUMN_GAP = 70
 # Room below for what a node shows once it is on the canvas: the panel, the video that was saved,
 # and with Vue nodes the name of the pack.

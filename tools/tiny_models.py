@@ -305,12 +305,7 @@ FILES: dict[str, Callable[[Path], None]] = {
         depth_single_blocks=0,
     ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
-        18,
-        in_channels=64,
-        out_channels=64,
-        patch_size=[1, 1],
-        vec_in_dim=None,
-        axes_dim=[64, 64],
+        18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64]
     ),
     "diffusion_models/tiny_flux.safetensors": _flux,
     "vae/tiny_wan_vae.safetensors": _wan_vae,

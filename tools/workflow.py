@@ -87,11 +87,9 @@ def tiny_workflow(
             node["properties"]["Node name for S&R"] = "CLIPLoader"
         names = widget_names(object_info[node["type"]])
         sizes = dict(width=width, height=height, length=length) if "length" in names else {}
+        # An older ComfyUI may lack the last of them.
         node["widgets_values"] = [
-            _tiny(name, value, sizes, steps)
-            for name, value in zip(
-                names, node["widgets_values"]
-            )  # an older ComfyUI may lack the last of them
+            _tiny(name, value, sizes, steps) for name, value in zip(names, node["widgets_values"])
         ]
     return workflow
 

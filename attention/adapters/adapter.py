@@ -50,10 +50,7 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
         "gate_proj.weight": "gate_weight",
         "gate_bias": "gate_bias",
     },
-    "sla": {
-        "attn_op.local_attn.proj_l.weight": "weight",
-        "attn_op.local_attn.proj_l.bias": "bias",
-    },
+    "sla": {"attn_op.local_attn.proj_l.weight": "weight", "attn_op.local_attn.proj_l.bias": "bias"},
 }
 
 # At most four digits: a file cannot make us count to a number of a thousand digits.

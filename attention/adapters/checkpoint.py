@@ -29,14 +29,7 @@ from .pickle_file import open_pickle
 from .tensor_file import file_name, naming, open_safetensors
 from .text import shown
 from .validate import count_not_finite, validate, validate_shapes
-from .wan_keys import (
-    INT8_SCALE,
-    INT8_WEIGHT,
-    base_model,
-    check_complete,
-    count_layers,
-    find_prefix,
-)
+from .wan_keys import INT8_SCALE, INT8_WEIGHT, base_model, check_complete, count_layers, find_prefix
 
 # Called with (tensors done, tensors in all).
 Progress = Callable[[int, int], None]

@@ -65,11 +65,7 @@ def count_not_finite(tensor: Tensor) -> int:
 
 
 def check_model(
-    adapter: Adapter,
-    layers: Sequence[Hashable],
-    num_heads: int,
-    head_dim: int,
-    model: str,
+    adapter: Adapter, layers: Sequence[Hashable], num_heads: int, head_dim: int, model: str
 ) -> None:
     """Raise AdapterError unless the adapter fits a model of these layers (see `layer_name`)."""
     info, names = adapter.info, [layer_name(layer) for layer in layers]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
+from ...kernels.types import BlockMask
 from ..accounting import search_flops, sparse_flops
 from ..block_layout import TokenLayout
 from ..call import AttentionCall
@@ -82,8 +83,9 @@ class AdaSpa(Method):
         due = any(known.step < step <= call.step for step in search_steps(call.num_steps)[1:])
         if due:
             return self._sparse_search(q, k, v, call, known, out)
-        found, _ = self._attend(q, k, v, known, call, out)
-        return MethodOutput(found, known.density)
+        mask = self._mask(known, call, q.device)
+        found, _ = self._attend(q, k, v, mask, call, out)
+        return MethodOutput(found, mask, known.density)
 
     def _dense_search(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None
@@ -95,11 +97,11 @@ class AdaSpa(Method):
         found, recall = self._search(q, k, lse, call)
         cost = self._search_cost(q, call)
         if self._searches_again(call):  # a run that searches once needs no ratio
-            _, kept_lse = self._attend(q, k, v, found, call)
+            _, kept_lse = self._attend(q, k, v, self._mask(found, call, q.device), call)
             cost += self._sparse_cost(q, call, found)
-            found = found._replace(ratio=_ratio(lse, kept_lse))
+            found = found._replace(ratio=_ratio(lse.detach(), kept_lse.detach()))
         self._remember(found, call, q.shape[0])
-        return MethodOutput(dense, 1.0, 0.0, cost, recall)
+        return MethodOutput(dense, None, 1.0, 0.0, cost, recall)
 
     def _sparse_search(
         self,
@@ -111,29 +113,34 @@ class AdaSpa(Method):
         out: Tensor | None,
     ) -> MethodOutput:
         """A later search: LSE from the blocks kept so far and their earlier share of the mass."""
-        _, lse = self._attend(q, k, v, known, call)
+        _, lse = self._attend(q, k, v, self._mask(known, call, q.device), call)
         assert known.ratio is not None  # a search that is due was foreseen
         lse = lse + known.ratio
         found, recall = self._search(q, k, lse, call)
-        kept, kept_lse = self._attend(q, k, v, found, call, out)
+        mask = self._mask(found, call, q.device)
+        kept, kept_lse = self._attend(q, k, v, mask, call, out)
         cost = self._search_cost(q, call) + self._sparse_cost(q, call, found)
         if self._searches_again(call):
-            found = found._replace(ratio=_ratio(lse, kept_lse))
+            found = found._replace(ratio=_ratio(lse.detach(), kept_lse.detach()))
         self._remember(found, call, q.shape[0])
-        return MethodOutput(kept, found.density, 0.0, cost, recall)
+        return MethodOutput(kept, mask, found.density, 0.0, cost, recall)
 
     def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        found: SearchResult,
+        mask: BlockMask,
         call: AttentionCall,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
-        mask = ops.mask_from_bits(found.bits, blocks, found.list_width, backend=backend)
-        return ops.block_sparse_attention(q, k, v, mask, scale=call.scale, backend=backend, out=out)
+        return ops.block_sparse_attention(
+            q, k, v, mask, scale=call.scale, backend=self.plan.backend, out=out
+        )
+
+    def _mask(self, found: SearchResult, call: AttentionCall, device: torch.device) -> BlockMask:
+        blocks = self.blocks(call.layout, device)
+        return ops.mask_from_bits(found.bits, blocks, found.list_width, backend=self.plan.backend)
 
     def _search(
         self, q: Tensor, k: Tensor, lse: Tensor, call: AttentionCall

@@ -19,6 +19,7 @@ class MethodOutput(NamedTuple):
     """What a method returns for the video's queries."""
 
     out: Tensor  # (B, H, Lv, D)
+    mask: BlockMask | None  # the kept blocks; None where all or none were computed
     density: float  # kept blocks / all blocks, mean over query blocks
     background: float = 0.0  # FLOPs of the background
     calibration: float = 0.0  # FLOPs of calibration or search in this call

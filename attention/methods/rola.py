@@ -59,13 +59,14 @@ class RmsMethod(Method):
         background = batch * low_rank_flops(tokens, head_dim, heads, rank)
         if tokens < BLOCK:
             found = (gate[..., None] * ops.rms_low_rank(q, own_k, own_v, branch)).to(q.dtype)
-            return MethodOutput(found if out is None else out.copy_(found), 0.0, background)
+            found = found if out is None else out.copy_(found)
+            return MethodOutput(found, None, 0.0, background)
         routing = self.route(q, k, call)
         sparse, _ = ops.block_sparse_attention(
             q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend
         )
         found = ops.add_rms_low_rank(q, own_k, own_v, sparse, gate, branch, out=out)
-        return MethodOutput(found, routing.density, background)
+        return MethodOutput(found, routing.mask, routing.density, background)
 
     def _branch(
         self, weights: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, call: AttentionCall

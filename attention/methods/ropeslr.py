@@ -32,14 +32,7 @@ from ..call import AttentionCall
 from ..plan import ResolvedPlan
 from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
 from .base import QKV, Method, MethodOutput, Routing
-from .calibration import (
-    Calibration,
-    ExactQueries,
-    State,
-    calibrate,
-    strongest,
-    untrained,
-)
+from .calibration import Calibration, ExactQueries, State, calibrate, strongest, untrained
 
 EPS = 1e-5  # beside the MEAN of phi(k)
 
@@ -98,7 +91,7 @@ class RoPeSLR(Method):
             found, _ = ops.block_sparse_attention(
                 q, k, v, routing.mask, scale=call.scale, backend=backend, out=out
             )
-            return MethodOutput(found, routing.density)
+            return MethodOutput(found, routing.mask, routing.density)
 
         batch, heads, tokens, head_dim = q.shape
         known, due = self._lookup(call, batch)
@@ -117,12 +110,12 @@ class RoPeSLR(Method):
         parts = Parts(routing, state, known, trained)
         if due:
             found, cost = self._calibrating(QKV(q, k, v), call, parts, out)
-            return MethodOutput(found, routing.density, background, cost)
+            return MethodOutput(found, routing.mask, routing.density, background, cost)
         self._remember(call, known, batch)
         found = ops.block_sparse_mixed(
             q, k, v, routing.mask, parts.background, scale=call.scale, backend=backend, out=out
         )
-        return MethodOutput(found, routing.density, background)
+        return MethodOutput(found, routing.mask, routing.density, background)
 
     def _start(
         self, known: Calibration | None, state: State, trained: Trained | None, due: bool

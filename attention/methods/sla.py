@@ -50,9 +50,8 @@ class SLA(Method):
             found = (near.float() + far.float() @ weight.T + bias).to(q.dtype)
             counts = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
             flops = marginal_flops(tokens, head_dim, heads, *counts)
-            return MethodOutput(
-                found if out is None else out.copy_(found), routing.density, batch * flops
-            )
+            found = found if out is None else out.copy_(found)
+            return MethodOutput(found, routing.mask, routing.density, batch * flops)
         k_seen, v_seen = self._seen(k, v, call)
         kv_state, normalizer = ops.low_rank_state(
             k_seen, v_seen, FEATURES, backend=self.plan.backend
@@ -62,7 +61,8 @@ class SLA(Method):
         state = LinearState(kv_state, normalizer, EPS / k_seen.shape[2])
         branch = LinearBranch(FEATURES, state, bias)
         found = ops.block_sparse_linear(q, k, v, routing.mask, branch, **options, out=out)
-        return MethodOutput(found, routing.density, batch * linear_flops(tokens, head_dim, heads))
+        flops = batch * linear_flops(tokens, head_dim, heads)
+        return MethodOutput(found, routing.mask, routing.density, flops)
 
     def _seen(self, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Keys and values without hidden ones, which no model that SLA has weights for has."""

@@ -30,7 +30,7 @@ class TopK(Method):
         found, _ = ops.block_sparse_attention(
             q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, out=out
         )
-        return MethodOutput(found, routing.density)
+        return MethodOutput(found, routing.mask, routing.density)
 
 
 class PooledTopK(Method):
@@ -48,4 +48,4 @@ class PooledTopK(Method):
         )
         batch, heads, tokens, head_dim = q.shape
         background = batch * pooled_flops(tokens, head_dim, heads, kv_blocks.num_blocks)
-        return MethodOutput(found, routing.density, background)
+        return MethodOutput(found, routing.mask, routing.density, background)

@@ -19,14 +19,7 @@ from ..types import (
     TokenBlocks,
 )
 from .attention import block_sparse_attention
-from .register import (
-    mask_of,
-    mask_operands,
-    mask_parts,
-    operation,
-    wants_gradients,
-    write,
-)
+from .register import mask_of, mask_operands, mask_parts, operation, wants_gradients, write
 from .validate import (
     check_attention,
     check_backend,

@@ -112,8 +112,11 @@ def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:
     check_shape("out", out, q.shape)
     if out.dtype != q.dtype:
         raise ValueError(f"out must be {q.dtype}, as q is; found {out.dtype}")
+    check_devices(q, [out])
     if gradients:
-        raise ValueError("out cannot be used with gradients")
+        raise ValueError(
+            "out was given, but gradients are required; leave out away or call under no_grad"
+        )
 
 
 def check_devices(like: Tensor, values: Iterable[object]) -> None:
@@ -147,8 +150,8 @@ def check_map(feature_map: FeatureMap, x: Tensor) -> None:
             "rope_cos and rope_sin undo RoPE before proj; without proj there is nothing to undo it "
             "for"
         )
-    _check_rope(feature_map, tokens, head_dim)
-    _check_positions(feature_map, heads, tokens, rank)
+    _check_rope("feature_map", feature_map, tokens, head_dim)
+    _check_positions("feature_map", feature_map, heads, tokens, rank)
 
 
 def check_rms_low_rank(branch: RmsLowRank, q: Tensor, k: Tensor) -> None:
@@ -162,11 +165,10 @@ def _check_silu_map(name: str, silu_map: SiluMap, x: Tensor) -> None:
     _, heads, tokens, head_dim = x.shape
     rank = silu_map.proj.shape[1] if silu_map.proj.ndim == 3 else 0
     check_shape(f"{name}.proj", silu_map.proj, (heads, rank, head_dim))
-    _check_rope(silu_map, tokens, head_dim)
-    _check_positions(silu_map, heads, tokens, rank)
+    _check_rope(name, silu_map, tokens, head_dim)
+    _check_positions(name, silu_map, heads, tokens, rank)
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
-    if (cos is None) != (sin is None):
-        raise ValueError("feature_cos and feature_sin go together")
+    _check_pair(f"{name}.feature_cos", cos, f"{name}.feature_sin", sin)
     if cos is not None and sin is not None:
         pairs = cos.shape[-1]
         if 2 * pairs > rank:
@@ -175,22 +177,28 @@ def _check_silu_map(name: str, silu_map: SiluMap, x: Tensor) -> None:
         check_shape(f"{name}.feature_sin", sin, (tokens, pairs))
 
 
-def _check_rope(feature_map: FeatureMap | SiluMap, tokens: int, head_dim: int) -> None:
+def _check_pair(name: str, x: Tensor | None, other_name: str, other: Tensor | None) -> None:
+    if (x is None) != (other is None):
+        there, missing = (name, other_name) if other is None else (other_name, name)
+        raise ValueError(f"{there} needs {missing}; found it alone")
+
+
+def _check_rope(name: str, feature_map: FeatureMap | SiluMap, tokens: int, head_dim: int) -> None:
     cos, sin = feature_map.rope_cos, feature_map.rope_sin
-    if (cos is None) != (sin is None):
-        raise ValueError("rope_cos and rope_sin go together")
+    _check_pair(f"{name}.rope_cos", cos, f"{name}.rope_sin", sin)
     if cos is not None and sin is not None:
-        check_shape("feature_map.rope_cos", cos, (tokens, head_dim // 2))
-        check_shape("feature_map.rope_sin", sin, (tokens, head_dim // 2))
+        check_shape(f"{name}.rope_cos", cos, (tokens, head_dim // 2))
+        check_shape(f"{name}.rope_sin", sin, (tokens, head_dim // 2))
 
 
-def _check_positions(feature_map: FeatureMap | SiluMap, heads: int, tokens: int, rank: int) -> None:
+def _check_positions(
+    name: str, feature_map: FeatureMap | SiluMap, heads: int, tokens: int, rank: int
+) -> None:
     pe, axis_ids = feature_map.pe, feature_map.axis_ids
-    if (pe is None) != (axis_ids is None):
-        raise ValueError("pe and axis_ids go together")
+    _check_pair(f"{name}.pe", pe, f"{name}.axis_ids", axis_ids)
     if pe is not None and axis_ids is not None:
-        check_shape("feature_map.pe", pe, (heads, pe.shape[1], rank))
-        check_shape("feature_map.axis_ids", axis_ids, (tokens, 3))
+        check_shape(f"{name}.pe", pe, (heads, pe.shape[1], rank))
+        check_shape(f"{name}.axis_ids", axis_ids, (tokens, 3))
 
 
 def check_background(background: Background, q: Tensor, q_blocks: TokenBlocks) -> None:

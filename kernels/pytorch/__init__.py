@@ -7,13 +7,7 @@ per head: a bf16 score of 100 is off by a quarter.
 from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low_rank
 from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
-from .fused import (
-    add_linear,
-    block_sparse_linear,
-    block_sparse_mixed,
-    linear_read,
-    mix_background,
-)
+from .fused import add_linear, block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .selection import block_mass, block_select, lists_from_bits
 

@@ -8,16 +8,7 @@ from torch import Tensor
 
 from ..types import BlockLayout, FeatureMap, TokenBlocks
 from .features import ACT_NUMBERS, feature_tile
-from .launch import (
-    aligned,
-    kernel,
-    launch_options,
-    map_pointers,
-    padded,
-    pe_rows,
-    strides,
-    table,
-)
+from .launch import aligned, kernel, launch_options, map_pointers, padded, pe_rows, strides, table
 from .tiles import block_tokens, head_ptr, load_rows
 
 BLOCKS_PER_PROGRAM = 64  # blocks that one program sums into its part of a state

@@ -28,7 +28,7 @@ class AdapterWeights(torch.nn.Module):
         )
 
 
-def carried(adapter: Adapter, like: Any) -> tuple[Any, Adapter]:
+def as_comfy_weights(adapter: Adapter, like: Any) -> tuple[Any, Adapter]:
     """A model patcher that holds the adapter's weights, and the adapter that reads them from it.
 
     like: the MODEL that they run with; they live on its devices.

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import CALL, CallFacts, Conditioning, ModelCall
+from .call import CallFacts, Conditioning, ModelCall
 from .dense_reason import NOT_FINITE, OTHER_MODEL, DenseReason
+from .hooks import CALL
 from .model_info import ModelInfo, model_info, unwrap
 from .override import sparse_override
 from .recompile import is_compiled
 from .sampling_run import SamplingRun
-from .silence import silent_layers
 from .tally import COMPUTED_AGAIN
 from .token_layout import sequence_info
+from .unseen_layers import unseen_layers
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ SLOT = "optimized_attention_override"
 MODEL_NOT_FINITE = "the model's output is not finite, with dense attention too"
 
 
-class Request(NamedTuple):
+class ApplyArguments(NamedTuple):
     """The arguments of BaseModel.apply_model."""
 
     x: Tensor
@@ -45,7 +46,7 @@ class Result(NamedTuple):
     call: ModelCall
 
 
-def apply_model(run: SamplingRun, executor: Any, request: Request) -> Tensor:
+def apply_model(run: SamplingRun, executor: Any, request: ApplyArguments) -> Tensor:
     """Run the model with the override set for the length of this call."""
     base = executor.class_obj
     facts = call_facts(run, base, request)
@@ -64,7 +65,7 @@ def apply_model(run: SamplingRun, executor: Any, request: Request) -> Tensor:
         run.recompiler.settle(result.call.missing_layers())
     if run.plan.verbose:
         log_call(result.call)
-    note_silence(result.call, base, request.options)
+    note_unseen_layers(result.call, base, request.options)
     result = retry_dense_if_not_finite(result, untouched, execute)
     run.end_call(result.call.tally)
     return result.out
@@ -73,7 +74,7 @@ def apply_model(run: SamplingRun, executor: Any, request: Request) -> Tensor:
 def run_once(
     run: SamplingRun,
     executor: Any,
-    request: Request,
+    request: ApplyArguments,
     facts: CallFacts,
     reason: DenseReason | None,
 ) -> Result:
@@ -102,9 +103,7 @@ def retry_dense_if_not_finite(
     if guarded in run.unguarded or call.finite():
         return result
     wasted = call.tally.spent.total()
-    device = result.out.device
-    del result  # free before the same is recomputed
-    run.forget(device)  # what it learned in this call may be spoiled
+    run.forget(result.out.device)  # what it learned in this call may be spoiled
     again = execute(x, DenseReason(NOT_FINITE, chosen=True))
     again.call.tally.spent[COMPUTED_AGAIN] += wasted
     if torch.isfinite(again.out).all():
@@ -115,19 +114,20 @@ def retry_dense_if_not_finite(
     return again
 
 
-def note_silence(call: ModelCall, base: Any, options: Mapping[str, Any]) -> None:
-    """Say and count layers that never called the override: nothing else would show it."""
+def note_unseen_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> None:
+    """Log and count layers that never called the override: nothing else would show it."""
     run = call.run
     if call.facts.unsupported:
         if not call.tally.dense_calls:
             call.leave_dense(call.facts.unsupported)
         return
     if call.saw_attention:
-        run.heard = True
-    elif run.heard:  # a cache has skipped the model; nothing of it ran, dense or sparse
+        run.override_called = True
+    elif run.override_called:  # a cache has skipped the model; nothing of it ran, dense or sparse
         return
-    for reason, layers in silent_layers(call, base, options).items():
+    for reason, layers in unseen_layers(call, base, options).items():
         call.leave_dense(reason, layers)
+    run.layers_seen |= call.layers_seen
 
 
 def log_call(call: ModelCall) -> None:
@@ -142,7 +142,7 @@ def log_call(call: ModelCall) -> None:
     )
 
 
-def call_facts(run: SamplingRun, base: Any, request: Request) -> CallFacts:
+def call_facts(run: SamplingRun, base: Any, request: ApplyArguments) -> CallFacts:
     """What holds for every execution of one model call."""
     options, conditions = request.options, request.conditions
     facts = CallFacts(

@@ -14,15 +14,13 @@ from ...attention import TokenLayout
 from ...attention.accounting import dense_flops
 from .candidate import Candidate, HostCall
 from .dense_reason import DenseReason
-from .hooks import CALL, ControlBlocks, EnteringLayer
+from .hooks import ControlBlocks, EnteringLayer
 from .model_info import Layer
 from .tally import Cell, Tally
 from .token_layout import SequenceInfo, with_hidden
 
 if TYPE_CHECKING:
     from .sampling_run import SamplingRun
-
-__all__ = ["CALL", "CallFacts", "ModelCall"]
 
 Override = Callable[..., Tensor]
 Conditioning = tuple[tuple[Hashable, int], ...]
@@ -173,9 +171,9 @@ class ModelCall:
         q, k, v = host.views()
         attention = run.attention_on(q.device)
         with run.timing.measure("sparse", q.device):
-            out, cost = attention.attend(q, k, v, candidate.described())
+            out, cost = attention.attend(q, k, v, candidate.attention_call())
             self.note_output(out)
-            out = host.returned(out)
+            out = host.to_host_layout(out)
         cell = Cell(self.step, candidate.layer.number)
         tokens = candidate.token_layout.attended_tokens
         self.tally.sparse(cell, cost, run.backend_of(q), tokens)

@@ -67,7 +67,7 @@ class HostCall(NamedTuple):
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q, self.k, self.v)
         )
 
-    def returned(self, out: Tensor) -> Tensor:
+    def to_host_layout(self, out: Tensor) -> Tensor:
         """`(B, H, L, D)` in the form that the host wants: no copy where heads lie side by side."""
         return out if self.kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
@@ -101,7 +101,7 @@ class Candidate:
         """What hooks saw of the layer; they hand it out once."""
         return self.call.entering.take(self.host, self.token_layout)
 
-    def described(self) -> AttentionCall:
+    def attention_call(self) -> AttentionCall:
         """Everything but q, k, v that the attention floor needs."""
         call = self.call
         return AttentionCall(

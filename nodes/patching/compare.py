@@ -83,7 +83,7 @@ def _plans(patch: SparsePatch | None, every_method: bool) -> dict[str, ResolvedP
 
 def _denoise_once(model: Any, latent: Tensor, positive: list, at: float) -> None:
     sigma = float(model.get_model_object("model_sampling").percent_to_sigma(at))
-    with torch.random.fork_rng(devices=[]):  # making noise seeds the CPU's generator
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # noise seeds all of them
         comfy.sample.sample_custom(
             model,
             comfy.sample.prepare_noise(latent, 0),

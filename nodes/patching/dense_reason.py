@@ -17,21 +17,31 @@ BACKEND_DENSE = "backend is set to dense"
 NOTHING_TO_SKIP = "sparsity leaves no block out"
 DENSE_LAYER = "dense layers"
 TOO_SHORT = "{tokens} tokens are fewer than min_tokens {least}"
+NOT_OURS = "{name} is not a Wan or HunyuanVideo model"
+UNKNOWN_LAYOUT = "{name} is a kind of Wan or HunyuanVideo whose token layout is not known"
+UNSUPPORTED = "{name} cannot be sparse: {why}"
+UNKNOWN_TOKENS = (
+    "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
+)
+MASK_SHAPE = "there is an attention mask of shape {shape}"
+MASK_VALUES = "an attention mask weights tokens or hides part of the video"
 TRAINING = "gradients are required (training)"
 NO_WEIGHTS = "'{adapter}' has no weights for control blocks"
 MISSING_INPUT = "{missing} (does another node replace the layer's self-attention?)"
 FAILED = "the sparse path failed ({error})"
 NOT_FINITE = "recomputed, because the sparse output was not finite"
 OTHER_MODEL = "a second model in this run, {name}, has no RoPeSLR node"
+# Of layers that never called the attention override in a model call.
 REPLACED = (
-    "{silent} never called the attention override: another node replaced their self-attention"
+    "{layers} never called the attention override: another node replaced their self-attention"
 )
-SKIPPED = "{silent} were skipped or replaced by another node's block patch"
+SKIPPED = "{layers} were skipped or replaced by another node's block patch"
+CACHED = "{layers} were skipped in later calls, as block caches do"
 OVERWRITTEN = (
-    "{silent} never called the attention override: another node took it inside the model call"
+    "{layers} never called the attention override: another node took it inside the model call"
 )
-NO_BLOCK_INDEX = "{silent} called the attention override without their number; update ComfyUI"
-SILENT = "{silent} never called the attention override"
+NO_BLOCK_INDEX = "{layers} called the attention override without their number; update ComfyUI"
+UNSEEN = "{layers} never called the attention override: another node may bypass it"
 
 
 class DenseReason(NamedTuple):

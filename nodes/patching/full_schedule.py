@@ -100,9 +100,8 @@ def _known_schedules(model_sampling: Any, at_least: int) -> Iterator[list[float]
         for name in comfy.samplers.SCHEDULER_NAMES:
             try:
                 levels = comfy.samplers.calculate_sigmas(model_sampling, name, steps)
-            except (
-                Exception
-            ):  # other packs add schedulers, and not each fits each model or step count
+            except Exception:
+                # Other packs add schedulers, and not each fits each model or step count.
                 continue
             levels = [float(sigma) for sigma in levels]
             yield levels

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .dense_reason import NOT_OURS, UNKNOWN_LAYOUT, UNSUPPORTED
+
 WAN, HUNYUAN = "comfy.ldm.wan.model", "comfy.ldm.hunyuan_video.model"
 Identity = tuple[str, str]  # a class's module and name
 
@@ -49,9 +51,6 @@ WHY_NOT: dict[Identity, str] = {
     # Where its patches are flat.
     (HUNYUAN, "HunyuanVideo"): "HunyuanImage generates single images",
 }
-UNSUPPORTED = "{name} cannot be sparse: {why}"
-UNKNOWN_LAYOUT = "{name} is a kind of Wan or HunyuanVideo whose token layout is not known"
-NOT_OURS = "{name} is not a Wan or HunyuanVideo model"
 
 
 class Layer(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ...attention.backend import TritonNotUsable
-from .call import CALL, ModelCall
+from .call import ModelCall
 from .candidate import Candidate, HostCall
 from .dense_reason import FAILED, DenseReason, why_dense
+from .hooks import CALL
 from .malloc_graph import unrecorded
 
 

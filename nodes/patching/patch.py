@@ -1,4 +1,4 @@
-"""Installs the plan on a clone of a MODEL: wrappers around sampling runs and model calls.
+"""A plan on a MODEL: wrappers around its sampling runs and model calls.
 
 The model itself is never touched, so bypassing or deleting the node leaves nothing behind.
 """
@@ -8,24 +8,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...attention import AttentionRun, ResolvedPlan, SparsePlan
-from ...attention.adapters import Adapter, check_model
-from ...attention.backend import check_triton
-from ...attention.plan import NEED_WEIGHTS
+from ...attention import AttentionRun, ResolvedPlan
 from ...attention.run import Attention
-from .adapter_weights import carried
-from .apply_model import Request, apply_model
-from .dense_reason import SparseNotPossible
+from .apply_model import ApplyArguments, apply_model
 from .full_schedule import adds_noise, step_schedule
 from .hooks import watching
-from .model_info import ModelInfo, model_info
+from .model_info import model_info
 from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
@@ -37,17 +31,6 @@ KEY = "ropeslr"
 RUNS = "ropeslr_runs"
 OWN_STEPS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}
 
-NO_WEIGHTS = "{method} has no adapter, and without its weights only block-sparse attention runs"
-CONNECT_ADAPTER = (
-    "Connect an adapter (Load Sparse Checkpoint), or choose ropeslr, which needs none."
-)
-ADAPTER_IGNORED = "{method} takes no adapter; '{adapter}' is ignored"
-PROJECTION_ZERO = "the projection in '{adapter}' is zero: only block-sparse attention runs"
-NO_SUCH_LAYERS = "dense_layers has {beyond}; {model} has {count} layers, counted 0-{last}"
-EMPTY_WINDOW = "start_percent {start:g} is not below end_percent {end:g}, so no step runs sparse"
-NOT_AN_ADAPTER = (
-    "adapter is a {kind}; connect the output of Load RoPeSLR Adapter or Load Sparse Checkpoint."
-)
 LAST_STEPS_UNKNOWN = "dense_last_steps has no effect with {sampler}, which makes its own steps"
 
 
@@ -57,6 +40,7 @@ class Runs:
 
     main: SamplingRun | None = None  # of the guider's own model
     by_model: dict[Any, SamplingRun] = field(default_factory=dict)
+    starts: bool = True  # from noise of the sampler's own, as far as is known
 
     def of(self, base_model: Any) -> SamplingRun | None:
         """A model's own run; a model without a node is counted in the guider's run."""
@@ -77,9 +61,8 @@ class SparsePatch:
         self.make_attention = make_attention
         self.last_report: RunReport | None = None
         self.notices = Notices(plan.strict)
-        self.known_missing: set[frozenset[Hashable]] = (
-            set()
-        )  # layers that stay silent when compiled
+        # Layers that stay silent when compiled.
+        self.known_missing: set[frozenset[Hashable]] = set()
         self._guest: SamplingRun | None = None  # begun in another model's sampling
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,13 +73,13 @@ class SparsePatch:
         guider = executor.class_obj
         noise, _, sampler, sigmas = args[:4]
         self._check_sampler(sampler)
-        run = self._begin(guider.model_patcher, sigmas, adds_noise(noise))
+        starts = adds_noise(noise)
+        run = self._begin(guider.model_patcher, sigmas, starts)
         if self.plan.strict and self.plan.backend != "dense":
             run.refuse_hopeless(noise)
         options = guider.model_options.setdefault("transformer_options", {})
-        options[RUNS] = Runs(
-            run, dict.fromkeys(run.models, run)
-        )  # in a copy that ends with the run
+        # In a copy that ends with the run.
+        options[RUNS] = Runs(run, dict.fromkeys(run.models, run), starts)
         completed = False
         try:
             with watching(_modules(run), self._needs_inputs(run)):
@@ -124,7 +107,7 @@ class SparsePatch:
         if runs is None:
             runs = options[RUNS] = Runs()
             add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model, options)
-        self._guest = self._begin(patcher, sigmas, starts=True)
+        self._guest = self._begin(patcher, sigmas, runs.starts)
         hooks = watching(_modules(self._guest), self._needs_inputs(self._guest))
         self._guest.resources.enter_context(hooks)
         runs.by_model.update(dict.fromkeys(self._guest.models, self._guest))
@@ -188,39 +171,10 @@ def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is
     """APPLY_MODEL wrapper: see `apply_model`."""
     runs: Runs | None = transformer_options.get(RUNS)
     run = None if runs is None else runs.of(executor.class_obj)
-    request = Request(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
+    request = ApplyArguments(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
     if run is None:  # not inside a sampling run of ours
         return executor(*request[:-1], **kwargs)
     return apply_model(run, executor, request)
-
-
-def install(
-    model: Any, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None
-) -> Any:
-    """A clone of MODEL that samples as the plan says; a plan that this node set before is replaced.
-
-    Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as
-    asked, ValueError when the adapter fits neither the plan's method nor the model, TritonNotUsable
-    when the plan demands Triton in vain.
-    """
-    if adapter is not None and not isinstance(adapter, Adapter):
-        raise ValueError(NOT_AN_ADAPTER.format(kind=type(adapter).__name__))
-    info = model_info(model.model.diffusion_model)
-    resolved = plan.resolve(adapter)
-    if info.unsupported:
-        if resolved.strict:
-            raise SparseNotPossible(info.unsupported)
-    else:
-        _check_fit(model, info, resolved, adapter)
-    _log_what_is_ignored(resolved, adapter)
-    patched = model.clone()
-    patched.remove_additional_models(KEY)
-    if resolved.adapter is not None:
-        patcher, adapter = carried(resolved.adapter, patched)
-        resolved = replace(resolved, adapter=adapter)
-        patched.set_additional_models(KEY, [patcher])
-    put_on(patched, SparsePatch(resolved, node_id))
-    return patched
 
 
 def put_on(model: Any, patch: SparsePatch) -> None:
@@ -238,60 +192,6 @@ def put_on(model: Any, patch: SparsePatch) -> None:
         model.remove_callbacks_with_key(kind, KEY)
         model.add_callback_with_key(kind, KEY, callback)
     model.set_attachments(KEY, patch)
-
-
-def _check_fit(model: Any, info: ModelInfo, plan: ResolvedPlan, adapter: Adapter | None) -> None:
-    """The adapter, the backend and the layer numbers against a supported model."""
-    if adapter is not None:
-        identities = info.layer_identities()
-        check_model(adapter, identities, info.num_heads, info.head_dim, f"this {info.name}")
-    check_triton(plan, model.load_device, inference_dtype(model.model), info.head_dim)
-    beyond = sorted(layer for layer in plan.dense_layers if layer >= info.num_layers)
-    if beyond:
-        warn(
-            NO_SUCH_LAYERS.format(
-                beyond=ranges(beyond),
-                model=info.name,
-                count=info.num_layers,
-                last=info.num_layers - 1,
-            )
-        )
-
-
-def inference_dtype(base_model: Any) -> torch.dtype:
-    """The dtype of the activations; some forks of ComfyUI name it otherwise."""
-    method = getattr(base_model, "get_dtype_inference", None) or base_model.get_dtype
-    return method()
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as "2, 5-7, 40"."""
-    stretches: list[list[int]] = []
-    for number in numbers:
-        if stretches and number == stretches[-1][1] + 1:
-            stretches[-1][1] = number
-        else:
-            stretches.append([number, number])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in stretches)
-
-
-def warn(text: str) -> None:
-    logger.warning("RoPeSLR: %s", text)
-
-
-def _log_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
-    """Where a run does less than the settings seem to say."""
-    if plan.start_percent >= plan.end_percent:
-        warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
-    if adapter is None and plan.method in NEED_WEIGHTS:
-        text = NO_WEIGHTS.format(method=plan.method)
-        if plan.strict and plan.backend != "dense":
-            raise SparseNotPossible(text, CONNECT_ADAPTER)
-        warn(f"{text}. {CONNECT_ADAPTER}")
-    elif adapter is not None and plan.adapter is None:
-        warn(ADAPTER_IGNORED.format(method=plan.method, adapter=adapter.name))
-    elif adapter is not None and adapter.sparse_only:
-        warn(PROJECTION_ZERO.format(adapter=adapter.name))
 
 
 def last_report(model: Any) -> RunReport | None:

@@ -62,15 +62,15 @@ class SamplingRun:
         self.tally = Tally()
         self.timing = AttentionTiming()
         self.previous = ""  # who else had set an override
-        self.unguarded: set[Hashable] = (
-            set()
-        )  # conditionings that dense attention makes infinite too
+        # Conditionings whose output dense attention makes infinite too.
+        self.unguarded: set[Hashable] = set()
         self.started = time.perf_counter()
         self._make_attention = make_attention
         # The first device takes the attention that is there already.
         self._spare: Attention | None = self.attention
         self._attentions: dict[torch.device, Attention] = {}
-        self.heard = False  # some attention has called the override
+        self.override_called = False  # by any attention, in any model call so far
+        self.layers_seen: set[Hashable] = set()  # those that called it
         self._warned_not_finite = False
         self._lock = threading.Lock()
 
@@ -144,8 +144,7 @@ class SamplingRun:
         if not self._warned_not_finite:
             self._warned_not_finite = True
             logger.warning(
-                "RoPeSLR: %s; recomputing this model call with dense attention",
-                NOT_FINITE_HERE,
+                "RoPeSLR: %s; recomputing this model call with dense attention", NOT_FINITE_HERE
             )
 
     def report(self, completed: bool) -> RunReport:

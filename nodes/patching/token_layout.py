@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from ...attention import TokenLayout
-from .dense_reason import DenseReason
+from .dense_reason import MASK_SHAPE, MASK_VALUES, UNKNOWN_TOKENS, DenseReason
 from .model_info import ModelInfo
 
 HIDDEN = -1e4  # an additive mask below this leaves nothing
-UNKNOWN_TOKENS = (
-    "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
-)
-MASK_SHAPE = "there is an attention mask of shape {shape}"
-MASK_VALUES = "an attention mask weights tokens or hides part of the video"
 
 
 @dataclass(frozen=True)

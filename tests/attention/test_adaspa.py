@@ -97,15 +97,7 @@ def test_the_three_sparsities_and_their_mean():
 
 
 @pytest.mark.parametrize(
-    "steps, expected",
-    [
-        (50, (10, 30)),
-        (30, (6, 18)),
-        (9, (1, 5)),
-        (8, (0,)),
-        (4, (0,)),
-        (1, (0,)),
-    ],
+    "steps, expected", [(50, (10, 30)), (30, (6, 18)), (9, (1, 5)), (8, (0,)), (4, (0,)), (1, (0,))]
 )
 def test_when_it_searches(steps, expected):
     assert adaspa.search_steps(steps) == expected

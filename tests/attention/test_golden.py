@@ -204,9 +204,8 @@ def test_calibration_on_top_of_an_adapter(dtype, pe):
     found, cost = case.attend(adapter, sparsity=0.5, calibrate="refine", calibrate_rows=tokens)
     assert cost.calibration > 0
     case.check(found, expected)
-    assert (
-        relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3
-    )  # it is not the adapter alone
+    # It is not the adapter alone.
+    assert relative_error(case.attend(adapter, sparsity=0.5)[0], expected) > 5e-3
 
 
 @DTYPES

@@ -256,12 +256,7 @@ def test_each_conditioning_has_its_own_calibration():
 
 @pytest.mark.parametrize(
     "mode, expected",
-    [
-        ("off", []),
-        ("first step", [0]),
-        ("every step", list(range(12))),
-        ("auto", [0, 5, 10]),
-    ],
+    [("off", []), ("first step", [0]), ("every step", list(range(12))), ("auto", [0, 5, 10])],
 )
 def test_calibration_follows_its_schedule(mode, expected):
     q, k, v = smooth_qkv((4, 8, 8), heads=1, width=32)

@@ -39,13 +39,7 @@ def test_a_wrong_value_is_named(field, value, says):
 
 @pytest.mark.parametrize(
     "text, layers",
-    [
-        ("", []),
-        (" , ", []),
-        ("0", [0]),
-        ("0, 1, 38-39", [0, 1, 38, 39]),
-        (" 3 - 5 ,4", [3, 4, 5]),
-    ],
+    [("", []), (" , ", []), ("0", [0]), ("0, 1, 38-39", [0, 1, 38, 39]), (" 3 - 5 ,4", [3, 4, 5])],
 )
 def test_layer_lists_are_read(text, layers):
     assert plan.parse_layers(text) == frozenset(layers)

@@ -38,12 +38,7 @@ def test_a_level_between_two_steps_belongs_to_the_step_it_is_in(sigma, step):
 
 @pytest.mark.parametrize(
     "sigma, reason",
-    [
-        (1.0, schedule.OUTSIDE_WINDOW),
-        (0.9, None),
-        (0.4, None),
-        (0.39, schedule.OUTSIDE_WINDOW),
-    ],
+    [(1.0, schedule.OUTSIDE_WINDOW), (0.9, None), (0.4, None), (0.39, schedule.OUTSIDE_WINDOW)],
 )
 def test_the_percent_window_is_inclusive(sigma, reason):
     assert make(sigma_start=0.9, sigma_end=0.4).dense_reason(sigma) == reason

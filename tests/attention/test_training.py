@@ -1,7 +1,4 @@
-"""Gradients through a whole run, step after step.
-
-Nothing that is remembered keeps an old graph alive.
-"""
+"""Gradients through a whole run, step after step: nothing remembered keeps an old graph alive."""
 
 import pytest
 import torch
@@ -50,10 +47,12 @@ def test_an_adapter_refined_during_training_keeps_no_graph():
 def test_gradients_and_results_are_those_of_the_call_without_gradients(settings, before, hidden):
     """With gradients the parts are put together, without them written into one tensor.
 
-    The same numbers.
+    Hidden text may hold anything, NaN too.
     """
     q, k, v = smooth_qkv(GRID, width=32)
     text = torch.randn(1, 2, before, 32, generator=torch.Generator().manual_seed(0))
+    for start, stop in hidden:
+        text[:, :, start:stop] = float("nan")
     q, k, v = (torch.cat((text, x), dim=2) for x in (q, k, v))
     layout = attention.TokenLayout(GRID, before=before, hidden=hidden)
     plain, trained = run_of(sparsity=0.6, **settings), run_of(sparsity=0.6, **settings)
@@ -76,3 +75,15 @@ def test_autocast_changes_no_result(method):
     with torch.autocast("cpu", torch.bfloat16):
         found, same_cost = run_of(method=method, sparsity=0.6).attend(q, k, v, Call(layout))
     assert torch.equal(found, expected) and cost == same_cost
+
+
+def test_masks_that_are_searched_again_keep_no_graph():
+    """Runs of more than 8 steps remember how much mass was kept, for their second search."""
+    q, k, v = (x.requires_grad_() for x in smooth_qkv(GRID, width=32))
+    run = run_of(sparsity=0.6, method="adaspa")
+    for step in range(10):
+        if run.dense_reason(step, 10) is None:
+            out, _ = run.attend(q, k, v, Call(attention.TokenLayout(GRID), step=step, num_steps=10))
+            torch.autograd.grad(out.square().mean(), (q, k, v))
+    (found,) = run.method.memory.values()
+    assert found.ratio is None or not found.ratio.requires_grad

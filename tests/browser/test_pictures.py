@@ -86,9 +86,8 @@ def check(look, node):
         f"the panel leaves its place: {look}"
     )
     edge = node["y"] + node["height"]
-    assert bottom <= edge <= bottom + 90, (
-        f"the node ends at {edge}, its panel at {bottom}"
-    )  # buttons stand below
+    # Buttons stand below.
+    assert bottom <= edge <= bottom + 90, f"the node ends at {edge}, its panel at {bottom}"
 
 
 def runnable(server, name, steps):

@@ -12,13 +12,10 @@ import pytest
 from workflow import ROOT, fresh, load, tiny_workflow
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-OLDER = (
-    "ROPESLR_FRONTEND" in os.environ
-)  # a frontend of its own: nodes look, and messages read, a little different
-QUICK = (
-    "sparkwan_few_step",
-    "wan2.1_t2v",
-)  # tried in every way by default; the others as they are dropped
+# A frontend of its own: nodes look, and messages read, a little different.
+OLDER = "ROPESLR_FRONTEND" in os.environ
+# Tried in every way by default; the others as they are dropped.
+QUICK = ("sparkwan_few_step", "wan2.1_t2v")
 
 
 def contents(workflow):

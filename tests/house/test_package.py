@@ -47,9 +47,8 @@ def test_the_registry_finds_what_it_needs():
         project["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com")
     )
     icon = (ROOT / place.removeprefix("/main/")).read_text(encoding="utf-8")
-    assert icon.startswith(
-        '<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"'
-    )  # the most it may be
+    # The most it may be.
+    assert icon.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"')
     assert "web" not in comfy  # WEB_DIRECTORY is set; both would load every script twice
 
 
@@ -118,18 +117,13 @@ def test_the_status_table_names_the_versions_that_are_tested():
 def test_every_picture_of_the_readme_is_there():
     for file in (ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")):
         for place in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text(encoding="utf-8")):
-            base = (
-                ROOT if file.name == "README.md" else ROOT / "web" / "docs"
-            )  # what the frontend prepends
+            # What the frontend prepends.
+            base = ROOT if file.name == "README.md" else ROOT / "web" / "docs"
             assert (base / place).is_file(), f"{file.name}: {place}"
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        r"(^|[^\w.])/(work|root|home)/\w",
-        r"Co-Authored|\b(TODO|FIXME|XXX)\b",
-    ],
+    "pattern", [r"(^|[^\w.])/(work|root|home)/\w", r"Co-Authored|\b(TODO|FIXME|XXX)\b"]
 )
 def test_the_files_speak_of_the_project_alone(pattern):
     """No path of one machine, nothing left to do."""

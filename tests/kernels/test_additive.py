@@ -8,15 +8,7 @@ import torch
 
 from pack_loader import load
 from support.data.backend import same
-from support.data.blocks import (
-    blocks_of,
-    layout_of,
-    reference,
-    sparse_case,
-    tensors,
-    types,
-    wide,
-)
+from support.data.blocks import blocks_of, layout_of, reference, sparse_case, tensors, types, wide
 
 ops = load(".kernels.ops")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -78,10 +70,13 @@ def test_what_does_not_fit_is_named():
     branch = branch_of(torch.float32)
     q_map = branch.q_map
     for wrong, says in (
-        (q_map._replace(feature_sin=None), "feature_cos and feature_sin go together"),
+        (
+            q_map._replace(feature_sin=None),
+            "q_map.feature_cos needs q_map.feature_sin; found it alone",
+        ),
         (q_map._replace(proj=q_map.proj[:, :8]), "q_map rotates 6 pairs of features, but has 8"),
-        (q_map._replace(rope_cos=q_map.rope_cos[:5]), "rope_cos must have the shape"),
-        (q_map._replace(pe=None), "pe and axis_ids go together"),
+        (q_map._replace(rope_cos=q_map.rope_cos[:5]), "q_map.rope_cos must have the shape"),
+        (q_map._replace(pe=None), "q_map.axis_ids needs q_map.pe; found it alone"),
     ):
         if wrong.proj.shape[1] == 8:
             wrong = wrong._replace(pe=None, axis_ids=None)

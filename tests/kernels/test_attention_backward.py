@@ -5,16 +5,7 @@ import torch
 
 from pack_loader import load
 from support.data.backend import BACKEND, DTYPES, same
-from support.data.blocks import (
-    LIMITS,
-    blocks_of,
-    ragged,
-    reference,
-    selected,
-    tensors,
-    types,
-    wide,
-)
+from support.data.blocks import LIMITS, blocks_of, ragged, reference, selected, tensors, types, wide
 
 ops = load(".kernels.ops")
 

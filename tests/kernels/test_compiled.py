@@ -40,9 +40,8 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
             assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
         if row["useful_mma"] is not None:
             assert row["useful_mma"] >= 0.95, row
-        assert not (name in table.FORWARD and row["notes"]), (
-            row
-        )  # "wgmma instructions are serialized"
+        # "wgmma instructions are serialized".
+        assert not (name in table.FORWARD and row["notes"]), row
         if RECORDED:
             mine = (target, name, row["kernel"])
             known = [x for x in RECORD["rows"] if (x["target"], x["case"], x["kernel"]) == mine]

@@ -109,9 +109,8 @@ def test_bytes_that_the_default_method_moves():
         lambda: backend.block_pool_state(k, v, layout_of(blocks, blocks), None), q, k, v
     )
     assert read == expected["block_pool_state"]
-    times_kept = (
-        mask.kv_num_blocks.float().mean().item()
-    )  # k, v once per query block that keeps them
+    # K, v once per query block that keeps them.
+    times_kept = mask.kv_num_blocks.float().mean().item()
     mixed = (q, k, v, mask, background, 0.125)
     out, (q_read, *kv_read), seen = rows(lambda: backend.block_sparse_mixed(*mixed), q, k, v)
     assert [q_read, *(x / times_kept for x in kv_read)] == expected["block_sparse_mixed"]

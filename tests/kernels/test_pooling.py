@@ -5,15 +5,7 @@ import torch
 
 from pack_loader import load
 from support.data.backend import BACKEND, DTYPES, HALF, same
-from support.data.blocks import (
-    blocks_of,
-    feature_map,
-    layout_of,
-    reference,
-    tensors,
-    types,
-    wide,
-)
+from support.data.blocks import blocks_of, feature_map, layout_of, reference, tensors, types, wide
 from support.data.fields import relative_error
 
 ops = load(".kernels.ops")

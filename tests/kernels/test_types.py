@@ -47,9 +47,11 @@ def test_tensors_that_do_not_belong_together():
         ValueError, match=r"out must have the shape \(1, 1, 64, 32\); found \(1, 1, 9, 32\)"
     ):
         ops.dense_attention(q, k, v, out=q[:, :, :9].clone())
+    with pytest.raises(ValueError, match=r"must be on cpu, as q is; found .* on meta"):
+        ops.dense_attention(q, k, v, out=torch.empty_like(q, device="meta"))
     with pytest.raises(ValueError, match="out must be torch.float64, as q is; found torch.float32"):
         ops.dense_attention(q, k, v, out=q.float())
-    with pytest.raises(ValueError, match="out cannot be used with gradients"):
+    with pytest.raises(ValueError, match="out was given, but gradients are required"):
         ops.block_sparse_attention(q.clone().requires_grad_(), k, v, mask, out=torch.empty_like(q))
 
 
@@ -92,7 +94,8 @@ def test_token_blocks():
         types.TokenBlocks(table, 100, 101)
     for wrong in (120, 90):  # others would be read and stored out of bounds, or never written
         with pytest.raises(
-            ValueError, match=f"tokens lists {wrong} tokens up to {wrong - 1}; expected 100"
+            ValueError,
+            match=f"tokens lists {wrong} tokens, {wrong} of them different, up to {wrong - 1}; exp",
         ):
             types.TokenBlocks(blocks_of(wrong).tokens, 100, 100)
         with pytest.raises(ValueError, match=f"blocks of {wrong} tokens, but the tensor has 100"):
@@ -162,6 +165,8 @@ def test_a_mask_is_made_of_what_is_kept_and_says_it_again():
         mask = ops.BlockMask.from_dense(q_blocks, kv_blocks, kept, width)
         assert torch.equal(mask.to_dense(), kept)
         mask_like(mask)  # looked at entry by entry
+    with pytest.raises(ValueError, match="a row keeps 4 blocks; list_width is 2"):
+        ops.BlockMask.from_dense(q_blocks, kv_blocks, torch.ones_like(kept), 2)
     with pytest.raises(ValueError, match=r"kept must be \(B, H, 3, 4\).*found \(2, 3, 4, 4\)"):
         ops.BlockMask.from_dense(q_blocks, kv_blocks, kept[:, :, [0, 1, 2, 2]])
 
@@ -198,11 +203,31 @@ def test_feature_maps():
     whole = feature_map("elu", 2, 100, 32, 16, torch.float32)
     for wrong, says in (
         (whole._replace(act="gelu"), "act must be one of softmax, elu; found 'gelu'"),
-        (whole._replace(rope_sin=None), "rope_cos and rope_sin go together"),
-        (whole._replace(axis_ids=None), "pe and axis_ids go together"),
+        (whole._replace(rope_sin=None), "feature_map.rope_cos needs feature_map.rope_sin; found it alone"),
+        (whole._replace(axis_ids=None), "feature_map.pe needs feature_map.axis_ids; found it alone"),
         (whole._replace(rope_cos=whole.rope_cos[:5]), r"feature_map.rope_cos must have the shape \(100, 16\)"),
         (whole._replace(proj=whole.proj[:1]), r"feature_map.proj must have the shape \(2, 16, 32\)"),
         (whole._replace(proj=None), "without proj there is nothing to undo it for"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             ops.low_rank_state(k, v, wrong)
+
+
+def test_a_mask_that_keeps_nothing_gives_nothing():
+    q, k, v = tensors(*[(1, 2, 192, 32)] * 3, dtype=torch.float32)
+    kept = torch.zeros(1, 2, 3, 3, dtype=torch.bool)
+    mask = ops.BlockMask.from_dense(blocks_of(192), blocks_of(192), kept)
+    out, lse = ops.block_sparse_attention(q, k, v, mask)
+    assert not out.any() and lse.isneginf().all()
+
+
+def test_a_table_that_no_kernel_could_read_is_refused():
+    """A token twice, or a token behind an empty slot: kernels look at a block's last slot alone."""
+    table = torch.arange(128, dtype=torch.int32).view(2, 64)
+    twice, behind = table.clone(), table.clone()
+    twice[0, 1] = 0
+    behind[1, 0] = -1
+    with pytest.raises(ValueError, match="tokens lists 128 tokens, 127 of them different"):
+        ops.TokenBlocks(twice, 128, 128)
+    with pytest.raises(ValueError, match="must fill each block from the front"):
+        ops.TokenBlocks(behind, 128, 127)

@@ -186,16 +186,14 @@ def test_the_list_begins_with_no_adapter_and_shows_no_other_files(adapter_folder
 def test_a_folder_that_a_person_has_set_up_stays_and_stays_first(monkeypatch):
     paths, folders = folder_paths(), comfy_host.module(".nodes.folders")
     own = str(Path(paths.models_dir) / "ropeslr")
-    monkeypatch.setitem(
-        paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], set())
-    )  # from a yaml
+    # From a yaml.
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], set()))
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"] == (["/mnt/mine", own], {".safetensors"})
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"][0] == ["/mnt/mine", own]
-    monkeypatch.setitem(
-        paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], {".sft"})
-    )  # from another pack
+    # From another pack.
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", (["/mnt/mine"], {".sft"}))
     folders.register()
     assert paths.folder_names_and_paths["ropeslr"][1] == {".sft"}
     monkeypatch.delitem(paths.folder_names_and_paths, "ropeslr")

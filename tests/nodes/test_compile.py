@@ -12,14 +12,7 @@ import comfy_host
 from support.data.fields import relative_error
 from support.data.variants import VARIANTS
 from support.host.compiling import compiled
-from support.host.sampling import (
-    CHANGES,
-    load_model,
-    own_adapter,
-    report,
-    sample,
-    sparse,
-)
+from support.host.sampling import CHANGES, load_model, own_adapter, report, sample, sparse
 
 FEW = (CHANGES[0], CHANGES[1], dict(dense_layers="0", dense_first_steps=1))
 SOME_OR_ALL = None  # FEW, and CHANGES when thorough
@@ -64,10 +57,7 @@ def test_settings_take_effect(attention, blocks, node_first, changes, monkeypatc
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
     "blocks, node_first, changes",
-    [
-        (0, False, SOME_OR_ALL),
-        pytest.param(2, True, FEW, marks=pytest.mark.slow("thorough")),
-    ],
+    [(0, False, SOME_OR_ALL), pytest.param(2, True, FEW, marks=pytest.mark.slow("thorough"))],
 )
 def test_settings_take_effect_with_inductor(blocks, node_first, changes, monkeypatch, thorough):
     use(monkeypatch, "attention_pytorch")
@@ -195,9 +185,8 @@ def test_a_node_that_skips_blocks_is_not_taken_for_an_old_graph(neighbour, monke
     arguments = dict(steps=6, cfg=3.0, latent=(3, 16, 16))
     expected = sample(alone, **arguments)
     found = sample(patched, **arguments)
-    if (
-        neighbour != "SkipLayerGuidanceDiT"
-    ):  # which torch.compile nodes freeze by themselves, sparse or dense
+    # Which torch.compile nodes freeze by themselves, sparse or dense.
+    if neighbour != "SkipLayerGuidanceDiT":
         assert relative_error(found, expected) < 1e-5
         assert report(patched).sparse_calls == report(alone).sparse_calls
     first = len(resets)

@@ -18,9 +18,8 @@ from support.host.sampling import full_density, own_adapter, report, sparse
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coverage.json"
 TRAINING_FREE = ("ropeslr", "top-k", "adaspa")
-FOUND = defaultdict(
-    dict
-)  # variant -> method -> [sparse, all calls of one model call], or the reason
+# Variant -> method -> [sparse, all calls of one model call], or the reason.
+FOUND = defaultdict(dict)
 SPARSE = [name for name, variant in VARIANTS.items() if variant.dense is None]
 
 
@@ -131,9 +130,8 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
     finally:
         handle.remove()
     (found,) = set(layouts)
-    axes = (
-        (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)
-    )  # pairs 8/28/28 and 22/21/21
+    # Pairs 8/28/28 and 22/21/21.
+    axes = (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)
     grid = angles[0][found.before : found.before + found.video_tokens].unflatten(0, found.grid)
     for axis, pair in enumerate(axes):
         own = grid[..., pair].movedim(axis, -1)

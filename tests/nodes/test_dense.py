@@ -177,8 +177,8 @@ class Calls:
     """One attention call, handed to the override as a block would."""
 
     def __init__(self, **settings):
-        names = ("override", "patch", "call", "token_layout")
-        override, patch, call, layout = (
+        names = ("override", "patch", "call", "hooks", "token_layout")
+        override, patch, call, hooks, layout = (
             comfy_host.module(f".nodes.patching.{name}") for name in names
         )
         settings = dict(min_tokens=64, dense_first_steps=0) | settings
@@ -187,7 +187,7 @@ class Calls:
         self.run = patch.SparsePatch(plan)._begin(model, sigmas, starts=True)
         facts = call.CallFacts(1.0, (("all", 1),), (), (20,), layout.SequenceInfo((4, 8, 8)))
         self.call = call.ModelCall(self.run, facts)
-        self.options = {"block_index": 0, call.CALL: self.call}
+        self.options = {"block_index": 0, hooks.CALL: self.call}
         self.override = override.sparse_override
 
     def __call__(self, q, k, v, heads, mask=None, **kwargs):

@@ -29,7 +29,7 @@ from support.host.sampling import (
 from support.oracle import transcription as golden
 
 TRAINED = ("ropeslr", "rola", "sla")
-METHODS = (*TRAINED, "adaspa", "top-k", "top-k plain")
+METHODS = comfy_host.module(".attention.plan").METHODS[1:]
 LATENT = (5, 16, 16)  # 320 tokens, 5 blocks
 MODELS = Path(os.environ["ROPESLR_TEST_BASE"]) / "models"
 

@@ -227,9 +227,8 @@ def test_the_cores_own_backend_node_gets_the_dense_calls(node_first):
     assert (
         relative_error(sample(patched, steps=2), sample(sparse(model, **settings), steps=2)) < 1e-5
     )
-    assert (
-        report(patched).sparse_calls == 2 and backend.calls == 6
-    )  # 2 dense ones and 4 of cross-attention
+    # 2 dense ones and 4 of cross-attention.
+    assert report(patched).sparse_calls == 2 and backend.calls == 6
     assert report(patched).previous == f"CoreBackend of {__name__}"
 
 
@@ -300,9 +299,8 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
     finally:
         patch.undo()
     assert report(model).sparse_calls == 2 and set(seen) == {False} and len(seen) == len(calls) - 2
-    assert not hasattr(
-        override.sparse_override, "container_function"
-    )  # so hosts with containers unpack for us
+    # So hosts with containers unpack for us.
+    assert not hasattr(override.sparse_override, "container_function")
 
 
 def test_two_samplers_of_one_model_each_have_their_own_run():

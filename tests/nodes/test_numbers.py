@@ -50,9 +50,8 @@ def test_a_call_that_is_not_finite_is_computed_again_dense(spoiled, value, call,
     patched = sparse(model, method="top-k")
     assert torch.equal(sample(patched), expected)
     last = report(patched)
-    assert (
-        last.dense_calls == {AGAIN: 2} and last.sparse_calls == 4
-    )  # of the six calls that the model makes
+    # Of the six calls that the model makes.
+    assert last.dense_calls == {AGAIN: 2} and last.sparse_calls == 4
     fair = sparse(model, method="top-k", dense_last_steps=1)
     sample(fair)
     assert last.dense_tflop == report(fair).dense_tflop and last.spent_parts["recomputed"] > 0

@@ -40,7 +40,7 @@ def test_the_version_that_is_needed_is_the_packages_own():
 def test_a_fork_that_names_the_activations_dtype_otherwise_works():
     """Without the fallback every prompt ended with "'WAN21' object has no attribute ..."."""
     model = load_model("tiny_wan21_t2v")
-    patch = comfy_host.module(".nodes.patching.patch")
+    patch = comfy_host.module(".nodes.patching.install")
 
     class Fork:
         def __init__(self, base):

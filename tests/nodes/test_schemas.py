@@ -25,14 +25,8 @@ FROZEN = {
         ],
         ["STRING"],
     ),
-    "RoPeSLRFewStepSigmas": (
-        ["preset: COMBO"],
-        ["SIGMAS"],
-    ),
-    "RoPeSLRLoadAdapter": (
-        ["adapter_name: COMBO", "rank: INT"],
-        ["ROPESLR_ADAPTER"],
-    ),
+    "RoPeSLRFewStepSigmas": (["preset: COMBO"], ["SIGMAS"]),
+    "RoPeSLRLoadAdapter": (["adapter_name: COMBO", "rank: INT"], ["ROPESLR_ADAPTER"]),
     "RoPeSLRLoadSparseCheckpoint": (
         ["checkpoint: COMBO", "weight_dtype: COMBO", "save_converted: BOOLEAN"],
         ["MODEL", "ROPESLR_ADAPTER"],
@@ -49,10 +43,7 @@ FROZEN = {
         ],
         ["LATENT", "IMAGE", "STRING"],
     ),
-    "RoPeSLRSaveAdapter": (
-        ["adapter: ROPESLR_ADAPTER", "name: STRING"],
-        [],
-    ),
+    "RoPeSLRSaveAdapter": (["adapter: ROPESLR_ADAPTER", "name: STRING"], []),
     "RoPeSLRSparseAttention": (
         [
             "model: MODEL",
@@ -105,6 +96,14 @@ def test_saved_workflows_keep_their_meaning():
         now_in, now_out = slots(node)
         assert now_in[: len(inputs)] == list(inputs), node
         assert now_out[: len(outputs)] == list(outputs), node
+
+
+def test_a_new_widget_comes_last_in_the_browser_too():
+    """ComfyUI shows optional inputs behind all others, and workflows hold values in that order."""
+    for node in FROZEN:
+        schema = comfy_host.boot().NODE_CLASS_MAPPINGS[node].GET_SCHEMA()
+        optional = [bool(each.optional) for each in schema.inputs if hasattr(each, "default")]
+        assert optional == sorted(optional), f"{node}: a new widget needs optional=True"
 
 
 def test_the_package_loads_by_itself(tmp_path):

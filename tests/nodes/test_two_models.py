@@ -19,7 +19,7 @@ def _needs_the_guider():
         pytest.skip("this ComfyUI has no guider with two models")
 
 
-def guided(first, second, steps=2):
+def guided(first, second, steps=2, start=1.0, noise="RandomNoise"):
     """Sample with one model for the positive pass and one for the negative."""
     run = comfy_host.run_node
     (guider,) = run(
@@ -30,15 +30,15 @@ def guided(first, second, steps=2):
         negative=conditioning(2),
         cfg=3.0,
     )
-    (noise,), (sampler,) = (
-        run("RandomNoise", noise_seed=3),
+    (made,), (sampler,) = (
+        run(noise, **({"noise_seed": 3} if noise == "RandomNoise" else {})),
         run("KSamplerSelect", sampler_name="euler"),
     )
-    sigmas = torch.linspace(1.0, 0.0, steps + 1)
+    sigmas = torch.linspace(start, 0.0, steps + 1)
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     out = run(
         "SamplerCustomAdvanced",
-        noise=noise,
+        noise=made,
         guider=guider,
         sampler=sampler,
         sigmas=sigmas,
@@ -92,3 +92,12 @@ def test_nothing_of_a_run_with_two_models_stays_behind(models):
     assert torch.equal(guided(high, low), plain)
     modules = [*high.model.modules(), *low.model.modules()]
     assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_both_models_stand_at_the_same_step_of_a_schedule_that_goes_on(models):
+    """A second sampler that continues another's: neither model's first step is a first step."""
+    patched = [sparse(model, dense_first_steps=1, sparsity=0.6) for model in models]
+    guided(*patched, steps=4, start=0.5, noise="DisableNoise")
+    first, second = (report(model) for model in patched)
+    assert first.dense_calls == second.dense_calls
+    assert first.sparse_calls == second.sparse_calls > 0

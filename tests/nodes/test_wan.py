@@ -43,9 +43,8 @@ def test_the_sparse_path_with_every_block_equals_dense(wan, order, monkeypatch):
     patched = sparse(model, sparsity=0.0, block_order=order)
     found = sample(patched, **arguments)
     assert relative_error(found, dense) < 1e-5
-    assert (
-        report(patched).sparse_calls == 6 and report(patched).density == 1.0
-    )  # 2 layers x 3 steps, none skipped
+    # 2 layers x 3 steps, none skipped.
+    assert report(patched).sparse_calls == 6 and report(patched).density == 1.0
 
 
 @pytest.mark.slow

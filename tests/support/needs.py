@@ -8,9 +8,8 @@ import shutil
 
 import pytest
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # set before Triton is imported, for a whole process
+# Set before Triton is imported, for a whole process.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETER, PLAIN = "Triton's interpreter", "a process without Triton's interpreter"
 COMFYUI, NODE, TSC = "ComfyUI", "node", "TypeScript's checker"
 # Folder or file below tests/ -> what its tests need to be collected; a file's own line counts

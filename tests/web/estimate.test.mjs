@@ -144,7 +144,8 @@ for (const [name, change, size, words] of [
   ["too few tokens", {}, { width: 448, height: 448, length: 9 }, /2,352 tokens, fewer than min tokens \(4,096\)\./],
   ["nothing to drop", { sparsity: 0.01, min_tokens: 0 }, { width: 64, height: 64, length: 1 }, /drops no block/],
   ["every layer dense", { dense_layers: "0-29" }, SIZE_480, /every layer/],
-  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /start percent is greater than end percent/],
+  ["an empty window", { start_percent: 0.8, end_percent: 0.2 }, SIZE_480, /start percent is not below end percent/],
+  ["a window of no length", { start_percent: 0.5, end_percent: 0.5 }, SIZE_480, /start percent is not below end percent/],
 ]) {
   test(`said plainly instead of numbers: ${name}`, () => {
     const numbers = estimate({ ...SETTINGS, ...change }, "wan-1.3b", size);

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { compare, Reports } from "../../web/js/reports.js";
+import { Reports, updateStatus } from "../../web/js/reports.js";
 import { graphOf, OURS } from "./small_graphs.mjs";
 
 const storage = (items = {}) => ({
@@ -55,7 +55,7 @@ test("reports and the workflows of the page outlive a reload", () => {
   const store = storage();
   const before = page(store);
   before.reports.receive({ node: "2", workflow: "w", sparsity: 0.9 });
-  compare(before.last(), "settings", 0.9);
+  updateStatus(before.last(), "settings", 0.9);
   before.reports.save();
   const after = new Reports(store);
   after.load();
@@ -77,19 +77,19 @@ test("the reports of thirty workflows are kept, the latest", () => {
 test("a new report is of the settings of now, unless sparsity has moved since", () => {
   const report = (sparsity) => ({ detail: { node: "2", sparsity }, number: 1, status: "new", basis: "" });
   const [same, moved, old] = [report(0.9), report(0.5), report(undefined)];
-  for (const each of [same, moved, old]) compare(each, "settings", 0.9);
+  for (const each of [same, moved, old]) updateStatus(each, "settings", 0.9);
   assert.deepEqual([same.status, moved.status, old.status], ["fresh", "stale", "fresh"]);
 });
 
 test("a report goes stale as settings move, and is fresh again as they come back", () => {
   const report = { detail: { node: "2", sparsity: 0.9 }, number: 1, status: "new", basis: "" };
   const seen = ["a", "b", "a"].map((basis) => {
-    compare(report, basis, 0.9);
+    updateStatus(report, basis, 0.9);
     return report.status;
   });
   assert.deepEqual(seen, ["fresh", "stale", "fresh"]);
   const moved = { detail: { node: "2", sparsity: 0.5 }, number: 1, status: "new", basis: "" };
-  compare(moved, "a", 0.9);
-  compare(moved, "a", 0.5);
+  updateStatus(moved, "a", 0.9);
+  updateStatus(moved, "a", 0.5);
   assert.equal(moved.status, "stale", "which settings it had is not known");
 });

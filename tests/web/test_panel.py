@@ -34,16 +34,7 @@ schedule, running, calls, layouts = (
     load(f".attention.{name}") for name in ("schedule", "run", "call", "block_layout")
 )
 
-METHODS = (
-    "ropeslr",
-    "ropeslr with weights",
-    "rola",
-    "sla",
-    "sla paper",
-    "adaspa",
-    "top-k",
-    "top-k plain",
-)
+METHODS = (*planning.METHODS[1:], "ropeslr with weights", "sla paper")
 GRIDS = (
     (21, 30, 52),
     (21, 45, 80),
@@ -414,12 +405,8 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
     settings = re.search(r"const DEFAULTS = \{(.*?)\};", read(STATE), re.S)[1]
     known = set(re.findall(r"(\w+):", settings))
     assert known <= widgets
-    assert widgets - known == {
-        "calibrate",
-        "calibrate_rows",
-        "strict",
-        "verbose",
-    }  # calibration is left out
+    # Calibration is left out.
+    assert widgets - known == {"calibrate", "calibrate_rows", "strict", "verbose"}
     report = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
     assert (
         re.search(r'^EVENT = "(.+)"', report, re.M)[1]
@@ -431,12 +418,8 @@ def test_the_panel_knows_every_widget_that_changes_an_estimate_and_the_event():
 def test_the_panel_reads_no_field_that_a_report_lacks():
     source = (ROOT / "nodes" / "patching" / "run_report.py").read_text(encoding="utf-8")
     report = re.search(r"class RunReport:(.*?)    @property", source, re.S)[1]
-    sent = {
-        *re.findall(r"^    (\w+): ", report, re.M),
-        "node",
-        "workflow",
-        "flops_saved",
-    }  # `send` adds three
+    # `send` adds three.
+    sent = {*re.findall(r"^    (\w+): ", report, re.M), "node", "workflow", "flops_saved"}
     read_here = re.search(r"interface Report \{(.*?)\n  \}", read("types.d.ts"), re.S)[1]
     wanted = set(re.findall(r"^    (\w+)\??: ", read_here, re.M))
     assert {"tokens", "sparse_calls"} < wanted <= sent
@@ -479,10 +462,9 @@ def test_only_the_entry_touches_comfyui(path):
     assert "registerExtension" not in text and "scripts/" not in text
     if NODE:
         code = (
-            "const before = Object.keys(globalThis).length;"
-            f"await import({json.dumps(path.as_uri())});"
-            "if (Object.keys(globalThis).length !== before) throw new Error('left something "
-            "behind');"
+            "const before = Object.keys(globalThis).length;await "
+            f"import({json.dumps(path.as_uri())});if (Object.keys(globalThis).length !== before) "
+            "throw new Error('left something behind');"
         )
         done = subprocess.run(
             [NODE, "--input-type=module", "--eval", code],

@@ -4,6 +4,8 @@
 export const BLOCK = 64;
 const TILE = 4; // the sides of a cube of 64 tokens; see attention/block_layout.py
 const WAN_TEXT = 512; // Wan pads its prompt to this many tokens
+/** @type {Set<RoPeSLR.Method>} Methods that score blocks in every call, as `Method.routes` says. */
+const ROUTES = new Set(["ropeslr", "rola", "sla", "top-k", "top-k plain"]);
 const DEFAULT_RANK = 64; // of the released RoLA checkpoints; a file's own rank is not known before the run
 
 /**
@@ -112,8 +114,7 @@ export function attentionCost(grid, extra, headDim, heads, settings) {
   const density = 1.0 - (1.0 - blocks.density) * (video / tokens); // tokens that are not video attend to everything
   const dense = denseFlops(tokens, headDim, heads);
   const sparse = dense * density;
-  const routes = settings.method !== "adaspa";
-  const routing = routes ? routingFlops(tokens, headDim, heads, blocks.queries, blocks.keys) : 0.0;
+  const routing = ROUTES.has(settings.method) ? routingFlops(tokens, headDim, heads, blocks.queries, blocks.keys) : 0.0;
   const background = backgroundFlops(settings, settings.rank, video, headDim, heads, blocks.queries, blocks.keys);
   return { ...blocks, tokens, density, dense, sparse, routing, background, total: sparse + routing + background };
 }

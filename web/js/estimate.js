@@ -89,8 +89,8 @@ export function whyDense(settings, tokens, blocks, everyLayer) {
       `(${count(settings.min_tokens)}). Make it larger or longer, or lower min tokens to try anyway.`;
   }
   if (blocks.keep >= blocks.queries) return "Everything runs dense: this sparsity drops no block.";
-  if (settings.start_percent > settings.end_percent) {
-    return "Everything runs dense: start percent is greater than end percent.";
+  if (settings.start_percent >= settings.end_percent) {
+    return "Everything runs dense: start percent is not below end percent.";
   }
   return everyLayer ? "Everything runs dense: dense layers lists every layer." : "";
 }

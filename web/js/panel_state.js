@@ -4,7 +4,7 @@
 import { estimate } from "./estimate.js";
 import { graphContext, whyOff } from "./graph_context.js";
 import { MODELS } from "./models.js";
-import { compare } from "./reports.js";
+import { updateStatus } from "./reports.js";
 import { isLinked, valueOf } from "./values.js";
 
 /** The node's properties that the menus write. */
@@ -75,7 +75,7 @@ export function panelState(root, node, report) {
   const { settings, assumptions } = settingsOf(root, node);
   const off = whyOff(node);
   const basis = JSON.stringify([settings, assumptions, model, size, context.adapter, context.steps, off]);
-  if (report) compare(report, basis, settings.sparsity);
+  if (report) updateStatus(report, basis, settings.sparsity);
   /** @type {RoPeSLR.Estimate | null} */
   let numbers = null;
   if (off) numbers = { why: off };

@@ -69,7 +69,7 @@ export class Reports {
  * @param {string} basis all that an estimate depends on
  * @param {number} sparsity
  */
-export function compare(report, basis, sparsity) {
+export function updateStatus(report, basis, sparsity) {
   if (report.status === "new") {
     const moved = Math.abs(sparsity - (report.detail.sparsity ?? sparsity)) > 1e-6;
     report.basis = moved ? "" : basis;

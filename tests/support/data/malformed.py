@@ -94,10 +94,8 @@ def _adapters():
                     write(header | {field: value}, tensors),
                     field,
                 )
-            if method != "sla" or field in (
-                "num_layers",
-                "head_dim",
-            ):  # SLA's weights do not tell the others
+            # SLA's weights do not tell the others.
+            if method != "sla" or field in ("num_layers", "head_dim"):
                 yield (
                     f"{method} {field}=7",
                     ".safetensors",

@@ -63,10 +63,8 @@ class Variant:
         Seed: of the noise, or what stands for it.
         """
         start = noise(100 + seed, 1, self.channels, *latent)
-        extra, other_text = (
-            self.extra(latent),
-            24 if self.apart else 20,
-        )  # texts of two lengths stay apart
+        # Texts of two lengths stay apart.
+        extra, other_text = (self.extra(latent), 24 if self.apart else 20)
         return k_sample(
             model,
             conditioning(1, **extra),

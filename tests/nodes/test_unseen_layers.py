@@ -1,7 +1,4 @@
-"""Layers that never call the attention override.
-
-Which of several causes it is, said and counted in every call.
-"""
+"""Layers that never call the attention override: the cause, logged once, counted in every call."""
 
 import pytest
 import torch
@@ -29,7 +26,7 @@ def test_a_skipped_block_is_no_fallback(strict, caplog):
     sample(patched)
     last = report(patched)
     assert last.sparse_calls == 3
-    assert last.dense_calls == {reasons.SKIPPED.format(silent="1 of 2 layers"): 3}
+    assert last.dense_calls == {reasons.SKIPPED.format(layers="1 of 2 layers"): 3}
     assert not [record for record in caplog.records if "runs dense" in record.message]
 
 
@@ -44,7 +41,7 @@ def test_an_override_that_is_taken_inside_the_call_is_named():
     patched = sparse(load_model("tiny_wan21_t2v"))
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "later", takes)
     sample(patched, steps=2)
-    assert report(patched).dense_calls == {reasons.OVERWRITTEN.format(silent="2 of 2 layers"): 4}
+    assert report(patched).dense_calls == {reasons.OVERWRITTEN.format(layers="2 of 2 layers"): 4}
 
 
 def test_a_host_that_does_not_say_which_block_calls_is_named():
@@ -64,7 +61,7 @@ def test_a_host_that_does_not_say_which_block_calls_is_named():
 
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "older", older_positional)
     sample(patched, steps=2)
-    assert report(patched).dense_calls == {reasons.NO_BLOCK_INDEX.format(silent="2 of 2 layers"): 4}
+    assert report(patched).dense_calls == {reasons.NO_BLOCK_INDEX.format(layers="2 of 2 layers"): 4}
 
 
 def test_a_layer_that_another_node_replaced_is_counted_in_every_call():
@@ -82,11 +79,11 @@ def test_a_layer_that_another_node_replaced_is_counted_in_every_call():
     sample(patched, steps=4)
     last = report(patched)
     assert last.sparse_calls == 4
-    assert last.dense_calls == {reasons.REPLACED.format(silent="1 of 2 layers"): 4}
+    assert last.dense_calls == {reasons.REPLACED.format(layers="1 of 2 layers"): 4}
     sample(model)  # puts the module's own forward back
 
 
-def test_model_calls_that_a_cache_skips_are_not_counted_as_silent():
+def test_model_calls_that_a_cache_skips_are_not_counted():
     (cached,) = comfy_host.run_node(
         "EasyCache",
         model=sparse(load_model("tiny_wan21_t2v")),
@@ -118,3 +115,43 @@ def test_a_block_list_that_changes_in_a_run_is_no_second_model():
     last = report(patched)
     assert last.sparse_calls == 2 and list(last.dense_calls.values()) == [2]
     assert not any("second model" in reason for reason in last.dense_calls)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_blocks_that_a_cache_skips_in_later_calls_are_no_fallback(strict, caplog):
+    """As first-block caches do it: all blocks in the first call, some in the others."""
+    from comfy.patcher_extension import WrappersMP
+
+    model, calls = load_model("tiny_wan21_t2v"), []
+    blocks = model.model.diffusion_model.blocks
+    patched = sparse(model, strict=strict)
+
+    def first_block_only(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            model.model.diffusion_model.blocks = torch.nn.ModuleList([blocks[0]])
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            model.model.diffusion_model.blocks = blocks
+
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", first_block_only)
+    sample(patched, steps=3)
+    last = report(patched)
+    assert last.sparse_calls == 4
+    assert last.dense_calls == {reasons.CACHED.format(layers="1 of 2 layers"): 2}
+    assert not [record for record in caplog.records if "runs dense" in record.message]
+
+
+def test_an_override_that_is_taken_deep_inside_is_no_silent_loss():
+    """By a wrapper around the diffusion model, into a copy of the options that nobody else sees."""
+    from comfy.patcher_extension import WrappersMP
+
+    def takes(executor, x, t, context, clip, time, options, **kwargs):
+        options = {**options, SLOT: lambda func, *args, **kwargs: func(*args, **kwargs)}
+        return executor(x, t, context, clip, time, options, **kwargs)
+
+    patched = sparse(load_model("tiny_wan21_t2v"))
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "later", takes)
+    sample(patched, steps=2)
+    assert report(patched).dense_calls == {reasons.UNSEEN.format(layers="2 of 2 layers"): 4}

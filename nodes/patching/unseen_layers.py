@@ -6,11 +6,12 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .dense_reason import (
+    CACHED,
     NO_BLOCK_INDEX,
     OVERWRITTEN,
     REPLACED,
-    SILENT,
     SKIPPED,
+    UNSEEN,
     DenseReason,
 )
 from .model_info import unwrap
@@ -19,17 +20,18 @@ if TYPE_CHECKING:
     from .call import ModelCall
 
 
-def silent_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dict[DenseReason, int]:
-    """Reasons with the number of layers that each explains; empty where every layer was heard."""
+def unseen_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dict[DenseReason, int]:
+    """Reasons with the number of layers that each explains; empty where every layer was seen."""
     missing = call.missing_layers()
     causes = [_cause(call, base, options, layer) for layer in missing]
     total = len(call.run.info.expected_layers())
     found: dict[DenseReason, int] = {}
     for text in sorted(set(causes)):
         count = causes.count(text)
-        silent = f"{count} of {total} layers"
+        layers = f"{count} of {total} layers"
         # What another node leaves out on purpose is no fallback.
-        found[DenseReason(text.format(silent=silent), chosen=text is SKIPPED)] = count
+        chosen = text in (SKIPPED, CACHED)
+        found[DenseReason(text.format(layers=layers), chosen)] = count
     return found
 
 
@@ -40,9 +42,11 @@ def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashab
         return REPLACED
     if call.overwritten:
         return OVERWRITTEN
+    if layer in call.run.layers_seen:
+        return CACHED
     if call.calls_without_number:
         return NO_BLOCK_INDEX
-    return SILENT
+    return UNSEEN
 
 
 def _is_skipped(options: Mapping[str, Any], layer: Hashable) -> bool:
