@@ -68,10 +68,7 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> Namespace:
-    """The options of a command.
-
-    `rest`: what it hands on, which is what dev.py itself does not know.
-    """
+    """The options of a command; `rest` holds what dev.py itself does not know and hands on."""
     parser = ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -176,10 +173,7 @@ def kernels(options: Namespace) -> int:
 
 
 def browser(options: Namespace) -> int:
-    """Run tests/browser.
-
-    The shipped workflows and the panel in a real browser, with a real ComfyUI.
-    """
+    """Run tests/browser: shipped workflows and panel in a real browser and a real ComfyUI."""
     python, program = environment(), chromium()
     if program is None:
         raise SetupError(NO_BROWSER)
@@ -189,7 +183,7 @@ def browser(options: Namespace) -> int:
 def browser_suites(python: Path, program: str, rest: list[str], thorough: bool) -> list[Suite]:
     """The tests in a browser, with the newest ComfyUI's frontend.
 
-    When thorough, with those of the older ones too.
+    When thorough, the older ones too.
     """
     env, arguments = {"ROPESLR_CHROMIUM": program}, [*effort(thorough), *rest, "tests/browser"]
     suites = [Suite("in a browser", arguments, inside(comfyui(NEWEST), "browser") | env)]
@@ -228,10 +222,7 @@ def texts(options: Namespace) -> int:
 
 
 def workflows(options: Namespace) -> int:
-    """Write workflows/*.json anew from their description in tools/graphs.py.
-
-    Their pictures are taken by `pictures`.
-    """
+    """Write workflows/*.json anew from tools/graphs.py; `pictures` takes their pictures."""
     return run_in(environment(), comfyui(NEWEST), [str(TOOLS / "graphs.py")])
 
 
@@ -344,7 +335,7 @@ def typescript() -> dict[str, str]:
 def inspect(options: Namespace) -> int:
     """Describe and check an adapter or a released checkpoint (SparkWan, TurboWan).
 
-    Needs no ComfyUI, and uses the Python that runs dev.py if that has torch.
+    Needs no ComfyUI; uses the Python that runs dev.py if that has torch.
     """
     return with_adapters(lambda adapters: print("\n".join(adapters.describe(options.file))))
 

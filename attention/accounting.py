@@ -39,10 +39,7 @@ def sparse_flops(tokens: int, head_dim: int, heads: int, density: float) -> floa
 
 
 def routing_flops(tokens: int, head_dim: int, heads: int, q_blocks: int, kv_blocks: int) -> float:
-    """Block scores 2 Nq Nk D per head, and the means of q and k.
-
-    One addition per element of both.
-    """
+    """Block scores 2 Nq Nk D per head, and one addition per element of q and k for their means."""
     return (2.0 * q_blocks * kv_blocks * head_dim + 2.0 * tokens * head_dim) * heads
 
 

@@ -1,7 +1,4 @@
-"""Which backend runs a plan's attention, and whether one can.
-
-What a host asks before it hands tensors on.
-"""
+"""Which backend runs a plan's attention, and whether one can: asked before any tensor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What this machine would run and why, whether it computes right, how fast it is, and what to do.
-
-In lines of text.
-"""
+"""What this machine would run, whether it computes right, how fast, and what to do: as text."""
 
 from __future__ import annotations
 

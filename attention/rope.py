@@ -1,7 +1,4 @@
-"""Where the model's own RoPE puts every token of the video.
-
-Read off its rotation, never made up.
-"""
+"""Where the model's own RoPE puts every token of the video, read off the rotation it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Grid = tuple[int, int, int]
 class RopeTable(NamedTuple):
     """The rotation of every token: channel pair (2 i, 2 i + 1) turns by angle i.
 
-    cos, sin `(L, D / 2)` float32.
+    cos, sin: `(L, D / 2)` float32.
     """
 
     cos: Tensor
@@ -41,10 +38,7 @@ def axis_tables(rope: RopeTable, grid: Grid) -> list[RopeTable]:
 
 
 def axis_ids(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """Rows of stacked axis tables that belong to each token.
-
-    -> `(T*H*W, 3)` int32, raster order.
-    """
+    """The row of the stacked axis tables each token reads: -> `(T*H*W, 3)` int32, raster order."""
     starts = (0, grid[0], grid[0] + grid[1])
     ranges = (torch.arange(start, start + count) for start, count in zip(starts, grid))
     return torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).view(-1, 3).int().to(device)

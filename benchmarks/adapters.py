@@ -1,7 +1,4 @@
-"""Adapters with random weights, and the inputs they need.
-
-What they cost does not depend on what they hold.
-"""
+"""Adapters with random weights, and their inputs: what they cost does not depend on the numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Other people's attention, when it is there to be compared with.
-
-Name -> call(q, k, v), all `(B, H, L, D)`.
-"""
+"""Other projects' attention, where installed: name -> call(q, k, v), all `(B, H, L, D)`."""
 
 from __future__ import annotations
 

@@ -109,10 +109,7 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
 
 
 def whole_call(q, k, v, layout, plan) -> Callable:
-    """Everything that replaces one dense call.
-
-    A plan's first step has calibrated before the clock starts.
-    """
+    """Everything that replaces one dense call; a plan has calibrated before the clock starts."""
     trained = plan.method in ("rola", "sla")
     adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
     given = (

@@ -1,7 +1,4 @@
-"""What the RoPeSLR Doctor node says, without ComfyUI.
-
-`python -m benchmarks.doctor [--size 832x480x81] [...]`.
-"""
+"""RoPeSLR Doctor's text without ComfyUI: `python -m benchmarks.doctor [--size 832x480x81]`."""
 
 from __future__ import annotations
 

@@ -297,9 +297,9 @@ def token_order(run: Run, at: Callable, mask) -> dict:
 
 
 def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
-    """MB above the inputs.
+    """MB above the inputs: at the peak of a calibrating and of a usual call, and kept per layer.
 
-    At the peak of a calibrating and of a usual call, output included, and kept per layer.
+    The output counts.
     """
     if run.device.type != "cuda":
         return {}
@@ -321,10 +321,7 @@ def memory(run: Run, case: Case, sets: list, sparsity: float) -> dict:
 
 
 def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
-    """Gradients of the sparse operation against those of exact attention.
-
-    Forward and backward, less the forward.
-    """
+    """Gradients against those of exact attention: time of forward and backward less forward."""
     with torch.inference_mode(False), torch.enable_grad():
         sets = inputs(
             run, Case(case.name, case.grid, case.heads, width=case.width, order=case.order), True

@@ -1,7 +1,4 @@
-"""What a record of `benchmarks.kernels` says.
-
-Its targets, met or missed, and the table that is printed.
-"""
+"""What a record of `benchmarks.kernels` says: targets met or missed, and the table it prints."""
 
 from __future__ import annotations
 
@@ -19,10 +16,7 @@ AT_MOST = {"share of routing and background", "cold start, seconds", "kept memor
 
 
 def targets(record: dict) -> dict:
-    """Target, best measured value on the cases they are set for, and whether it is met.
-
-    None where not measured.
-    """
+    """Target, best measured value on its cases, and whether it is met; None where not measured."""
     long = [case for case in record["cases"] if case["tokens"] >= 75_000]
     rows = [row for case in long for row in case.get("rows", ())]
 

@@ -1,6 +1,6 @@
-"""Tables for benchmarks/README.md and docs/models.md from benchmarks/results/.
+"""Tables for benchmarks/README.md and docs/models.md, made from benchmarks/results/.
 
-Those files call them in cog blocks; `python dev.py texts` runs these.
+Those files call them in cog blocks, which `python dev.py texts` runs.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def cpu_table(record: dict) -> str:
 
 
 def compile_table(record: dict) -> str:
-    """The record of `benchmarks.compile`.
-
-    The attention kernel's forms on every architecture, and the bytes moved.
-    """
+    """The record of `benchmarks.compile`: the kernel on every architecture, and bytes moved."""
     rows = {
         (row["target"], row["case"]): row for row in record["rows"] if row["kernel"] == "forward"
     }
@@ -112,10 +109,7 @@ def gpu_table(records: list[dict]) -> str:
 
 
 def coverage_table(record: dict) -> str:
-    """The record of `dev.py coverage`.
-
-    Which models run sparse by which methods, in which versions of ComfyUI.
-    """
+    """The record of `dev.py coverage`: models that run sparse, by method and ComfyUI version."""
     methods = ("ropeslr", "top-k", "adaspa", "rola", "sla")
     lines = ["| | " + " | ".join(methods) + " | ComfyUI |", "|---" * (len(methods) + 2) + "|"]
     newest = record[max(record, key=lambda version: [int(part) for part in version.split(".")])]

@@ -81,10 +81,7 @@ def gpu_target(name: str) -> GPUTarget:
 
 @contextlib.contextmanager
 def capture(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Inside, every kernel launch only compiles for `target`.
-
-    The list fills with (kernel name, compiled kernel).
-    """
+    """Inside, every kernel launch only compiles for `target`; yields the list of (name, kernel)."""
     compiled: list[tuple[str, Any]] = []
     launch, driver = JITFunction.run, triton.runtime.driver
     slot = "_active" if "_active" in vars(driver) else "active"  # "active" up to Triton 3.4
@@ -186,10 +183,7 @@ def _disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int, list[str]]:
-    """Run the wheel's own ptxas as Triton does.
-
-    -> registers, spilled bytes, its remarks on wgmma.
-    """
+    """Run the wheel's ptxas as Triton does: -> registers, spilled bytes, remarks on wgmma."""
     import triton.backends.nvidia.compiler as compiler
 
     extra = (

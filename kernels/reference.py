@@ -192,10 +192,7 @@ def block_sparse_linear(
 
 
 def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
-    """phi = rope(silu(proj x + pe(p))).
-
-    x `(B, H, L, D)` after RoPE, undone first -> `(B, H, L, r)`.
-    """
+    """phi = rope(silu(proj x + pe(p))): x `(B, H, L, D)`, RoPE undone first -> `(B, H, L, r)`."""
     phi = F.silu(_project(x, silu_map))
     cos, sin = silu_map.feature_cos, silu_map.feature_sin
     if cos is None or sin is None:
@@ -207,10 +204,7 @@ def silu_features(x: Tensor, silu_map: SiluMap) -> Tensor:
 
 
 def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
-    """RMSNorm over D of phi_q (sum phi_k^T v), without normaliser and weight.
-
-    -> `(B, H, Lq, D)`.
-    """
+    """RMSNorm over D of phi_q (sum phi_k^T v), no normaliser or weight: -> `(B, H, Lq, D)`."""
     state = torch.einsum("bhlr,bhld->bhrd", silu_features(k, branch.k_map), v)
     read = silu_features(q, branch.q_map) @ state
     return read * (read.square().mean(dim=-1, keepdim=True) + branch.eps).rsqrt()
@@ -225,10 +219,7 @@ def add_rms_low_rank(
 
 
 def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
-    """Mean square of what each feature adds to phi_q sum(phi_k^T v), summed over D.
-
-    -> `(B, H, r)`.
-    """
+    """Mean square of each feature's part of phi_q sum(phi_k^T v), summed over D: -> `(B, H, r)`."""
     state = torch.einsum("bhlr,bhld->bhrd", silu_features(k, branch.k_map), v)
     parts = torch.einsum("bhlr,bhrd->bhlrd", silu_features(q, branch.q_map), state)
     return parts.square().sum(dim=-1).mean(dim=2)
@@ -313,10 +304,7 @@ def _sum_blocks(weights: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def _project(x: Tensor, feature_map: FeatureMap | SiluMap) -> Tensor:
-    """proj x + pe(p), x taken back to where it was before RoPE.
-
-    `(B, H, L, D)` -> `(B, H, L, r)`.
-    """
+    """proj x + pe(p), x taken back to before RoPE: `(B, H, L, D)` -> `(B, H, L, r)`."""
     cos, sin = feature_map.rope_cos, feature_map.rope_sin
     if cos is not None and sin is not None:
         even, odd = x[..., 0::2], x[..., 1::2]

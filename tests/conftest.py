@@ -67,10 +67,7 @@ def least_effort(mark: pytest.Mark) -> str:
 
 
 class NotHere(pytest.Module):
-    """A file of tests that this machine cannot run.
-
-    It is not imported, and skipped as a whole with the reason.
-    """
+    """A file of tests that this machine cannot run: not imported, skipped whole with the reason."""
 
     def collect(self):
         pytest.skip(needs.why_not_collected(place_of(self.path)), allow_module_level=True)

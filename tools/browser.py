@@ -172,7 +172,7 @@ class Window:
     def heed(self, message) -> None:
         """Keep what the console says of our scripts.
 
-        An address that cannot be reached is the machine's affair.
+        An address out of reach is the machine's affair.
         """
         about = f"{message.text} {message.location.get('url')}"
         # A help page falls back to the other.
@@ -203,10 +203,7 @@ class Window:
             button.click()
 
     def run(self) -> dict:
-        """Queue what is on the canvas as the button does.
-
-        -> outputs by node id, when it is done.
-        """
+        """Queue the canvas as the button does: -> outputs by node id, when it is done."""
         self.page.evaluate("""() => {
             window.ropeslrDone = null
             const finish = (kind) => (event) => { window.ropeslrDone ??= { kind, detail: event.detail } }
@@ -285,10 +282,7 @@ def window(url: str, width: int = 1920, height: int = 1080) -> Iterator[Window]:
 
 
 def placeholders(base: Path) -> None:
-    """Empty files under the names that the shipped workflows ask for.
-
-    The lists show them, nothing loads them.
-    """
+    """Empty files under the names that workflows ask for: listed by nodes, loaded by nothing."""
     import graphs
 
     for model in graphs.MODELS.values():

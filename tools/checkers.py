@@ -1,7 +1,4 @@
-"""The checkers of the source, as command lines: `python dev.py lint` and tests/house run them.
-
-Standard library only.
-"""
+"""The source checkers' command lines, for `dev.py lint` and tests/house; standard library only."""
 
 from __future__ import annotations
 

@@ -41,10 +41,7 @@ def boot() -> ModuleType:
 
 @cache
 def pack() -> ModuleType:
-    """The pack, loaded by ComfyUI's own loader.
-
-    Its nodes stand in NODE_CLASS_MAPPINGS afterwards.
-    """
+    """The pack, loaded by ComfyUI's own loader; its nodes are in NODE_CLASS_MAPPINGS afterwards."""
     nodes = boot()
     if not asyncio.run(nodes.load_custom_node(str(ROOT))):
         raise RuntimeError("ComfyUI could not load the pack; its log has the traceback")
@@ -57,7 +54,7 @@ def module(name: str) -> ModuleType:
 
 
 def run_node(name: str, /, **inputs) -> tuple:
-    """Execute one node, old or new style, as ComfyUI's executor does, and return its outputs.
+    """Execute one node, old or new style, as ComfyUI's executor does: -> its outputs.
 
     Widgets that are not named keep their defaults.
     """

@@ -33,10 +33,7 @@ class PromptResult:
 
 
 class ComfyServer:
-    """Use as a context manager.
-
-    Installs a copy of the pack below `base`, starts the server, stops it at the end.
-    """
+    """A ComfyUI server with a copy of the pack below `base`, as a context manager."""
 
     def __init__(self, tree: Path, base: Path) -> None:
         self.tree, self.base = tree, base

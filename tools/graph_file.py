@@ -276,10 +276,7 @@ def _order(nodes: dict[str, Node]) -> list[str]:
 
 
 def height_of(node: Node, info: dict) -> int:
-    """A node's height on the classic canvas, without its title.
-
-    20 for a row of slots, 24 for a widget.
-    """
+    """A node's height on the classic canvas, untitled: 20 for a row of slots, 24 for a widget."""
     if node.height:
         return node.height
     definition = info[node.type]
@@ -289,10 +286,7 @@ def height_of(node: Node, info: dict) -> int:
 
 
 def _layout(graph: Graph, info: dict) -> tuple[dict[str, tuple], list[dict]]:
-    """Position and size of every node, and the groups' frames.
-
-    Columns side by side, groups below each other.
-    """
+    """Position and size of every node and group: columns side by side, groups stacked."""
     positions, frames, left = {}, [], 0
     for column in graph.columns:
         width = max(node.width or WIDTH for group in column for node in group.nodes)

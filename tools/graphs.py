@@ -233,10 +233,7 @@ def graph(
 
 
 def _tall(text: str) -> int:
-    """About the height that a note needs.
-
-    Lines of text, and the room that headings and paragraphs keep.
-    """
+    """About the height a note needs: its lines, and the room of headings and paragraphs."""
     lines = [line for line in text.split("\n") if line]
     shown = [re.sub(r"\]\(\S*\)", "", line) for line in lines]  # a link's address is not shown
     rows = sum(-(-len(line) // NOTE_LETTERS) for line in shown)

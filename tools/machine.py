@@ -58,10 +58,7 @@ class SetupError(Exception):
 
 
 def environment() -> Path:
-    """The Python of a virtual environment with everything installed.
-
-    Made when it is missing or out of date.
-    """
+    """The Python of an environment with everything installed, made where missing or outdated."""
     if sys.version_info < (3, 11):
         raise SetupError(f"Python 3.11 or newer is needed; this is {platform.python_version()}.")
     wanted = hashlib.sha256(
@@ -200,10 +197,7 @@ def say(text: str) -> None:
 
 
 def chromium() -> str | None:
-    """A browser of the Chromium family.
-
-    On Debian, with root's rights, installed where there is none.
-    """
+    """A browser of the Chromium family; on Debian as root, installed where there is none."""
     named = os.environ.get("ROPESLR_CHROMIUM")
     if named and not shutil.which(named):
         raise SetupError(f"ROPESLR_CHROMIUM is {named}, but there is no such program.")

@@ -1,7 +1,4 @@
-"""Loads the pack as a package under a name of its own, as ComfyUI does.
-
-Its folder never enters sys.path.
-"""
+"""Loads the pack as a package under a name of its own, as ComfyUI does; sys.path stays."""
 
 from __future__ import annotations
 

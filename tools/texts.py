@@ -37,9 +37,9 @@ def schemas() -> dict[str, Any]:
 
 
 def locale(language: str) -> dict[str, Any]:
-    """Contents of locales/LANGUAGE/nodeDefs.json: the texts there are, in the schema's order.
+    """locales/LANGUAGE/nodeDefs.json in the schema's order; English where not translated.
 
-    What a translation lacks is English; what no node has any more is left out.
+    What no node has any more is left out.
     """
     english = {node: _english(schema) for node, schema in schemas().items()}
     if language == "en":

@@ -1,7 +1,4 @@
-"""Shipped workflows as prompts.
-
-Convert the UI format, and put tiny checkpoints and sizes in place of the real ones.
-"""
+"""Shipped workflows as prompts: UI format converted, tiny checkpoints and sizes put in."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Shapes by key, and a function that reads one tensor.
+    """Shapes by key, a function that reads one tensor, and the header.
 
     header: a safetensors file's `__metadata__`.
     """

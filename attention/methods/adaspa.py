@@ -236,10 +236,7 @@ def head_sparsities(sparsity: float) -> tuple[float, ...]:
 
 
 def choose(recall: Tensor) -> Tensor:
-    """Which of the three sparsities each head gets.
-
-    Recall `(B, H)` -> `(B, H)` int64, 0 = highest.
-    """
+    """The sparsity each head gets, of three: recall `(B, H)` -> `(B, H)` int64, 0 = highest."""
     heads = recall.shape[-1]
     count = (recall > GOOD_RECALL).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
     order = recall.argsort(dim=-1, descending=True, stable=True)

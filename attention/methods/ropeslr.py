@@ -132,10 +132,7 @@ class RoPeSLR(Method):
     def _calibrating(
         self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
     ) -> tuple[Tensor, float]:
-        """A call that computes some queries exactly and fits gate and channel scale.
-
-        -> out, FLOPs.
-        """
+        """Compute some queries exactly and fit gate and channel scale by them: -> out, FLOPs."""
         mask = parts.routing.mask
         sparse = ops.block_sparse_attention(*qkv, mask, scale=call.scale, backend=self.plan.backend)
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph

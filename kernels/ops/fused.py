@@ -158,8 +158,7 @@ def block_sparse_linear(
 ) -> Tensor:
     """Kept blocks plus a linear branch (SLA): -> `(B, H, Lq, D)`.
 
-    Where gradients are required, its parts one by one. out: where to write, where no gradients are
-    wanted.
+    out: where to write; not allowed where gradients are required, which run the parts one by one.
     """
     check_backend(backend)
     check_attention(q, k, v)

@@ -19,10 +19,7 @@ from ..types import BlockMask, TokenBlocks
 
 
 def _free_namespace() -> str:
-    """A namespace that no other copy of the pack has taken.
-
-    PyTorch would free that copy's ops while they are in use.
-    """
+    """A namespace that no other copy of the pack uses; PyTorch would free that copy's ops."""
     number = 1
     while hasattr(
         getattr(torch.ops, name := f"ropeslr_{number}" if number > 1 else "ropeslr"), "block_pool"

@@ -1,7 +1,6 @@
-"""Checks of an operation's arguments: a ValueError names the argument, what was found and expected.
+"""Checks of an operation's arguments; a ValueError names the argument, what was found and expected.
 
-What a bundle can check alone it checks when it is made (see `types`); here is what has to fit q, k,
-v.
+A bundle checks itself when it is made (see `types`); here is what has to fit q, k and v.
 """
 
 from __future__ import annotations

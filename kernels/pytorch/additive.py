@@ -1,7 +1,4 @@
-"""Linear branches added to the sparse output, in plain PyTorch.
-
-RoLA's normalised one, SLA's paper one.
-"""
+"""Linear branches added to the sparse output (RoLA, SLA's paper form), in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,1 @@
-"""Triton kernels, each beside its launcher.
-
-Nothing here is imported before a call can run on them.
-"""
+"""Triton kernels, each beside its launcher; not imported before a call can run on them."""

@@ -42,9 +42,9 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself where the kernels can read it in place, else a copy.
+    """x itself where the kernels can read it in place: rows contiguous, starting at multiples of 8.
 
-    Rows contiguous, starting at multiples of 8.
+    Else a copy.
     """
     in_place = x.stride(3) == 1 and all(
         x.stride(i) % UNIT == 0 and x.stride(i) >= 0 for i in range(3) if x.shape[i] > 1
@@ -120,10 +120,7 @@ def pe_rows(feature_map: FeatureMap) -> int:
 
 
 def launch_options(name: str) -> dict[str, int | bool]:
-    """Keyword arguments of a launch.
-
-    FP fusion is asked for by name: Triton 3.10 turns it off by default.
-    """
+    """Keyword arguments of a launch; FP fusion by name, as Triton 3.10 turns it off by default."""
     found = TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
     return {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True}
 

@@ -244,10 +244,7 @@ def _select_bits(
     first_line, n_q, n_k, words, choices,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Masks of `words` int32, and the mass that they keep.
-
-    One program per row and choice of topk.
-    """
+    """Masks of `words` int32, and the mass they keep: one program per row and choice of topk."""
     line = tl.program_id(0).to(tl.int64)
     choice = tl.program_id(1)
     mass_ptr += line * n_k

@@ -1,7 +1,4 @@
-"""Makes an adapter's tensors travel as ComfyUI's other weights do.
-
-Loaded with the model, offloaded, freed.
-"""
+"""Has an adapter's tensors loaded, offloaded and freed with the model, as ComfyUI's own weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Adapter files and released checkpoints.
-
-What goes in comes out, what fits is told, what is wrong is refused.
-"""
+"""Adapter files and released checkpoints: written and read back, described, refused where wrong."""
 
 import contextlib
 import dataclasses
@@ -643,10 +640,7 @@ def test_a_save_never_removes_what_a_living_process_is_writing(tmp_path):
 
 
 def test_an_unfinished_file_of_another_machine_is_removed_after_a_day_without_a_write(tmp_path):
-    """Process numbers say nothing there.
-
-    Nor does our own, which a container may have given before.
-    """
+    """Process numbers say nothing there, nor does ours: a container gives the same ones again."""
     path = tmp_path / "mine.safetensors"
     atomic = load(".attention.adapters.atomic")
     ours = atomic._machine()

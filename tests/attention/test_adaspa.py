@@ -128,10 +128,7 @@ def test_a_run_searches_dense_first_then_once_more_without_a_dense_pass(monkeypa
 
 
 def test_a_run_that_starts_late_searches_at_once():
-    """start_percent, the second expert, or a sampler that goes on.
-
-    Nothing is known, so the first call searches.
-    """
+    """start_percent, second expert, or a sampler that goes on: its first call searches."""
     q, k, v = smooth_qkv((4, 8, 16), heads=2)
     run = run_of(0.6)
     dense = ops.dense_attention(q, k, v)[0]
@@ -177,7 +174,7 @@ def test_a_conditioning_that_comes_late_is_searched_with_the_others():
 def test_windows_that_move_leave_nothing_behind():
     """Some schedules shift the windows at every step.
 
-    What was found for one that is gone is dropped.
+    Masks of a window that is gone are dropped.
     """
     layout = attention.TokenLayout((4, 8, 16))
     q, k, v = smooth_qkv((4, 8, 16), heads=2)

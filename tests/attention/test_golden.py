@@ -1,7 +1,4 @@
-"""Every method against the slow float64 transcription of its formulas.
-
-1e-5 in float32, 1e-2 in bfloat16.
-"""
+"""Every method against a slow float64 transcription: 1e-5 in float32, 1e-2 in bfloat16."""
 
 import dataclasses
 
@@ -31,10 +28,7 @@ ORDERS = pytest.mark.parametrize("order", ["cube", "raster"])
 
 
 class Case:
-    """Rotated q and k in a dtype, exactly the float64 ones that the transcription rotates.
-
-    And everything around.
-    """
+    """Inputs of one comparison: q, k rotated in a dtype, and in float64 for the transcription."""
 
     def __init__(self, dtype, width=128, order="cube", grid=GRID, heads=HEADS, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -257,10 +251,7 @@ def test_rola_on_less_than_a_block_is_its_low_rank_alone(dtype):
 
 
 def test_rola_rounds_its_angles_as_the_training_did():
-    """In half precision exact angles would be another function.
-
-    Far places turn by up to half a radian less or more.
-    """
+    """In half precision exact angles would be another function: half a radian off, far away."""
     case = Case(torch.bfloat16, order="raster", grid=(2, 3, 60), heads=1)
     adapter = rola_adapter(1, 1, 128, gate=3.0)
     weights = single(adapter)
@@ -364,9 +355,9 @@ KINDS = {
 
 
 def attend_with_text(adapter, case, before, after, x, **plan):
-    """The case's video between `before` and `after` tokens of text.
+    """The case's video between `before` and `after` text tokens.
 
-    Q, k, v as the host lays them out in memory.
+    Q, k, v as ComfyUI lays them out.
     """
     grow = torch.Generator().manual_seed(9)
 

@@ -1,7 +1,4 @@
-"""The methods on structured inputs.
-
-Against slow transcriptions of their formulas, and against each other.
-"""
+"""The methods on structured inputs, against slow transcriptions and against each other."""
 
 import math
 

@@ -45,10 +45,7 @@ def test_an_adapter_refined_during_training_keeps_no_graph():
 @pytest.mark.parametrize("settings", [dict(), dict(method="adaspa"), dict(method="top-k")])
 @pytest.mark.parametrize("before, hidden", [(0, ()), (20, ()), (20, ((5, 20),))])
 def test_gradients_and_results_are_those_of_the_call_without_gradients(settings, before, hidden):
-    """With gradients the parts are put together, without them written into one tensor.
-
-    Hidden text may hold anything, NaN too.
-    """
+    """With gradients the parts run one by one; hidden text may hold anything, NaN too."""
     q, k, v = smooth_qkv(GRID, width=32)
     text = torch.randn(1, 2, before, 32, generator=torch.Generator().manual_seed(0))
     for start, stop in hidden:

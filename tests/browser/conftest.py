@@ -1,7 +1,4 @@
-"""A real ComfyUI server on the CPU and a real browser at it, in both renderers.
-
-Skipped where there is no browser.
-"""
+"""A real ComfyUI server on the CPU and a real browser, both renderers; else skipped."""
 
 import os
 from pathlib import Path

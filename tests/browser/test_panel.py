@@ -1,7 +1,4 @@
-"""The panel on the main node, in a real browser.
-
-It follows the slider at once, asks nobody, and tells of the run.
-"""
+"""The panel in a real browser: follows the slider at once, asks no server, shows the run."""
 
 from workflow import fresh, load, tiny_workflow
 

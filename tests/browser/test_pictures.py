@@ -59,18 +59,15 @@ def luminance(colour):
 
 
 def contrast(one, other):
-    """As the web's accessibility guidelines (WCAG 2) define it.
-
-    1 to 21; 4.5 is what small text needs.
-    """
+    """Contrast as WCAG 2 defines it, 1 to 21; 4.5 is what small text needs."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
 
 def check(look, node):
-    """Nothing of the panel clipped, nothing over anything else, every text told from its ground.
+    """Nothing in the panel is clipped or overlapped, and every text contrasts with its background.
 
-    Node: its place.
+    node: its position.
     """
     left, top, right, bottom = look["frame"]
     for i, each in enumerate(look["texts"]):

@@ -1,7 +1,4 @@
-"""Every shipped workflow in a real browser.
-
-Dropped, drawn, saved, opened again, and run to a video.
-"""
+"""Every shipped workflow in a real browser: dropped, drawn, saved, opened again, and run."""
 
 import json
 import os
@@ -19,10 +16,7 @@ QUICK = ("sparkwan_few_step", "wan2.1_t2v")
 
 
 def contents(workflow):
-    """What a person would miss if it were lost.
-
-    Widgets, titles, modes and links, whatever the browser adds.
-    """
+    """What a person would miss if it were lost: widgets, titles, modes and links."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
 
     def end(node, slots, slot):
@@ -81,9 +75,9 @@ def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough
 
 @pytest.mark.parametrize("name", SOME)
 def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
-    """Boxes with titles.
+    """Boxes with titles, once the pack's node has its panel.
 
-    The pack's node has its panel by then. Vue nodes take the height that they need.
+    Vue nodes take the height they need.
     """
     if OLDER and shown.renderer == "vue":
         pytest.skip("the files are laid out for the newest frontend, where Vue nodes are lower")

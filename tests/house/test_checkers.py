@@ -47,9 +47,9 @@ def test_the_source_is_laid_out_by_ruff_format():
 
 
 def test_types_agree():
-    """Where [tool.pyright] includes.
+    """The type checker, where [tool.pyright] includes.
 
-    What ComfyUI defines is followed into its tree where there is one.
+    Follows ComfyUI's definitions where it is there.
     """
     needs.need("basedpyright")
     tree = os.environ.get("COMFYUI_PATH")

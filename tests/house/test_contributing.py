@@ -1,7 +1,4 @@
-"""What GitHub and pre-commit read.
-
-Forms that parse and ask for what a report needs, versions that agree.
-"""
+"""What GitHub and pre-commit read: forms that parse and ask for what is needed, equal versions."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""dev.py and what it sets up.
-
-What it says when something is missing, and which ComfyUI it takes.
-"""
+"""dev.py and what it sets up: what it says when something is missing, which ComfyUI it takes."""
 
 import ast
 import importlib.util

@@ -1,7 +1,4 @@
-"""The house's rules, read off the source.
-
-Who imports what, what loading the pack costs, how files begin.
-"""
+"""The house's rules, read off the source: who imports what, load time, how files begin."""
 
 import ast
 import os

@@ -24,10 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_the_package_cannot_replace_torch_or_triton():
-    """One dependency without a version.
-
-    Whatever matplotlib is there already stays, and so does all else.
-    """
+    """One dependency without a version: an installed matplotlib stays as it is."""
     assert PROJECT["project"]["dependencies"] == ["matplotlib"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.strip() and not line.startswith("#")] == ["matplotlib"]

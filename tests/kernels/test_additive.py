@@ -1,7 +1,4 @@
-"""RoLA's branch and SLA's paper form against their definition in float64.
-
-Plain PyTorch everywhere.
-"""
+"""RoLA's branch and SLA's paper form against their definition in float64; always plain PyTorch."""
 
 import pytest
 import torch

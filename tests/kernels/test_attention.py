@@ -113,10 +113,7 @@ def test_all_blocks_kept_is_dense_attention(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooled", [False, True])
 def test_keys_in_no_block_are_never_seen(dtype, pooled):
-    """Text that a mask hides.
-
-    Its keys and values hold NaN here, and nothing of it may come through.
-    """
+    """Hidden text's keys and values hold NaN here, and none of it may come through."""
     q, k, v = tensors(*[(1, 2, 200, 64)] * 3, dtype=dtype)
     listed = torch.cat((torch.arange(0, 90), torch.arange(110, 200)))
     k[:, :, 90:110], v[:, :, 90:110] = torch.nan, torch.nan

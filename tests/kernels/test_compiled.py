@@ -1,7 +1,4 @@
-"""Every launcher compiled for every GPU.
-
-It fits, spills nothing, uses tensor cores; new sizes compile nothing new.
-"""
+"""Every launcher compiled for every GPU: fits, spills nothing, uses tensor cores, compiles once."""
 
 import json
 
@@ -75,7 +72,7 @@ def test_other_head_dims_and_dtypes_fit(target, head_dim, dtype, name):
 def test_heads_taken_some_at_a_time_compile_nothing_new():
     """Scores are made for a few heads at a time.
 
-    A pointer to the middle would be aligned for some, not for others.
+    A pointer to the middle is aligned for some only.
     """
     with table.capture("cuda:90") as compiled:
         for heads, blocks in ((7, 1713), (40, 1182), (3, 33)):
@@ -87,7 +84,7 @@ def test_heads_taken_some_at_a_time_compile_nothing_new():
 def test_another_size_compiles_nothing_new():
     """Length, sparsity, list width, heads and strides are run-time numbers.
 
-    Only tiles and flags are compiled in.
+    Tiles and flags are not.
     """
     with table.capture("cuda:90") as compiled:
         for sizes in (

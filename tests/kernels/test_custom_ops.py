@@ -1,7 +1,4 @@
-"""The operations as custom ops.
-
-Their schemas, fakes and gradients hold; torch.compile takes them whole.
-"""
+"""The operations as custom ops: schemas, fakes, gradients; torch.compile takes them whole."""
 
 import importlib
 import importlib.util

@@ -1,7 +1,4 @@
-"""Which backend runs and why.
-
-Every reason in words, no silent change; a failing kernel ends no run.
-"""
+"""Which backend runs and why: every reason in words, no silent change, no failed run."""
 
 import logging
 import sys

@@ -1,7 +1,4 @@
-"""The watched interpreter itself, and what only it can see.
-
-Memory traffic, and addresses beyond 32 bits.
-"""
+"""The strict interpreter, and what only it can see: memory traffic, addresses beyond 32 bits."""
 
 import re
 
@@ -69,7 +66,7 @@ def test_half_precision_is_computed_as_a_gpu_would(dtype):
 def test_rows_may_lie_further_apart_than_32_bits_reach():
     """Rows of a million tokens of 40 heads are 5e9 elements apart.
 
-    Here 2^24, in memory never touched.
+    2^24 here, memory never touched.
     """
     rows, apart = 130, 1 << 24
     memory = torch.empty(rows * apart, dtype=torch.float16)

@@ -24,10 +24,7 @@ def test_pooling_counts_only_real_tokens(tokens, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", [1, 3])
 def test_first_order_state_matches_its_definition(dtype, inner):
-    """inner.
-
-    Key blocks that hold queries; the others, text for example, have no part in the state.
-    """
+    """`inner` key blocks hold queries; the others, text for example, have no part in the state."""
     k, v = tensors(*[(2, 2, 170, 40)] * 2, dtype=dtype)
     layout = layout_of(blocks_of(min(64 * inner, 170)), blocks_of(170, shuffled=True))
     ids = torch.stack([torch.randperm(40)[:10] for _ in range(4)]).view(2, 2, 10)
@@ -41,10 +38,7 @@ def test_first_order_state_matches_its_definition(dtype, inner):
 @pytest.mark.parametrize("k_mean, v_mean", [(30.0, 10.0), (100.0, 10.0)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_covariance_survives_large_means(dtype, k_mean, v_mean):
-    """Channels of keys and values stand far from 0 in trained models.
-
-    Uncentred sums lose 1 % there.
-    """
+    """Channels of trained models lie far from 0, where sums that are not centred lose 1 %."""
     k, v = tensors(*[(1, 1, 4500, 32)] * 2, dtype=torch.float32)
     k, v = (k + k_mean).to(dtype), (v + v_mean).to(dtype)
     blocks = blocks_of(4500, shuffled=True)

@@ -317,10 +317,7 @@ def test_a_converted_file_that_cannot_be_written_does_not_cost_the_run(monkeypat
 
 
 def test_a_disk_that_fills_while_the_converted_file_is_written_does_not_cost_the_run(caplog):
-    """safetensors tells it by an error of its own.
-
-    The free space was enough when the write began.
-    """
+    """The free space was enough when the write began; safetensors raises an error of its own."""
     resource = pytest.importorskip("resource")
     name = "made_filling_sparkwan.pth"
     load_sparkwan(name)
@@ -583,10 +580,7 @@ def test_queries_are_turned_back_by_the_models_own_angles(options):
     "options, matters", [(dict(scale_t=0.5), True), (dict(shift_x=4.0), False)]
 )
 def test_stretched_rope_reaches_the_adapter(options, matters):
-    """ComfyUI's own node sets it.
-
-    Only distances count: a shift that one side missed would change the result.
-    """
+    """ComfyUI's own node shifts the positions; only distances count, if q and k shift alike."""
     model, adapter = load_model("tiny_wan21_t2v"), own_adapter("rola")
     (stretched,) = comfy_host.run_node(
         "ScaleROPE",

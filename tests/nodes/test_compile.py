@@ -1,7 +1,4 @@
-"""Under torch.compile every setting takes effect at the next run.
-
-Whole model and per block, node before and after.
-"""
+"""Under torch.compile every setting takes effect at the next run: whole model or per block."""
 
 import shutil
 
@@ -120,10 +117,7 @@ def test_a_lora_and_another_size_do_not_freeze_a_compiled_model(monkeypatch):
 
 @pytest.mark.slow
 def test_a_graph_of_another_size_that_is_older_than_the_node_is_found(monkeypatch):
-    """Windows of two lengths.
-
-    The first is compiled with the node, the last was compiled before, without it.
-    """
+    """Windows of two lengths: the first is compiled with the node, the last before it was there."""
     use(monkeypatch, "attention_pytorch")
     model = load_model("tiny_wan_smallest")
     around = compiled(model)

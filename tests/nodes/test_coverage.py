@@ -1,6 +1,6 @@
-"""Every variant by every method: nothing raises, and the expected number of calls is sparse.
+"""Every variant by every training-free method: no error, the expected number of sparse calls.
 
-What is found is the README's matrix: `python dev.py coverage` writes it anew.
+`python dev.py coverage` writes what is found to the record that docs/models.md shows.
 """
 
 import json
@@ -103,10 +103,7 @@ def test_every_block_kept_is_dense(variant, monkeypatch, thorough):
 
 @pytest.mark.parametrize("size", [pytest.param("even", marks=pytest.mark.slow("thorough")), "odd"])
 def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
-    """By the model's own RoPE.
-
-    Its first angle of each axis must change along that axis of the grid, and no other.
-    """
+    """Each axis's first angle in the model's own RoPE changes along that axis, and no other."""
     name, variant, model = variant
     layouts, angles = [], []
     sequence = comfy_host.module(".nodes.patching.token_layout").SequenceInfo
@@ -188,10 +185,7 @@ def test_what_cannot_be_sparse_is_untouched_and_has_a_reason(name, method, size)
 
 
 def test_the_matrix_in_the_record_is_what_was_found(request):
-    """Written anew by `python dev.py coverage`, which sets ROPESLR_COVERAGE.
-
-    Only ever as a whole.
-    """
+    """Only `python dev.py coverage` (by ROPESLR_COVERAGE) writes the record, always whole."""
     import comfyui_version
 
     version, record = comfyui_version.__version__, json.loads(RECORD.read_text("utf-8"))

@@ -108,10 +108,7 @@ def test_reference_tokens_in_front_of_the_video_are_always_kept(monkeypatch):
 
 
 def test_latents_behind_the_video_are_always_kept(monkeypatch):
-    """In-context references, where ComfyUI has them.
-
-    Streams of their own, appended to the sequence.
-    """
+    """In-context references: streams of their own, appended to the sequence."""
     import inspect
 
     import comfy.model_base
@@ -318,10 +315,7 @@ def test_samplers_with_steps_of_their_own_have_no_last_steps(sampler, caplog):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
-    """An object patch on self_attn.forward goes past the slot.
-
-    Without a word the node would do nothing at all.
-    """
+    """An object patch on self_attn.forward bypasses the override: nothing would be sparse."""
     from comfy.ldm.modules.attention import optimized_attention
 
     model = load_model("tiny_wan21_t2v")

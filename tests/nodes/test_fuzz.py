@@ -1,7 +1,4 @@
-"""Whatever a person picks on the node.
-
-An answer before sampling, or a finished run. Nothing raises half way.
-"""
+"""Any settings of the node: refused before sampling, or a finished run; no error half way."""
 
 import pytest
 import torch
@@ -22,10 +19,7 @@ LAYERS = st.one_of(
 
 
 def widgets():
-    """Every input of the node, drawn from the range that its own schema gives.
-
-    Small numbers more often.
-    """
+    """Every input of the node, drawn from the range in its own schema; small numbers more often."""
     comfy_host.pack()
     drawn, inputs = (
         {},

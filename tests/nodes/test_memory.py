@@ -26,10 +26,7 @@ def live_tensors():
 
 
 def registered(model):
-    """Everything that hangs on a MODEL and its modules.
-
-    Hooks, wrappers, callbacks, attachments, patches, options.
-    """
+    """Everything on a MODEL and its modules: hooks, wrappers, attachments, patches, options."""
     modules = list(model.model.modules())
     hooks = sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules
@@ -61,10 +58,7 @@ def interrupted(model):
 
 @pytest.mark.slow
 def test_a_thousand_runs_leave_nothing_behind(thorough):
-    """Dense, sparse, another shape, another adapter, interrupted, in turn.
-
-    All dense results are the same bits.
-    """
+    """Dense, sparse, other shape, other adapter, interrupted: dense stays equal, bitwise."""
     model = load_model("tiny_wan_smallest")
     rola, ropeslr = (own_adapter(method, 1, 1) for method in ("rola", "ropeslr"))
     small = dict(steps=1, latent=(3, 16, 16))
@@ -105,10 +99,7 @@ def test_a_thousand_runs_leave_nothing_behind(thorough):
 
 
 def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
-    """The method's memory, block tables and masks.
-
-    Before ComfyUI decodes the video and needs the room.
-    """
+    """What methods remember is freed before ComfyUI decodes the video and needs the memory."""
     run_class, made = comfy_host.module(".attention").AttentionRun, []
     begin = run_class.__init__
 
@@ -124,10 +115,7 @@ def test_what_a_run_remembers_is_freed_at_its_end(monkeypatch):
 
 
 def test_a_layer_that_stays_dense_does_not_keep_its_hidden_state():
-    """An adapter's hooks note it for sparse attention.
-
-    It is as large as the layer's activations.
-    """
+    """An adapter's hooks keep the layer's input, a large tensor, no longer than needed."""
     patched = sparse(load_model("tiny_wan21_t2v"), adapter=own_adapter("rola"), dense_layers="0")
     block, seen, alive = patched.model.diffusion_model.blocks[0], [], []
     hooks = [
@@ -178,9 +166,9 @@ def test_an_interruption_in_mid_sampling_leaves_the_model_as_it_was(method):
 
 
 def test_nothing_is_recorded_by_the_hosts_memory_compiler(monkeypatch):
-    """Newer ComfyUI expects what a block allocates to be free at its end.
+    """Newer ComfyUI expects what a block allocates to be freed at its end.
 
-    What a run keeps is made while it pauses.
+    A run's memory is exempt.
     """
     memory, run_class = (
         comfy_host.module(".nodes.patching.malloc_graph"),
@@ -224,9 +212,9 @@ def test_the_slot_is_named_as_the_host_names_it():
 
 
 def test_clones_on_several_devices_share_a_run_but_not_its_memory():
-    """A thread each.
+    """Two threads: nothing that one learns is used, lost or changed by the other.
 
-    What one learns is never used, forgotten or changed by another; the counts add up.
+    The counts add up.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,4 @@
-"""Every method through real Wan models.
-
-Released checkpoints against a slow transcription of their training form.
-"""
+"""Every method through real Wan models; released checkpoints against their training form."""
 
 import math
 import os
@@ -283,9 +280,9 @@ def test_an_expert_pair_runs_over_both_halves_of_its_levels():
 
 
 def test_the_levels_of_the_presets():
-    """The released ones.
+    """The released levels.
 
-    The inner ones are also sin t / (sin t + cos t) of the families' t = 1.5, 1.4, 1.0.
+    The inner ones are sin t / (sin t + cos t) of the families' 1.5, 1.4, 1.0.
     """
     presets = comfy_host.module(".nodes.sigmas").PRESETS
     assert presets["SparkWan 2.1, 4 steps"] == (1600 / 1601, 0.933781, 0.852895, 0.608979, 0.0)
@@ -312,10 +309,7 @@ def test_the_levels_of_the_presets():
 
 
 def queries_and_keys(model, first, latent):
-    """q, k of every self-attention of a dense run at the steps first and first + 1 of 50.
-
-    [{layer: (q, k)}] of both.
-    """
+    """q, k of all self-attention at steps first and first + 1 of 50, dense: [{layer: (q, k)}]."""
     seen = []
 
     def watch(func, q, k, v, heads, **kwargs):
@@ -351,10 +345,7 @@ def queries_and_keys(model, first, latent):
 
 @pytest.mark.slow
 def test_masks_searched_without_a_dense_pass_are_nearly_those_of_a_fresh_search():
-    """On consecutive steps.
-
-    And nearer to them than with the old LSE itself, as the paper has it.
-    """
+    """On consecutive steps; nearer to them than with the old LSE itself, as the paper has it."""
     ops = comfy_host.module(".kernels.ops")
     adaspa, attention = (
         comfy_host.module(".attention.methods.adaspa"),

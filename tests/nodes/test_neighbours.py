@@ -1,7 +1,4 @@
-"""Living with others.
-
-Who gets the dense calls, what is left behind, and what a compiled model does.
-"""
+"""Other packs: who gets the dense calls, what is left behind, what a compiled model does."""
 
 import inspect
 
@@ -234,9 +231,9 @@ def test_the_cores_own_backend_node_gets_the_dense_calls(node_first):
 
 @pytest.mark.parametrize("node_first", [False, True])
 def test_the_cores_own_sparse_node_gets_the_dense_calls_in_either_order(node_first):
-    """It writes the slot when it runs, and again before every step if another has taken it.
+    """It sets the override at run time, and before every step where another has.
 
-    It keeps the one before.
+    It keeps the previous.
     """
     from comfy.patcher_extension import CallbacksMP
 
@@ -270,10 +267,7 @@ def test_the_cores_own_sparse_node_gets_the_dense_calls_in_either_order(node_fir
 
 
 def test_unknown_arguments_of_newer_hosts_are_passed_on():
-    """Such as preferred_attention or low_precision_attention.
-
-    Dropped ones would change what the host wanted.
-    """
+    """Such as preferred_attention, low_precision_attention: they must reach the host's function."""
     seen = []
 
     def below(func, *args, low_precision_attention=True, **kwargs):
@@ -304,10 +298,7 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
 
 
 def test_two_samplers_of_one_model_each_have_their_own_run():
-    """A high-resolution pass behind a first one.
-
-    Other grid, other settings, nothing of one in the other.
-    """
+    """A high-resolution pass after a first one: other grid and settings, nothing carried over."""
     model = load_model("tiny_wan21_t2v")
     first, second = sparse(model, sparsity=0.6), sparse(model, method="top-k", dense_layers="0")
     alone = sample(first, latent=(5, 16, 16)), sample(second, latent=(5, 20, 24))
@@ -321,10 +312,7 @@ def test_two_samplers_of_one_model_each_have_their_own_run():
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer as GGUF loaders make it.
-
-    Packed numbers that only its forward unpacks; it has no usable weight.
-    """
+    """A linear layer as GGUF loaders make it: packed numbers that only its forward unpacks."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
@@ -386,10 +374,7 @@ def test_little_memory_changes_nothing(file, monkeypatch):
 @pytest.mark.slow  # older hosts cannot slice these conditionings by themselves
 @pytest.mark.parametrize("name", ["Wan VACE", "Wan HuMo", "Wan SCAIL", "Wan 2.2 TI2V 5B"])
 def test_context_windows_of_models_that_have_more_than_a_text(name):
-    """Each window slices the conditionings too.
-
-    Its own grid, and what stands behind it, in every call.
-    """
+    """Each window slices the conditionings too: its own grid, and its own tokens behind it."""
     variant = VARIANTS[name]
     model = variant.model()
     latent = (9, 16, 16)
@@ -411,10 +396,7 @@ def test_context_windows_of_models_that_have_more_than_a_text(name):
 
 
 def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
-    """Self-forcing keeps keys of earlier frames and does not tell its attention calls anything.
-
-    Dense, and said.
-    """
+    """Self-forcing keeps keys of earlier frames, unknown to its attention calls: dense."""
     variant = VARIANTS["Wan causal (Self-Forcing)"]
     if variant.missing() or "SamplerARVideo" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
         pytest.skip("this ComfyUI has no such sampler")
@@ -444,7 +426,7 @@ def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():
 def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, monkeypatch):
     """Layer skipping leaves out the main block.
 
-    The control block of the same number must not use its weights.
+    The control block of its number must not use its weights.
     """
     variant = VARIANTS["Wan VACE" if count == 1 else "Wan VACE, two controls"]
     model = variant.model().clone()
@@ -473,10 +455,7 @@ def test_a_skipped_block_does_not_make_its_control_block_take_its_place(count, m
 
 
 def test_a_cache_that_writes_into_its_input_is_not_spoiled_by_a_second_execution(monkeypatch):
-    """EasyCache adds to the latent in place on the steps it skips.
-
-    NaN in a step before makes that step run again.
-    """
+    """EasyCache adds to the latent in place on skipped steps; NaN before one makes it run again."""
     model = load_model("tiny_wan21_t2v")
     run_class = comfy_host.module(".attention").AttentionRun
     attend, count = run_class.attend, []

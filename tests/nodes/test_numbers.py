@@ -11,10 +11,7 @@ AGAIN = comfy_host.module(".nodes.patching.dense_reason").NOT_FINITE
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """spoil(value, *calls).
-
-    Put a value into one element of the sparse output of these calls of the next run.
-    """
+    """spoil(value, *calls): put a value into one element of the sparse output of these calls."""
     run_class = comfy_host.module(".attention").AttentionRun
     attend, count = run_class.attend, []
 
@@ -40,10 +37,7 @@ def warnings(caplog):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("call", [5, 6])
 def test_a_call_that_is_not_finite_is_computed_again_dense(spoiled, value, call, caplog):
-    """In the last step, at either layer.
-
-    The result is that of a last step left dense, to the bit.
-    """
+    """In the last step, at either layer: the result is that of a dense last step, to the bit."""
     model = load_model("tiny_wan21_t2v")
     expected = sample(sparse(model, method="top-k", dense_last_steps=1))
     spoiled(value, call)
@@ -137,10 +131,7 @@ def test_it_is_said_in_every_run(spoiled, caplog):
 
 
 def test_one_conditioning_that_is_not_finite_by_itself_leaves_the_others_guarded(spoiled):
-    """A prompt whose own features overflow.
-
-    The other, in a call of its own, is still looked after.
-    """
+    """A prompt whose own features overflow; the other, in a call of its own, is still checked."""
     model = load_model("tiny_wan21_t2v")
     patched = sparse(model, method="top-k")
     bad = conditioning(1)

@@ -1,7 +1,4 @@
-"""ComfyUIs that the pack does not support.
-
-One sentence with both versions instead of a bare error.
-"""
+"""ComfyUIs that the pack does not support: one sentence with both versions, no bare error."""
 
 import asyncio
 import re

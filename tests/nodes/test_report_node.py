@@ -51,7 +51,7 @@ def test_every_method_is_compared_with_dense_attention(finished):
 
 
 def test_the_errors_are_those_of_the_methods():
-    """Sparsity 0.3 is closer to dense than 0.8, at every layer and by every method.
+    """Sparsity 0.3 is closer to dense than 0.8 in every layer and method.
 
     An adapter adds its method.
     """

@@ -1,7 +1,4 @@
-"""What a run reports besides its counts.
-
-A map of layers and steps, and time; all of it fit for JSON.
-"""
+"""What a run reports besides its counts: a map of layers and steps, and time; all fit for JSON."""
 
 import json
 from dataclasses import asdict

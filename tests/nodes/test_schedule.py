@@ -1,7 +1,4 @@
-"""Windows and step counts on real samplers.
-
-Sigma at sampling time, one schedule for two experts.
-"""
+"""Windows and step counts on real samplers: sigma while sampling, one schedule for two experts."""
 
 import pytest
 import torch

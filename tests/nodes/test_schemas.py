@@ -1,7 +1,4 @@
-"""What saved workflows rely on.
-
-Node ids, inputs and outputs by their position. And the package, loaded by itself.
-"""
+"""What saved workflows rely on: node ids, inputs and outputs by position; the package by itself."""
 
 import os
 import subprocess
@@ -107,10 +104,7 @@ def test_a_new_widget_comes_last_in_the_browser_too():
 
 
 def test_the_package_loads_by_itself(tmp_path):
-    """What the registry hands out, in an empty folder.
-
-    Nothing of it reaches for a file that stays behind.
-    """
+    """What the registry hands out, in an empty folder: it needs no file that is left out."""
     folder = tmp_path / "ropeslr"
     package.copy(folder)
     done = subprocess.run(

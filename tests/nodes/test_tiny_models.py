@@ -1,7 +1,4 @@
-"""The tiny checkpoints are what they claim.
-
-The stock loaders take each for the model it imitates.
-"""
+"""The tiny checkpoints are what they claim: stock loaders take each for the model it imitates."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Under ComfyUI's own training, attention stays dense, with a reason.
-
-What a run remembers fits no second pass.
-"""
+"""ComfyUI's own training runs dense, with a reason: a run's memory fits no second pass."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""Guiders with two models.
-
-Each model follows its own node, and the one without a node stays as it is.
-"""
+"""Guiders with two models: each follows its own node, and one without a node stays as it is."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""The node on real Wan models.
-
-What sparse attention changes, and that every size and batch runs.
-"""
+"""The node on real Wan models: what sparse attention changes; every size and batch runs."""
 
 import pytest
 import torch

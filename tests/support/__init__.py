@@ -1,4 +1,1 @@
-"""What the tests share.
-
-Host: inside ComfyUI; data: inputs and files; oracle: slow answers that are surely right.
-"""
+"""What tests share: host (inside ComfyUI), data (inputs and files), oracle (slow, sure answers)."""

@@ -1,7 +1,4 @@
-"""The panel's scripts.
-
-Their own tests under node, their arithmetic against Python's, what they must not contain.
-"""
+"""The panel's scripts: their tests under node, their arithmetic against Python's, banned code."""
 
 import itertools
 import json
@@ -102,10 +99,7 @@ def in_script(case):
 
 
 def in_python(case):
-    """The same from the pack.
-
-    Its layout, its plan, its accounting, put together as AttentionRun does.
-    """
+    """The same from the pack: layout, plan and accounting, put together as AttentionRun does."""
     head_dim, heads, rank = case["width"], case["heads"], case["rank"]
     layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
     blocks = layout.blocks(case["diagonal"], case["first"])
@@ -454,10 +448,7 @@ def test_a_script_is_safe_and_portable(path):
     "path", [path for path in SCRIPTS if path.name not in ENTRIES], ids=lambda path: path.name
 )
 def test_only_the_entry_touches_comfyui(path):
-    """ComfyUI loads every script below web/ as an extension.
-
-    A helper must do nothing by being loaded.
-    """
+    """ComfyUI loads every script below web/ as an extension: loading a helper must do nothing."""
     text = path.read_text(encoding="utf-8")
     assert "registerExtension" not in text and "scripts/" not in text
     if NODE:

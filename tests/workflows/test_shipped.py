@@ -52,10 +52,7 @@ def test_the_workflows_are_those_that_the_pack_promises():
 
 
 def test_the_files_are_what_their_description_says(info):
-    """`python dev.py workflows` writes them.
-
-    Whoever edits one by hand or adds an input to a node is told here.
-    """
+    """After an edit by hand or a new input, the failure says to run `python dev.py workflows`."""
     import comfyui_version
 
     import graph_file
@@ -129,7 +126,7 @@ def test_links_join_what_exists_and_types_agree(workflow):
 def test_every_node_has_its_widgets_and_what_it_needs(workflow, info):
     """Counted against ComfyUI's definitions.
 
-    A seed's control_after_generate is the classic value to forget.
+    Control_after_generate of a seed is easily forgotten.
     """
     import graph_file
 
@@ -271,10 +268,7 @@ def test_every_workflow_runs_to_a_video(server, name):
 
 
 def test_an_equal_node_of_another_number_hears_of_its_own_runs(server):
-    """ComfyUI answers equal nodes from its cache.
-
-    The same workflow in another tab, or a copied node.
-    """
+    """ComfyUI caches equal nodes: the same workflow in another tab, or a copied node."""
     from workflow import load, make_tiny, to_prompt
 
     prompt = make_tiny(

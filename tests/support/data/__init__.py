@@ -1,4 +1,1 @@
-"""Inputs of tests.
-
-Tensors, block tables, adapters, checkpoints, broken files, and every model variant.
-"""
+"""Inputs of tests: tensors, block tables, adapters, checkpoints, broken files, model variants."""

@@ -32,10 +32,7 @@ def ropeslr_adapter(
     without: str | set = (),
     seed: int = 3,
 ):
-    """Every tensor that a RoPeSLR adapter may have but those in `without`.
-
-    Gates and beta near their initial values.
-    """
+    """All tensors a RoPeSLR adapter may have but those in `without`, near their initial values."""
     generator = torch.Generator().manual_seed(seed)
     without = {without} if isinstance(without, str) else set(without)
 

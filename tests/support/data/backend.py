@@ -1,7 +1,4 @@
-"""The backend that a process of kernel tests tries.
-
-Plain PyTorch, or Triton's kernels interpreted.
-"""
+"""The backend a process of kernel tests tries: plain PyTorch, or interpreted Triton kernels."""
 
 from __future__ import annotations
 

@@ -74,9 +74,9 @@ def wan_weights(
 def rola_weights(
     dim: int, layers: int, rank: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 1
 ):
-    """RoLA's tensors of every layer, names and shapes as in SparkWan files.
+    """RoLA's tensors of every layer, named and shaped as in SparkWan files.
 
-    A gate of about 1/8, as trained ones.
+    Gates about 1/8, as trained.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -111,10 +111,7 @@ def sla_weights(layers: int, dtype: torch.dtype = torch.bfloat16, seed: int = 2)
 
 
 def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As in the "-quant" files.
-
-    Every linear layer of the blocks int8, a factor for each 128 x 128 piece.
-    """
+    """As in "-quant" files: linear layers of the blocks int8, one factor per 128 x 128 piece."""
     result = {}
     for name, tensor in weights.items():
         if (
@@ -137,10 +134,7 @@ def quantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(weights: dict[str, Tensor], path: Path, prefix: str = "", wrap: str | None = None) -> Path:
-    """Write by the path's ending.
-
-    .safetensors, or .pth by torch.save, perhaps inside another table.
-    """
+    """Write by the path's ending: .safetensors, or .pth by torch.save, perhaps nested."""
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {prefix + name: tensor.contiguous() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":

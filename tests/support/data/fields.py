@@ -1,7 +1,4 @@
-"""Synthetic attention inputs.
-
-Smooth fields over a video grid under 3-D RoPE, which have the structure of a video.
-"""
+"""Synthetic attention inputs with a video's structure: smooth fields over a grid under 3-D RoPE."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Files that are wrong in every way that people meet.
-
-Cut off, misshapen, incomplete, foreign, or out to run code.
-"""
+"""Files that are wrong as people meet them: cut off, misshapen, incomplete, foreign, malicious."""
 
 from __future__ import annotations
 
@@ -351,10 +348,7 @@ def _wrong(tensor: Tensor, shapes_only: bool = False) -> Iterator[tuple[str, Ten
 
 
 def read(path: Path):
-    """Read a file as its kind is read.
-
-    An adapter, or a released checkpoint with all that it holds.
-    """
+    """Read a file as its kind is read: an adapter, or a released checkpoint and all it holds."""
     if path.suffix == ".safetensors" and path.is_file() and adapters.files.is_adapter(path):
         return adapters.read_adapter(path)
     checkpoint = adapters.open_checkpoint(path)

@@ -1,7 +1,4 @@
-"""What the shipped workflows load beside the tiny models.
-
-A SparkWan file, a CLIP vision encoder, a start image.
-"""
+"""What shipped workflows load beside the tiny models: SparkWan file, CLIP vision, start image."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 
 
 def make(base: Path) -> None:
-    """Write everything that a shipped workflow needs below a ComfyUI's base folder.
+    """Write what a shipped workflow needs below a ComfyUI's base folder.
 
     Files that exist are kept.
     """
@@ -53,10 +50,7 @@ def _sparkwan(path: Path) -> None:
 
 
 def _clip_vision(path: Path) -> None:
-    """630 M parameters in one small file.
-
-    Every matrix is an overlapping view of the same numbers.
-    """
+    """630 M parameters in a small file: all matrices are overlapping views of the same numbers."""
     small = (torch.randn(60000, generator=torch.Generator().manual_seed(0)) * 0.02).half()
     weights = {
         "vision_model.embeddings.class_embedding": small[:WIDTH].clone(),

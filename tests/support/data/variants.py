@@ -60,7 +60,7 @@ class Variant:
     ) -> torch.Tensor:
         """Sample with the stock KSampler, the same texts every time.
 
-        Seed: of the noise, or what stands for it.
+        seed: of the noise, or what stands for it.
         """
         start = noise(100 + seed, 1, self.channels, *latent)
         # Texts of two lengths stay apart.

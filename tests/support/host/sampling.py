@@ -141,10 +141,7 @@ def two_experts(
     sampler: str = "euler",
     scheduler: str = "simple",
 ):
-    """Sample as Wan 2.2 does.
-
-    The high-noise expert, then the low-noise one, over one schedule; -> both reports.
-    """
+    """Sample as Wan 2.2 does, high-noise then low-noise expert, one schedule: -> both reports."""
     latent = {"samples": torch.zeros(1, 16, 5, 16, 16)}
     common = dict(
         noise_seed=7,

@@ -1,4 +1,1 @@
-"""What results are compared with.
-
-The formulas written out slowly, and Triton's interpreter made strict.
-"""
+"""What results are compared with: slow transcriptions, and Triton's interpreter made strict."""

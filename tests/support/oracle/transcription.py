@@ -75,9 +75,9 @@ def kept_blocks(
 def sparse(
     q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the kept blocks only.
+    """Softmax over the kept blocks only: O_s `(H, L, D)`, LSE `(H, L)`.
 
-    O_s `(H, L, D)` and LSE `(H, L)`; no kept block gives 0 and -inf.
+    No kept block gives 0 and -inf.
     """
     q, k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
@@ -193,10 +193,7 @@ def block_mass(
 
 
 def adaspa_masks(mass: Tensor, sparsity: float) -> tuple[Kept, list[float], list[float]]:
-    """From mass `(H, Nq, Nk)`.
-
-    The kept blocks, each head's sparsity, and each head's recall at the uniform one.
-    """
+    """From mass `(H, Nq, Nk)`: kept blocks, each head's sparsity, its recall at the uniform one."""
     mass = mass.double()
     recalls = []
     for head in mass:
@@ -494,7 +491,7 @@ def calibrate(
 
 
 def interpolate_noise(values: Tensor, levels: list[float], noise: float) -> Tensor:
-    """values `(N, ...)` given at N noise levels, read linearly at `noise`.
+    """values `(N, ...)` at N noise levels, read linearly at `noise`.
 
     Constant outside the levels.
     """
