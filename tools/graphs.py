@@ -13,6 +13,7 @@ from pathlib import Path
 import tomllib
 
 from graph_file import NOTE, Graph, Group, Model, Node, object_info, render
+from rewrite import quiet, rewrite
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
@@ -710,8 +711,12 @@ def text_of(workflow: dict) -> str:
 
 
 def main() -> None:
-    for name, workflow in workflows().items():
-        (FOLDER / f"{name}.json").write_text(text_of(workflow), encoding="utf-8", newline="\n")
+    quiet()
+    found = [
+        rewrite(FOLDER / f"{name}.json", text_of(graph)) for name, graph in workflows().items()
+    ]
+    if not any(found):
+        print("nothing to change: every workflow is as it is described")
 
 
 if __name__ == "__main__":

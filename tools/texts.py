@@ -15,6 +15,8 @@ from typing import Any
 
 from cogapp import Cog
 
+from rewrite import quiet, rewrite
+
 ROOT = Path(__file__).resolve().parents[1]
 TRANSLATED = ("zh", "ja")
 # Help pages in each language that has any: the frontend takes NODE.md for every other one.
@@ -149,14 +151,15 @@ def processed(name: str) -> str:
 
 
 def main() -> None:
+    quiet()
+    changed = []
     for language in ("en", *TRANSLATED):
-        text = text_of(locale(language))
-        locale_file(language).write_text(text, encoding="utf-8", newline="\n")
+        changed.append(rewrite(locale_file(language), text_of(locale(language))))
         if language != "en" and (left := untranslated(language)):
             print(f"locales/{language}: still in English: {', '.join(left)}")
-    for name in files():
-        text = processed(name)
-        (ROOT / name).write_text(text, encoding="utf-8", newline="\n")
+    changed += [rewrite(ROOT / name, processed(name)) for name in files()]
+    if not any(changed):
+        print("nothing to change: every text is as schemas and records have it")
 
 
 if __name__ == "__main__":
