@@ -1,9 +1,8 @@
 """Dense and block-sparse attention, forward; an epilogue may be added before anything is written.
 
 One program per query block and head goes through the key blocks that the block keeps. Its epilogue
-may add, in registers, the background; see `_forward`. Rows of D numbers
-that a whole call of the training-free method moves per token and head (D = 128, half precision: 256
-bytes a row):
+may add the background, in registers; see `_forward`. A whole call of the training-free method moves
+these rows of D numbers per token and head (D = 128, half precision: 256 bytes a row):
 
     block_pool           read q                      1 row
     block_pool_state     read k, v                   2 rows
