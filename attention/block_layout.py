@@ -80,36 +80,44 @@ class TokenLayout:
         keep_diagonal: bool = False,
         keep_first_frame: bool = False,
         device: torch.device | str = "cpu",
+        key_block: int = BLOCK,
     ) -> BlockLayout:
         """The video's queries and all keys in blocks.
 
         Text and reference tokens get blocks of their own, which every query keeps. Query blocks
-        name tokens within the video, key blocks tokens of the whole sequence.
+        name tokens within the video, key blocks tokens of the whole sequence. key_block: tokens of
+        a key block; must divide a query block's.
         """
-        q_blocks = TokenBlocks.cut(self.token_order(), self.block_size)
-        kv_blocks = self._kv_blocks(q_blocks)
-        n_q, n_k = q_blocks.num_blocks, kv_blocks.num_blocks
-        required = torch.zeros(n_q, n_k, dtype=torch.bool)
-        required[:, n_q:] = True
+        if key_block < 1 or self.block_size % key_block:
+            raise ValueError(f"key_block must divide {self.block_size}; found {key_block}")
+        order = self.token_order()
+        q_blocks, own = (TokenBlocks.cut(order, size) for size in (self.block_size, key_block))
+        kv_blocks = self._kv_blocks(own)
+        n_q, n_own = q_blocks.num_blocks, own.num_blocks
+        required = torch.zeros(n_q, kv_blocks.num_blocks, dtype=torch.bool)
+        required[:, n_own:] = True
         if keep_diagonal:
-            required[:, :n_q] |= torch.eye(n_q, dtype=torch.bool)
+            block_of_own = torch.arange(n_own) // (self.block_size // key_block)
+            required[:, :n_own] |= block_of_own == torch.arange(n_q)[:, None]
         if keep_first_frame:
-            first = ~q_blocks.empty & (q_blocks.tokens < self.grid[1] * self.grid[2])
-            required[:, :n_q] |= first.any(dim=1)
+            first = ~own.empty & (own.tokens < self.grid[1] * self.grid[2])
+            required[:, :n_own] |= first.any(dim=1)
         found = None
         if required.any():
             found = RequiredBlocks(required.to(device), required.sum(dim=1))
         return BlockLayout(q_blocks.to(device), kv_blocks.to(device), found)
 
-    def _kv_blocks(self, q_blocks: TokenBlocks) -> TokenBlocks:
-        video = torch.where(q_blocks.empty, -1, q_blocks.tokens + self.before)
+    def _kv_blocks(self, own: TokenBlocks) -> TokenBlocks:
+        """Key blocks: those of the video, then those of the tokens beside it."""
+        video = torch.where(own.empty, -1, own.tokens + self.before)
         seen = torch.ones(self.tokens, dtype=torch.bool)
         seen[self.video] = False
         for start, stop in self.hidden:
             seen[start:stop] = False
         beside = torch.nonzero(seen).flatten()
         if beside.numel():
-            video = torch.cat((video, TokenBlocks.cut(beside, self.block_size, self.tokens).tokens))
+            cut = TokenBlocks.cut(beside, own.block_size, self.tokens)
+            video = torch.cat((video, cut.tokens))
         return TokenBlocks(video, self.tokens, self.attended_tokens)
 
 

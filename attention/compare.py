@@ -97,8 +97,8 @@ class MethodComparison:
         self.selection = selection = replace(selection, head=min(selection.head, heads - 1))
 
         def note(mask: BlockMask) -> None:
-            kept = mask.to_dense()[0, selection.head, :, : mask.q_blocks.num_blocks]
-            self.kept = kept.cpu()
+            own = -(-mask.q_blocks.num_listed // mask.kv_blocks.block_size)
+            self.kept = mask.to_dense()[0, selection.head, :, :own].cpu()
 
         run.on_mask = note
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
 TRAINED_METHODS = ("ropeslr", "rola", "sla")  # adapters exist for these
 NEED_WEIGHTS = ("rola", "sla")
+FINE_METHODS = ("ropeslr", "top-k", "top-k plain")
 CALIBRATE = ("auto", "first step", "every step", "off", "refine")
 SLA_VARIANTS = ("released", "paper")
 AUTO = -1
@@ -22,6 +23,8 @@ MAX_RANK = 128
 MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
 BLOCK = 64
+KEY_BLOCKS = ("auto", "16", "32", "64")
+FINE_KEY_BLOCK = 16  # chooses better at equal density; routing costs 4 times as much
 MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
 
@@ -47,6 +50,7 @@ class _Settings:
     strict: bool = False
     verbose: bool = False
     sla_variant: str = "released"
+    key_block: str = "auto"
 
 
 CHOICES = {
@@ -55,6 +59,7 @@ CHOICES = {
     "backend": BACKENDS,
     "block_order": BLOCK_ORDERS,
     "sla_variant": SLA_VARIANTS,
+    "key_block": KEY_BLOCKS,
 }
 RANGES = {
     "sparsity": (0.0, MAX_SPARSITY),
@@ -75,7 +80,8 @@ class SparsePlan(_Settings):
     sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0
     = all that there are. start_percent, end_percent: the part of the sampling schedule that runs
     sparse, which may be empty. dense_first_steps (-1 = auto), dense_last_steps: steps of the whole
-    schedule that stay dense. dense_layers: layers that stay dense.
+    schedule that stay dense. dense_layers: layers that stay dense. key_block: tokens of a
+    key block; query blocks hold BLOCK.
 
     Every field is checked on construction; a ValueError names the field, what was found and what
     was expected. `resolve` replaces every "auto" by what it means.
@@ -112,7 +118,11 @@ class SparsePlan(_Settings):
         if method != trained:
             adapter = None
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
-        values |= {"method": method, "block_order": self._order(method, adapter)}
+        values |= {
+            "method": method,
+            "block_order": self._order(method, adapter),
+            "key_block": self._key_block(method, adapter),
+        }
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
             # AdaSpa is dense until its first search.
@@ -132,6 +142,14 @@ class SparsePlan(_Settings):
             return adapter.info.block_order
         return "raster" if method in NEED_WEIGHTS else "cube"
 
+    def _key_block(self, method: str, adapter: Adapter | None) -> str:
+        """Training-free routing gains from fine key blocks; weights know their own."""
+        if self.key_block != "auto":
+            return self.key_block
+        if adapter is not None:
+            return str(adapter.info.block_k)
+        return str(FINE_KEY_BLOCK if method in FINE_METHODS else BLOCK)
+
 
 @dataclass(frozen=True)
 class ResolvedPlan(_Settings):
@@ -141,6 +159,11 @@ class ResolvedPlan(_Settings):
     """
 
     adapter: Adapter | None = None
+
+    @property
+    def key_tokens(self) -> int:
+        """Tokens of a key block."""
+        return int(self.key_block)
 
     @property
     def calibrates(self) -> bool:
@@ -156,17 +179,19 @@ class ResolvedPlan(_Settings):
         """The same settings by another method, whose own choices replace those of this one."""
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
         values |= {"method": method, "block_order": "auto", "calibrate": "auto", "rank": 0}
+        values |= {"key_block": "auto"}
         adapter = self.adapter
         return SparsePlan(**values).resolve(
             adapter if adapter is not None and adapter.info.method == method else None
         )
 
     def topk(self, blocks: int) -> int:
-        """Key blocks that each row keeps by score, out of `blocks`."""
+        """Key blocks that each row keeps by score, out of `blocks` of the video."""
         return topk_of(self.sparsity, blocks)
 
-    def drops_nothing(self, blocks: int) -> bool:
-        """Whether every one of `blocks` is kept."""
+    def drops_nothing(self, tokens: int) -> bool:
+        """Whether every key block of a video of so many tokens is kept."""
+        blocks = -(-tokens // self.key_tokens)
         return self.topk(blocks) >= blocks
 
 

@@ -61,11 +61,10 @@ def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=of, device="meta")
 
 
-def layout(tokens: int):
-    """Blocks of BLOCK tokens, on the meta device."""
-    table = empty(-(-tokens // BLOCK), BLOCK, of=torch.int32)
-    blocks = types.TokenBlocks(table, tokens, tokens)
-    return types.BlockLayout(blocks, blocks)
+def layout(tokens: int, key_block: int = BLOCK):
+    """Query blocks of BLOCK tokens and key blocks of `key_block`, on the meta device."""
+    tables = (empty(-(-tokens // size), size, of=torch.int32) for size in (BLOCK, key_block))
+    return types.BlockLayout(*(types.TokenBlocks(table, tokens, tokens) for table in tables))
 
 
 def cases(
@@ -75,14 +74,18 @@ def cases(
     dtype: torch.dtype = torch.bfloat16,
     kept: int = 51,
     rank: int = RANK,
+    key_block: int = BLOCK,
 ) -> dict[str, Callable]:
     """Every launcher with the tensors of a Wan layer, on the meta device: name -> call."""
-    blocks = layout(tokens)
+    blocks = layout(tokens, key_block)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
     lists, counts = (empty(1, heads, count, *width, of=torch.int32) for width in ((kept,), ()))
     mask = types.BlockMask(blocks.q_blocks, blocks.kv_blocks, lists, counts)
-    pooled, lse = empty(1, heads, count, head_dim), empty(1, heads, tokens)
+    pooled_q, pooled_k = (
+        empty(1, heads, each.num_blocks, head_dim) for each in (blocks.q_blocks, blocks.kv_blocks)
+    )
+    lse = empty(1, heads, tokens)
     per_head, per_channel = empty(1, heads), empty(1, heads, head_dim)
     first = types.FirstOrder(per_channel, empty(1, heads, head_dim, head_dim), per_channel)
     gate = types.Gate(empty(1, heads, count), per_head, per_head)
@@ -97,8 +100,8 @@ def cases(
     plain = types.FeatureMap("softmax")
     folded = types.LinearState(empty(1, heads, head_dim, head_dim), per_channel)
     linear = types.LinearBranch(plain, folded, empty(head_dim))
-    bits = empty(1, heads, count, -(-count // 32), of=torch.int32)
-    sparse, far = (q, q, q, mask), types.PooledKV(pooled, pooled)
+    bits = empty(1, heads, count, -(-blocks.kv_blocks.num_blocks // 32), of=torch.int32)
+    sparse, far = (q, q, q, mask), types.PooledKV(pooled_k, pooled_k)
     forward = types.Forward(q, q, q, q, lse, mask, None, scale)
     return {
         "plain": lambda: backend.block_sparse_attention(*sparse, None, scale),
@@ -111,9 +114,9 @@ def cases(
         "state": lambda: backend.block_pool_state(q, q, blocks, None),
         "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
         "linear_state": lambda: backend.low_rank_state(q, q, plain),
-        "select": lambda: backend.block_select(pooled, pooled, blocks, kept, scale),
+        "select": lambda: backend.block_select(pooled_q, pooled_k, blocks, kept, scale),
         "mass": lambda: backend.block_mass(q, q, lse, blocks, [kept, 20, 70], scale),
-        "unpack": lambda: backend.lists_from_bits(bits, count, kept),
+        "unpack": lambda: backend.lists_from_bits(bits, blocks.kv_blocks.num_blocks, kept),
         "backward": lambda: backend.block_sparse_attention_backward(q, None, forward),
     }
 

@@ -126,7 +126,7 @@ def whole_call(q, k, v, layout, plan) -> Callable:
 def kernel(q, k, v, layout, sparsity: float) -> Callable:
     """The sparse kernel alone, with its block lists made beforehand."""
     blocks = layout.blocks()
-    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
+    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.num_ranked)
     pooled_q, pooled_k = (ops.block_pool(x, blocks.kv_blocks) for x in (q, k))
     mask, _ = ops.block_select(pooled_q, pooled_k, blocks, topk)
     return lambda: ops.block_sparse_attention(q, k, v, mask)

@@ -221,7 +221,7 @@ def measure_sparsity(
     row: dict = {"parts": {}, "whole": {}, "others": {}}
     on = run.backend
     blocks = layout_of(case).blocks(device=run.device)
-    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
+    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.num_ranked)
     scale = case.width**-0.5
     video = [(q[:, :, : math.prod(case.grid)], k, v) for q, k, v in sets]
 
@@ -328,7 +328,7 @@ def backward(run: Run, case: Case, sparsity: float = 0.95) -> dict:
         )
         layout = layout_of(Case(case.name, case.grid, case.heads, order=case.order))
         blocks = layout.blocks(device=run.device)
-        topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.q_blocks.num_blocks)
+        topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.num_ranked)
         with torch.no_grad():
             pooled = [ops.block_pool(x, blocks.kv_blocks, **run.backend) for x in sets[0][:2]]
             mask, _ = ops.block_select(*pooled, blocks, topk, **run.backend)

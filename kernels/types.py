@@ -160,10 +160,15 @@ class BlockLayout:
             )
 
     @cached_property
+    def num_ranked(self) -> int:
+        """How many key blocks hold the queries' own tokens: those that a score may keep or drop."""
+        return -(-self.q_blocks.num_listed // self.kv_blocks.block_size)
+
+    @cached_property
     def kv_of_queries(self) -> TokenBlocks:
         """The key blocks that hold the queries' own tokens."""
-        kv, own = self.kv_blocks, self.q_blocks.num_listed
-        return TokenBlocks(kv.tokens[: -(-own // kv.block_size)], kv.num_tokens, own)
+        kv = self.kv_blocks
+        return TokenBlocks(kv.tokens[: self.num_ranked], kv.num_tokens, self.q_blocks.num_listed)
 
     def list_width(self, topk: int) -> int:
         """The most blocks that a row keeps: its best `topk`, and the required ones."""

@@ -246,6 +246,19 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "block's lowest-scoring 10 %."
                     ),
                 ),
+                io.Combo.Input(
+                    "key_block",
+                    options=list(KEY_BLOCKS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Tokens of a key block: what is kept or dropped at once. Smaller blocks "
+                        "pick more precisely at the same sparsity, and choosing them costs more. "
+                        "auto: 16 for ropeslr and top-k, 64 for the others, or what the adapter was "
+                        "trained with."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

@@ -150,7 +150,7 @@ class AdaSpa(Method):
         -> result, mean recall.
         """
         blocks = self.blocks(call.layout, q.device)
-        count = blocks.q_blocks.num_blocks
+        count = blocks.num_ranked
         topks = [topk_of(sparsity, count) for sparsity in head_sparsities(self.plan.sparsity)]
         bits, recall = ops.block_mass(
             q, k, lse, blocks, topks, scale=call.scale, backend=self.plan.backend

@@ -73,7 +73,9 @@ class Method:
         key = (layout, device)
         if key not in self._blocks:
             plan = self.plan
-            self._blocks[key] = layout.blocks(plan.keep_diagonal, plan.keep_first_frame, device)
+            self._blocks[key] = layout.blocks(
+                plan.keep_diagonal, plan.keep_first_frame, device, plan.key_tokens
+            )
         return self._blocks[key]
 
     def seen_keys(self, layout: TokenLayout, device: torch.device) -> TokenBlocks | None:
@@ -92,7 +94,7 @@ class Method:
         pooled_q = ops.block_pool(q.detach(), blocks.q_blocks, backend=backend)
         if pooled_k is None:
             pooled_k = ops.block_pool(k, blocks.kv_blocks, backend=backend)
-        topk = self.plan.topk(blocks.q_blocks.num_blocks)
+        topk = self.plan.topk(blocks.num_ranked)
         mask, dropped_lse = ops.block_select(
             pooled_q, pooled_k, blocks, topk, scale=call.scale, backend=backend
         )

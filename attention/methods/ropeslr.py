@@ -86,7 +86,7 @@ class RoPeSLR(Method):
     ) -> MethodOutput:
         """See `Method.attend`."""
         blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
-        if self.plan.drops_nothing(blocks.q_blocks.num_blocks):
+        if self.plan.drops_nothing(q.shape[2]):
             routing = self.route(q, k, call)
             found, _ = ops.block_sparse_attention(
                 q, k, v, routing.mask, scale=call.scale, backend=backend, out=out

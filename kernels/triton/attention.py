@@ -44,13 +44,14 @@ from .tiles import (
     STRIDE_UNIT,
     block_tokens,
     head_ptr,
-    is_short,
+    kept_tokens,
     load_rows,
     softmax_step,
     store_rows,
 )
 
 BLOCK = 64  # where the caller has no table
+TILE = 64  # keys of one product; smaller blocks are put together
 
 
 class Mixing(NamedTuple):
@@ -208,6 +209,7 @@ def launch(
         RP=padded(rank or 1),
         BLOCK_Q=tables.block_q,
         BLOCK_K=tables.block_k,
+        TILE_K=max(tables.block_k, TILE),
         ACT=ACT_NUMBERS[feature_map.act],
         **launch_options(kind),
     )
@@ -244,7 +246,7 @@ def _forward(
     # sizes
     heads, q_tokens, k_tokens, n_q, n_k, list_width, rank, pe_rows, scale,
     D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Every group of pointers is optional: None leaves its code out.
 
@@ -272,27 +274,23 @@ def _forward(
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)  # running maximum
     l = tl.zeros((BLOCK_Q,), tl.float32)  # running sum  # noqa: E741
     acc = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for i in range(0, count):
-        if lists_ptr is None:
-            kv_block = i
-        else:
-            kv_block = tl.load(lists_ptr + i)
-        rows = block_tokens(kv_table_ptr, kv_block, k_tokens, BLOCK_K)
+    for i in range(0, count, TILE_K // BLOCK_K):
+        rows, short = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         scores = tl.dot(q, k.T) * log2_scale
-        if is_short(kv_table_ptr, kv_block, k_tokens, BLOCK_K):
+        if short:
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         v = load_rows(v_ptr, rows, v_row, D, DP)
         m, l, acc = softmax_step(scores, v, m, l, acc)  # noqa: E741
 
     if pooled_k_ptr is not None:
         offset = 0  # list entries before this tile: the list is sorted
-        for start in range(0, n_k, BLOCK_K):
-            blocks = start + tl.arange(0, BLOCK_K)
-            place = offset + tl.arange(0, BLOCK_K)
+        for start in range(0, n_k, TILE_K):
+            blocks = start + tl.arange(0, TILE_K)
+            place = offset + tl.arange(0, TILE_K)
             listed = tl.load(lists_ptr + place, mask=place < count, other=n_k)
             kept = tl.max((listed[:, None] == blocks[None, :]).to(tl.int32), 0) > 0
-            offset += tl.sum((listed < start + BLOCK_K).to(tl.int32), 0)
+            offset += tl.sum((listed < start + TILE_K).to(tl.int32), 0)
             dropped = (blocks < n_k) & (kept == 0)
             rows = tl.where(blocks < n_k, blocks, -1)
             k = load_rows(pooled_k_ptr + head * n_k * D, rows, D // STRIDE_UNIT, D, DP)

@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import pytorch
 from ..pytorch.common import empty_nhd
 from ..types import Forward
-from .attention import Tables
+from .attention import TILE, Tables
 from .launch import aligned, kernel, launch_options, padded, strides
-from .tiles import LOG2_E, block_tokens, head_ptr, is_short, load_rows, store_rows
+from .tiles import LOG2_E, block_tokens, head_ptr, kept_tokens, load_rows, store_rows
 from .transpose import transposed_lists
 
 BLOCK = 64  # rows of the element-wise pass
@@ -66,6 +66,7 @@ def block_sparse_attention_backward(
         mask.kv_indices.shape[-1],
         scale,
         **shape,
+        TILE_K=max(tables.block_k, TILE),
         **launch_options("d_queries"),
     )
     d_k, d_v = empty_nhd(k, k_tokens), empty_nhd(v, k_tokens)
@@ -147,7 +148,8 @@ def _d_queries(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_batch, d_head, d_row, dq_batch, dq_head, dq_row,
     heads, q_tokens, k_tokens, n_q, list_width, scale,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     q_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -166,13 +168,12 @@ def _d_queries(
     delta = tl.load(delta_ptr + head * q_tokens + q_rows, mask=filled, other=0.0)
     log2_scale = scale * LOG2_E
     d_q = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for i in range(0, count):
-        kv_block = tl.load(lists_ptr + i)
-        rows = block_tokens(kv_table_ptr, kv_block, k_tokens, BLOCK_K)
+    for i in range(0, count, TILE_K // BLOCK_K):
+        rows, short = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         v = load_rows(v_ptr, rows, v_row, D, DP)
         scores = tl.dot(q, k.T) * log2_scale
-        if is_short(kv_table_ptr, kv_block, k_tokens, BLOCK_K):
+        if short:
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         weights = tl.exp2(scores - lse[:, None])
         d_weights = tl.dot(d_out, v.T)

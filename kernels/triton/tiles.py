@@ -49,6 +49,36 @@ def is_short(table_ptr, block, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def kept_tokens(
+    table_ptr, lists_ptr, first, count, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Tokens `(TILE,)` of a list's blocks from entry `first` on, and whether any is missing (-1).
+
+    TILE // BLOCK entries make a tile. Without a list its entries are all blocks in order.
+    """
+    if TILE == BLOCK:
+        block = first
+        if lists_ptr is not None:
+            block = tl.load(lists_ptr + first)
+        rows = block_tokens(table_ptr, block, tokens, BLOCK)
+        short = is_short(table_ptr, block, tokens, BLOCK)
+    else:
+        slots = tl.arange(0, TILE)
+        entries = first + slots // BLOCK
+        there = entries < count
+        blocks = entries
+        if lists_ptr is not None:
+            blocks = tl.load(lists_ptr + entries, mask=there, other=0)
+        rows = blocks * BLOCK + slots % BLOCK
+        if table_ptr is None:
+            rows = tl.where(there & (rows < tokens), rows, -1)
+        else:
+            rows = tl.load(table_ptr + rows, mask=there, other=-1)
+        short = tl.min(rows, 0) < 0
+    return rows, short
+
+
+@triton.jit
 def row_pointers(base_ptr, rows, stride, D: tl.constexpr, DP: tl.constexpr):
     """Addresses and mask `(BLOCK, DP)` of rows of a `(L, D)` matrix; stride in STRIDE_UNITs."""
     channels = tl.arange(0, DP)

@@ -112,9 +112,7 @@ def _length(candidate: Candidate) -> DenseReason | None:
 
 
 def _sparsity(candidate: Candidate) -> DenseReason | None:
-    layout = candidate.token_layout
-    blocks = -(-layout.video_tokens // layout.block_size)
-    if candidate.plan.drops_nothing(blocks):
+    if candidate.plan.drops_nothing(candidate.token_layout.video_tokens):
         return DenseReason(NOTHING_TO_SKIP, chosen=True)
     return None
 

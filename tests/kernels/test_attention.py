@@ -75,14 +75,15 @@ def test_query_and_key_lengths_may_differ_and_rows_may_be_ragged(q_tokens, k_tok
     assert (lse - expected_lse).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("key_block", [64, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooled", [False, True])
-def test_rows_may_keep_from_nothing_to_everything(dtype, pooled):
+def test_rows_may_keep_from_nothing_to_everything(dtype, pooled, key_block):
     q, k, v = tensors(*[(1, 3, 330, 64)] * 3, dtype=dtype)
-    blocks = blocks_of(330)
-    mask, far = ragged(3, blocks, blocks), None
+    keys = blocks_of(330, key_block, shuffled=key_block != 64)
+    mask, far = ragged(3, blocks_of(330), keys), None
     if pooled:
-        far = types.PooledKV(*(reference.block_pool(x.double(), blocks).to(dtype) for x in (k, v)))
+        far = types.PooledKV(*(reference.block_pool(x.double(), keys).to(dtype) for x in (k, v)))
     case = (q, k, v, mask, far)
     out, lse = ops.block_sparse_attention(*case, **BACKEND)
     expected, expected_lse = reference.block_sparse_attention(*wide(case))
@@ -112,14 +113,15 @@ def test_all_blocks_kept_is_dense_attention(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooled", [False, True])
-def test_keys_in_no_block_are_never_seen(dtype, pooled):
+@pytest.mark.parametrize("key_block", [64, 16])
+def test_keys_in_no_block_are_never_seen(dtype, pooled, key_block):
     """Hidden text's keys and values hold NaN here, and none of it may come through."""
     q, k, v = tensors(*[(1, 2, 200, 64)] * 3, dtype=dtype)
     listed = torch.cat((torch.arange(0, 90), torch.arange(110, 200)))
     k[:, :, 90:110], v[:, :, 90:110] = torch.nan, torch.nan
-    q_blocks, kv_blocks = blocks_of(200), types.TokenBlocks.cut(listed, 64, num_tokens=200)
+    q_blocks, kv_blocks = blocks_of(200), types.TokenBlocks.cut(listed, key_block, num_tokens=200)
     # Blocks are those of a sequence that never had the hidden keys.
-    seen_k, seen_v, seen_blocks = k[:, :, listed], v[:, :, listed], blocks_of(180)
+    seen_k, seen_v, seen_blocks = k[:, :, listed], v[:, :, listed], blocks_of(180, key_block)
     mask, _ = selected(q, seen_k, q_blocks, seen_blocks, 2)
     here = types.BlockMask(q_blocks, kv_blocks, mask.kv_indices, mask.kv_num_blocks)
     far = None
@@ -178,11 +180,13 @@ def test_results_are_written_where_the_caller_wants_them():
         assert torch.equal(part, dense)
 
 
+@pytest.mark.parametrize("topk", [1, 3, 5])
 @pytest.mark.parametrize("size", [16, 32, 128])
-def test_blocks_of_other_sizes(size):
+def test_blocks_of_other_sizes(size, topk):
+    """A tile of 64 keys is put together from up to four blocks; the last one may be half empty."""
     q, k, v = tensors(*[(1, 1, 150, 64)] * 3, dtype=torch.float32)
     pair = (blocks_of(150, size), blocks_of(150, 64))
     for q_blocks, kv_blocks in (pair, pair[::-1]):
-        mask, _ = selected(q, k, q_blocks, kv_blocks, 1)
+        mask, _ = selected(q, k, q_blocks, kv_blocks, topk)
         out, _ = ops.block_sparse_attention(q, k, v, mask, **BACKEND)
         same(out, reference.block_sparse_attention(*wide((q, k, v)), mask)[0], q.dtype)

@@ -14,15 +14,16 @@ ops = load(".kernels.ops")
 @pytest.mark.parametrize(
     "tokens, head_dim", [(150, 64), pytest.param(129, 80, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("kept", ["some", "ragged", "all"])
+@pytest.mark.parametrize("kept", ["some", "ragged", "all", "ragged, fine key blocks"])
 def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
     """Ragged ends gave wrong dQ and dV in the field, and delta summed in bf16 wrong everything."""
     q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, tokens, head_dim)] * 3, dtype=dtype))
     blocks = blocks_of(tokens, shuffled=True)
     with torch.no_grad():
         mask, _ = selected(q, k, blocks, blocks, 2 if kept == "some" else 3)
-        if kept == "ragged":
-            mask = ragged(2, blocks, blocks)
+        if kept.startswith("ragged"):
+            fine = kept != "ragged"
+            mask = ragged(2, blocks, blocks_of(tokens, 16 if fine else 64, shuffled=True))
     d_out, d_lse = tensors((1, 2, tokens, head_dim), (1, 2, tokens), seed=3)
     d_out = d_out.to(dtype)
     out, lse = ops.block_sparse_attention(q, k, v, mask, **BACKEND)

@@ -14,8 +14,11 @@ ops = load(".kernels.ops")
 @pytest.mark.parametrize("rank, low_rank, logits", [
     (None, None, False), (10, None, True), (None, "softmax", False), (None, "elu", True),
 ])  # fmt: skip
-def test_sparse_and_background_in_one_match_their_definition(dtype, rank, low_rank, logits):
-    case = mixing_case(dtype, rank=rank, low_rank=low_rank, logits=logits)
+@pytest.mark.parametrize("key_block", [64, 16])
+def test_sparse_and_background_in_one_match_their_definition(
+    dtype, rank, low_rank, logits, key_block
+):
+    case = mixing_case(dtype, rank=rank, low_rank=low_rank, logits=logits, key_block=key_block)
     q, k, v, mask, background = case
     found = ops.block_sparse_mixed(*case, **BACKEND)
     assert found.dtype == dtype

@@ -23,10 +23,11 @@ def test_pooling_counts_only_real_tokens(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", [1, 3])
-def test_first_order_state_matches_its_definition(dtype, inner):
-    """`inner` key blocks hold queries; the others, text for example, have no part in the state."""
+@pytest.mark.parametrize("key_block", [64, 16])
+def test_first_order_state_matches_its_definition(dtype, inner, key_block):
+    """`inner` blocks of 64 hold queries; other keys, text for example, are not in the state."""
     k, v = tensors(*[(2, 2, 170, 40)] * 2, dtype=dtype)
-    layout = layout_of(blocks_of(min(64 * inner, 170)), blocks_of(170, shuffled=True))
+    layout = layout_of(blocks_of(min(64 * inner, 170)), blocks_of(170, key_block, shuffled=True))
     ids = torch.stack([torch.randperm(40)[:10] for _ in range(4)]).view(2, 2, 10)
     for channel_ids in (None, ids):
         found = ops.block_pool_state(k, v, layout, channel_ids, **BACKEND)
