@@ -110,9 +110,9 @@ def gpu_table(records: list[dict]) -> str:
 
 def coverage_table(record: dict) -> str:
     """The record of `dev.py coverage`: models that run sparse, by method and ComfyUI version."""
-    methods = ("ropeslr", "top-k", "adaspa", "rola", "sla")
-    lines = ["| | " + " | ".join(methods) + " | ComfyUI |", "|---" * (len(methods) + 2) + "|"]
     newest = record[max(record, key=lambda version: [int(part) for part in version.split(".")])]
+    methods = list(dict.fromkeys(method for found in newest.values() for method in found))
+    lines = ["| | " + " | ".join(methods) + " | ComfyUI |", "|---" * (len(methods) + 2) + "|"]
     for name, found in newest.items():
         versions = [version for version in record if name in record[version]]
         odd = [version for version in versions if record[version][name] != found]
