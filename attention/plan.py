@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
 TRAINED_METHODS = ("ropeslr", "rola", "sla")  # adapters exist for these
 NEED_WEIGHTS = ("rola", "sla")
-FINE_METHODS = ("ropeslr", "top-k", "top-k plain")
 CALIBRATE = ("auto", "first step", "every step", "off", "refine")
 SLA_VARIANTS = ("released", "paper")
 AUTO = -1
@@ -24,7 +23,6 @@ MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
 BLOCK = 64
 KEY_BLOCKS = ("auto", "16", "32", "64")
-FINE_KEY_BLOCK = 16  # chooses better at equal density; routing costs 4 times as much
 MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
 
@@ -121,7 +119,7 @@ class SparsePlan(_Settings):
         values |= {
             "method": method,
             "block_order": self._order(method, adapter),
-            "key_block": self._key_block(method, adapter),
+            "key_block": self._key_block(adapter),
         }
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
@@ -142,13 +140,11 @@ class SparsePlan(_Settings):
             return adapter.info.block_order
         return "raster" if method in NEED_WEIGHTS else "cube"
 
-    def _key_block(self, method: str, adapter: Adapter | None) -> str:
-        """Training-free routing gains from fine key blocks; weights know their own."""
+    def _key_block(self, adapter: Adapter | None) -> str:
+        """Weights know what they were trained with."""
         if self.key_block != "auto":
             return self.key_block
-        if adapter is not None:
-            return str(adapter.info.block_k)
-        return str(FINE_KEY_BLOCK if method in FINE_METHODS else BLOCK)
+        return str(BLOCK if adapter is None else adapter.info.block_k)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import datetime
 import json
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from .traffic import bytes_per_token
 backend = load_pack(".kernels.triton.backend")
 types = load_pack(".kernels.types")
 
-HEADS, TOKENS, RANK, BLOCK = 12, 32_760, 64, 64
+HEADS, TOKENS, RANK, BLOCK, FINE_BLOCK = 12, 32_760, 64, 64, 16
 # FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x
 # 64 x 64 x D each.
 PRODUCTS = {
@@ -39,8 +40,11 @@ PRODUCTS = {
     "d_keys": 4,
 }
 FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
+PREFIX = "fine "
+FINE = tuple(f"fine {name}" for name in ("plain", "pooled", "mixed", "pool", "state", "backward"))
 ALL = (
     *FORWARD,
+    *FINE,
     "pool",
     "state",
     "low_rank_state",
@@ -50,7 +54,7 @@ ALL = (
     "unpack",
     "backward",
 )
-FEW = ("plain", "mixed", "pool", "state", "select", "backward")
+FEW = ("plain", "mixed", "pool", "state", "select", "backward", "fine mixed")
 # sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
 # the default method.
 CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
@@ -67,16 +71,30 @@ def layout(tokens: int, key_block: int = BLOCK):
     return types.BlockLayout(*(types.TokenBlocks(table, tokens, tokens) for table in tables))
 
 
-def cases(
-    tokens: int = TOKENS,
-    heads: int = HEADS,
-    head_dim: int = 128,
-    dtype: torch.dtype = torch.bfloat16,
-    kept: int = 51,
-    rank: int = RANK,
-    key_block: int = BLOCK,
-) -> dict[str, Callable]:
-    """Every launcher with the tensors of a Wan layer, on the meta device: name -> call."""
+class Sizes(NamedTuple):
+    """Of a layer's call; kept: key blocks that each query block keeps."""
+
+    tokens: int = TOKENS
+    heads: int = HEADS
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    kept: int = 51
+    rank: int = RANK
+    key_block: int = BLOCK
+
+
+WAN_LAYER = Sizes()
+
+
+def all_cases() -> dict[str, Callable]:
+    """Those of a Wan layer; "fine ..." with small key blocks, four of which make a tile."""
+    fine = cases(Sizes(kept=204, key_block=FINE_BLOCK))
+    return cases() | {name: fine[name.removeprefix(PREFIX)] for name in FINE}
+
+
+def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
+    """Every launcher with tensors of these sizes, on the meta device: name -> call."""
+    tokens, heads, head_dim, dtype, kept, rank, key_block = sizes
     blocks = layout(tokens, key_block)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
@@ -132,13 +150,11 @@ def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) ->
             seen.add(kernel_name)
             found = report(kernel)
             issued = found.pop("mma_flops_of_loop")
-            needed = (
-                2
-                * BLOCK
-                * BLOCK
-                * head_dim
-                * PRODUCTS.get(kernel_name if name == "backward" else name, 0)
-            )
+            plain = name.removeprefix(PREFIX)
+            products = PRODUCTS.get(kernel_name if plain == "backward" else plain, 0)
+            # A program of d_keys has the keys of one block.
+            keys = FINE_BLOCK if name != plain and kernel_name == "d_keys" else BLOCK
+            needed = 2 * BLOCK * keys * head_dim * products
             found["useful_mma"] = round(needed / issued, 3) if issued and needed else None
             rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
     return rows
@@ -153,7 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for target in options.targets:
-        calls = cases()
+        calls = all_cases()
         for name in CASES.get(target, ALL):
             for row in compile_case(target, name, calls[name]):
                 rows.append(row)

@@ -12,6 +12,7 @@ from ..attention.plan import (
     BACKENDS,
     BLOCK_ORDERS,
     CALIBRATE,
+    KEY_BLOCKS,
     MAX_CALIBRATE_ROWS,
     MAX_RANK,
     MAX_SPARSITY,
@@ -253,9 +254,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Tokens of a key block: what is kept or dropped at once. Smaller blocks "
-                        "pick more precisely at the same sparsity, and choosing them costs more. "
-                        "auto: 16 for ropeslr and top-k, 64 for the others, or what the adapter was "
+                        "Tokens of a key block, which is kept or dropped as a whole. Smaller "
+                        "blocks pick more precisely at the same sparsity; choosing them costs "
+                        "more, and so do top-k's averaged keys. auto: 64, or what the adapter was "
                         "trained with."
                     ),
                 ),

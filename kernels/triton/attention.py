@@ -171,6 +171,8 @@ def launch(
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
     kind = "pooled" if pooled is not None else epilogue.kind
+    if kind == "forward" and tables.block_k < TILE:
+        kind = "fine"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:

@@ -25,12 +25,15 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 GRID, HEADS = (4, 5, 8), 2  # 160 tokens: two blocks and a short one
 DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=["float32", "bfloat16"])
 ORDERS = pytest.mark.parametrize("order", ["cube", "raster"])
+KEY_BLOCKS = pytest.mark.parametrize("key_block", [64, 16])
 
 
 class Case:
     """Inputs of one comparison: q, k rotated in a dtype, and in float64 for the transcription."""
 
-    def __init__(self, dtype, width=128, order="cube", grid=GRID, heads=HEADS, seed=0):
+    def __init__(
+        self, dtype, width=128, order="cube", grid=GRID, heads=HEADS, seed=0, key_block=64
+    ):
         generator = torch.Generator().manual_seed(seed)
         tokens = grid[0] * grid[1] * grid[2]
         self.grid, self.dtype, self.heads = grid, dtype, heads
@@ -54,8 +57,13 @@ class Case:
         self.x_hat = layer_x(tokens, heads * width, dtype)
         self.x = self.x_hat[0].double()
         self.layout = attention.TokenLayout(grid, order=order)
-        table = self.layout.blocks().q_blocks.tokens
-        self.blocks = [[int(token) for token in row if token >= 0] for row in table]
+        self.key_block, blocks = str(key_block), self.layout.blocks(key_block=key_block)
+        self.blocks = golden.Blocks(
+            *(
+                [[int(token) for token in row if token >= 0] for row in each.tokens]
+                for each in (blocks.q_blocks, blocks.kv_blocks)
+            )
+        )
         turns = rope.RopeTable(*(part.float() for part in (self.angles.cos(), self.angles.sin())))
         self.inputs = attention.LayerInputs(self.x_hat, turns)
 
@@ -67,6 +75,7 @@ class Case:
     def attend(self, adapter=None, sigma=None, **plan):
         inputs = self.inputs if adapter else attention.LayerInputs()
         call = Call(self.layout, inputs=inputs, sigma=sigma)
+        plan = {"key_block": self.key_block} | plan
         out, cost = run_of(adapter, **plan).attend(self.q_hat, self.k_hat, self.v_hat, call)
         assert out.dtype == self.dtype
         return out[0].double(), cost
@@ -79,8 +88,9 @@ class Case:
 @ORDERS
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])  # two blocks of three, and one
-def test_top_k(dtype, order, pooled, sparsity):
-    case = Case(dtype, order=order)
+@KEY_BLOCKS
+def test_top_k(dtype, order, pooled, sparsity, key_block):
+    case = Case(dtype, order=order, key_block=key_block)
     found, _ = case.attend(method="top-k" if pooled else "top-k plain", sparsity=sparsity)
     case.check(found, golden.top_k(*case.tensors, case.angles, case.blocks, 1 - sparsity, pooled))
 
@@ -88,8 +98,9 @@ def test_top_k(dtype, order, pooled, sparsity):
 @DTYPES
 @ORDERS
 @pytest.mark.parametrize("rank", [0, 32])
-def test_ropeslr_untrained_and_uncalibrated(dtype, order, rank):
-    case = Case(dtype, order=order)
+@KEY_BLOCKS
+def test_ropeslr_untrained_and_uncalibrated(dtype, order, rank, key_block):
+    case = Case(dtype, order=order, key_block=key_block)
     found, _ = case.attend(method="ropeslr", sparsity=0.5, calibrate="off", rank=rank)
     case.check(
         found,
@@ -99,9 +110,10 @@ def test_ropeslr_untrained_and_uncalibrated(dtype, order, rank):
 
 @DTYPES
 @ORDERS
-def test_ropeslr_calibrated(dtype, order):
+@KEY_BLOCKS
+def test_ropeslr_calibrated(dtype, order, key_block):
     """Every token is a calibration row here, so that both know the same rows."""
-    case = Case(dtype, order=order)
+    case = Case(dtype, order=order, key_block=key_block)
     tokens, width = case.q.shape[1:]
     start = {
         "gate_slope": torch.ones(HEADS),

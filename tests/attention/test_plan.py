@@ -107,7 +107,7 @@ def test_what_auto_means(asked, trained, expected):
 def an_adapter(method, use_rank=0):
     """What a plan asks of an adapter; None for no method."""
     order = "raster" if method in ("rola", "sla") else "cube"
-    info = SimpleNamespace(method=method, block_order=order)
+    info = SimpleNamespace(method=method, block_order=order, block_k=64)
     return method and SimpleNamespace(info=info, use_rank=use_rank)
 
 

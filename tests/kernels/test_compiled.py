@@ -27,18 +27,22 @@ MATRIX = [
 
 @pytest.mark.parametrize("target, name", MATRIX)
 def test_kernels_fit_and_use_tensor_cores(target, name):
-    for row in table.compile_case(target, name, table.cases()[name]):
+    for row in table.compile_case(target, name, table.all_cases()[name]):
         assert row["fits"], row
         assert row["spilled_bytes"] <= ALLOWED_SPILLS, row
-        if name not in ("pool", "select", "unpack") and row["kernel"] not in (
+        plain = name.removeprefix(table.PREFIX)
+        if plain not in ("pool", "select", "unpack") and row["kernel"] not in (
             "delta",
             "select_bits",
         ):
-            assert row["tensor_cores"].get(CORES.get(target, "mma"), 0) > 0, row
+            # The 16 rows of a fine block are too few for a whole warpgroup.
+            small = plain != name and row["kernel"] in ("d_keys", "pool_state")
+            core = "mma" if small and target.startswith("cuda") else CORES.get(target, "mma")
+            assert row["tensor_cores"].get(core, 0) > 0, row
         if row["useful_mma"] is not None:
             assert row["useful_mma"] >= 0.95, row
         # "wgmma instructions are serialized".
-        assert not (name in table.FORWARD and row["notes"]), row
+        assert not (plain in table.FORWARD and row["notes"]), row
         if RECORDED:
             mine = (target, name, row["kernel"])
             known = [x for x in RECORD["rows"] if (x["target"], x["case"], x["kernel"]) == mine]
@@ -62,7 +66,7 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
 @pytest.mark.parametrize("name", ["mixed", "state", "backward"])
 def test_other_head_dims_and_dtypes_fit(target, head_dim, dtype, name):
     for row in table.compile_case(
-        target, name, table.cases(head_dim=head_dim, dtype=dtype)[name], head_dim
+        target, name, table.cases(table.Sizes(head_dim=head_dim, dtype=dtype))[name], head_dim
     ):
         assert row["fits"], row
         if row["kernel"] != "delta":
@@ -94,8 +98,10 @@ def test_another_size_compiles_nothing_new():
             dict(tokens=64, kept=16),
             dict(tokens=1_048_576, heads=40, kept=1),
             dict(rank=50, tokens=999),
+            dict(tokens=75_600, heads=40, kept=473, key_block=16),
+            dict(tokens=999, kept=3, key_block=16),
         ):
-            calls = table.cases(**sizes)
+            calls = table.cases(table.Sizes(**sizes))
             for name in (
                 "plain",
                 "mixed",
@@ -112,4 +118,6 @@ def test_another_size_compiles_nothing_new():
     for name, kernel in compiled:
         kernels.setdefault(name, set()).add(kernel.hash)
     counts = {name: len(hashes) for name, hashes in kernels.items()}
-    assert counts == dict.fromkeys(counts, 1) | {"_forward": 3}  # three cases here
+    # Three cases here, all that read key blocks in two sizes of those.
+    twice = ("_d_queries", "_d_keys", "_mass", "_pool_state")
+    assert counts == dict.fromkeys(counts, 1) | dict.fromkeys(twice, 2) | {"_forward": 6}

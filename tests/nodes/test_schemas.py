@@ -63,6 +63,7 @@ FROZEN = {
             "strict: BOOLEAN",
             "verbose: BOOLEAN",
             "sla_variant: COMBO",
+            "key_block: COMBO",
         ],
         ["MODEL"],
     ),

@@ -9,7 +9,7 @@ import { MODELS, tokenGrid } from "../../web/js/models.js";
 const SETTINGS = {
   method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
   dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
-  keep_first_frame: false, sla_variant: "released",
+  keep_first_frame: false, sla_variant: "released", key_block: "auto",
 };
 const SIZE_480 = { width: 832, height: 480, length: 81 };
 const SIZE_720 = { width: 1280, height: 720, length: 81 };
@@ -35,26 +35,29 @@ test("kept blocks round down, never below one, and 1 - 0.9 counts as a tenth", (
 });
 
 test("required blocks are added to those kept by score", () => {
-  const options = { sparsity: 0.9, order: "raster", keepDiagonal: true, keepFirstFrame: false };
+  const options = { sparsity: 0.9, order: "raster", keyBlock: 64, keepDiagonal: true, keepFirstFrame: false };
   const { keys, kept } = blockDensity([1, 64, 64], 0, options);
   assert.deepEqual([keys, kept], [64, 7]);
   const all = blockDensity([1, 64, 64], 0, { ...options, keepFirstFrame: true });
   assert.equal(all.density, 1);
+  const fine = blockDensity([1, 64, 64], 0, { ...options, keyBlock: 16 });
+  assert.deepEqual([fine.keys, fine.kept], [256, 29], "25 by score, 4 of its own");
 });
 
 test("the first frame of a raster fills its blocks; in cube order it touches those of three or four frames", () => {
-  assert.equal(firstFrameBlocks([21, 30, 52], "raster"), Math.ceil(1560 / 64));
-  const cube = firstFrameBlocks([21, 30, 52], "cube");
+  assert.equal(firstFrameBlocks([21, 30, 52], "raster", 64), Math.ceil(1560 / 64));
+  const cube = firstFrameBlocks([21, 30, 52], "cube", 64);
   assert.ok(cube >= 3 * 1560 / 64 - 1 && cube <= 4 * 1560 / 64 + 1, String(cube));
 });
 
 test("auto follows the adapter, and released weights start sparse", () => {
   const auto = (adapter) => resolve(SETTINGS, adapter);
-  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", first: 1 });
-  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", first: 0 });
+  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", keyBlock: 64, first: 1 });
+  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", keyBlock: 64, first: 0 });
   assert.equal(resolve({ ...SETTINGS, method: "sla" }, "").first, 1);
   assert.equal(resolve({ ...SETTINGS, method: "adaspa" }, "").first, 0);
-  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", first: 1 });
+  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", keyBlock: 64, first: 1 });
+  assert.equal(resolve({ ...SETTINGS, key_block: "32" }, "rola").keyBlock, 32);
   assert.ok(resolve({ ...SETTINGS, method: "sla" }, "unknown").trained);
 });
 
@@ -122,7 +125,7 @@ test("higher sparsity and lower rank never cost more; a step gains less than its
 
 test("methods differ in what replaces dropped blocks", () => {
   const total = (method, trained = false) => attentionCost([21, 30, 52], 0, 128, 12, {
-    method, trained, order: "cube", rank: 0, sparsity: 0.9, slaVariant: "released",
+    method, trained, order: "cube", keyBlock: 64, rank: 0, sparsity: 0.9, slaVariant: "released",
   }).total;
   assert.ok(total("adaspa") < total("top-k plain") && total("top-k plain") < total("ropeslr"));
   assert.equal(total("rola"), total("top-k plain"));
@@ -131,7 +134,7 @@ test("methods differ in what replaces dropped blocks", () => {
 
 test("text tokens of HunyuanVideo are kept whole", () => {
   const cost = attentionCost([10, 30, 52], 256, 128, 24, {
-    method: "top-k plain", order: "cube", rank: 0, sparsity: 0.9, trained: false,
+    method: "top-k plain", order: "cube", keyBlock: 64, rank: 0, sparsity: 0.9, trained: false,
   });
   const blocks = Math.ceil(15600 / 64);
   const video = (keptBlocks(0.9, blocks) + 4) / (blocks + 4);

@@ -67,6 +67,7 @@ def draw_cases(count=64):
             "rank": dice.choice((0, 1, 7, 16, 32, 64, 96, 128)),
             "sparsity": dice.choice((0.0, 0.3, 0.5, 0.77, 0.8, 0.9, 0.93, 0.95, 0.98)),
             "order": dice.choice(("cube", "raster")),
+            "key_block": dice.choice((16, 32, 64)),
             "diagonal": dice.random() < 0.3,
             "first": dice.random() < 0.3,
         }
@@ -89,6 +90,7 @@ def in_script(case):
             "method": method,
             "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
             "order": case["order"],
+            "keyBlock": case["key_block"],
             "rank": case["rank"],
             "sparsity": case["sparsity"],
             "slaVariant": "paper" if case["method"] == "sla paper" else "released",
@@ -102,9 +104,9 @@ def in_python(case):
     """The same from the pack: layout, plan and accounting, put together as AttentionRun does."""
     head_dim, heads, rank = case["width"], case["heads"], case["rank"]
     layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
-    blocks = layout.blocks(case["diagonal"], case["first"])
+    blocks = layout.blocks(case["diagonal"], case["first"], key_block=case["key_block"])
     n_q, n_k = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
-    topk = planning.topk_of(case["sparsity"], n_q)
+    topk = planning.topk_of(case["sparsity"], blocks.num_ranked)
     share = layout.video_tokens / layout.tokens
     density = 1.0 - (1.0 - blocks.density(topk)) * share
     place = (layout.video_tokens, head_dim, heads)
@@ -180,14 +182,16 @@ def test_the_first_frames_blocks_are_those_of_the_layout():
         (
             [dice.randint(1, 12), dice.randint(1, 20), dice.randint(1, 20)],
             dice.choice(("cube", "raster")),
+            dice.choice((16, 32, 64)),
         )
         for _ in range(300)
     ]
-    for (grid, order), found in zip(
+    for (grid, order, key_block), found in zip(
         cases, evaluate([["firstFrameBlocks", *case] for case in cases]), strict=True
     ):
-        required = layouts.TokenLayout(tuple(grid), order=order).blocks(False, True).required
-        assert found == required.counts[0], (grid, order)
+        layout = layouts.TokenLayout(tuple(grid), order=order)
+        required = layout.blocks(False, True, key_block=key_block).required
+        assert found == required.counts[0], (grid, order, key_block)
 
 
 @needs_node
@@ -217,6 +221,7 @@ def test_costs_are_those_of_a_real_call(method):
                     "method": method,
                     "trained": False,
                     "order": run.plan.block_order,
+                    "keyBlock": run.plan.key_tokens,
                     "rank": 9,
                     "sparsity": 0.5,
                 },
@@ -230,16 +235,18 @@ def test_costs_are_those_of_a_real_call(method):
 
 def an_adapter(method, block_order):
     """What a plan asks of an adapter."""
-    return SimpleNamespace(info=SimpleNamespace(method=method, block_order=block_order), use_rank=0)
+    info = SimpleNamespace(method=method, block_order=block_order, block_k=64)
+    return SimpleNamespace(info=info, use_rank=0)
 
 
 @needs_node
 def test_auto_means_what_it_means_in_the_plan():
     cases = [
-        (method, adapter, order, first)
+        (method, adapter, order, key_block, first)
         for method in planning.METHODS
         for adapter in ("", "ropeslr", "rola", "sla")
         for order in planning.BLOCK_ORDERS
+        for key_block in planning.KEY_BLOCKS
         for first in (-1, 3)
         if not adapter or method in ("auto", adapter) or method not in planning.TRAINED_METHODS
     ]
@@ -247,19 +254,27 @@ def test_auto_means_what_it_means_in_the_plan():
         [
             [
                 "resolve",
-                {"method": method, "block_order": order, "dense_first_steps": first},
+                {
+                    "method": method,
+                    "block_order": order,
+                    "key_block": key_block,
+                    "dense_first_steps": first,
+                },
                 adapter,
             ]
-            for method, adapter, order, first in cases
+            for method, adapter, order, key_block, first in cases
         ]
     )
-    for (method, adapter, order, first), answer in zip(cases, found, strict=True):
+    for (method, adapter, order, key_block, first), answer in zip(cases, found, strict=True):
         trained_order = "raster" if adapter in ("rola", "sla") else "cube"
-        plan = planning.SparsePlan(method=method, block_order=order, dense_first_steps=first)
+        plan = planning.SparsePlan(
+            method=method, block_order=order, key_block=key_block, dense_first_steps=first
+        )
         plan = plan.resolve(an_adapter(adapter, trained_order) if adapter else None)
         expected = {
             "method": plan.method,
             "order": plan.block_order,
+            "keyBlock": plan.key_tokens,
             "first": plan.dense_first_steps,
         }
         assert answer == {**expected, "trained": plan.method == adapter}, (method, adapter)

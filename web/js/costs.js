@@ -18,17 +18,18 @@ export function keptBlocks(sparsity, blocks) {
 }
 
 /**
- * Blocks of a video that hold tokens of its first frame. They come first in either order.
+ * Key blocks of a video that hold tokens of its first frame. They come first in either order.
  * @param {RoPeSLR.Grid} grid
  * @param {string} order
+ * @param {number} keyBlock tokens of a key block, at least 16
  */
-export function firstFrameBlocks([frames, height, width], order) {
-  if (order === "raster") return Math.ceil((height * width) / BLOCK);
+export function firstFrameBlocks([frames, height, width], order, keyBlock) {
+  if (order === "raster") return Math.ceil((height * width) / keyBlock);
   const depth = Math.floor(frames / Math.ceil(frames / TILE)); // frames in the first layer of tiles
   const bands = Math.ceil(height / TILE);
   const lastBand = height - Math.floor((height * (bands - 1)) / bands);
   const lastOfFirst = depth * height * width - depth * lastBand + lastBand - 1; // in the last column of the last band
-  return Math.floor(lastOfFirst / BLOCK) + 1;
+  return Math.floor(lastOfFirst / keyBlock) + 1;
 }
 
 /**
@@ -38,17 +39,21 @@ export function firstFrameBlocks([frames, height, width], order) {
  * @param {RoPeSLR.BlockSettings} settings
  * @returns {RoPeSLR.BlockCounts}
  */
-export function blockDensity(grid, extra, { sparsity, order, keepDiagonal, keepFirstFrame }) {
-  const queries = Math.ceil((grid[0] * grid[1] * grid[2]) / BLOCK);
-  const extraBlocks = Math.ceil(extra / BLOCK);
-  const keys = queries + extraBlocks;
-  const keep = keptBlocks(sparsity, queries);
-  const first = keepFirstFrame ? firstFrameBlocks(grid, order) : 0;
-  /** @param {number} diagonal */
-  const keptBy = (diagonal) => Math.min(keys, extraBlocks + first + diagonal + keep);
-  // A query block of the first frame finds its diagonal among the first frame's blocks already.
-  const mean = (first * keptBy(0) + (queries - first) * keptBy(keepDiagonal ? 1 : 0)) / queries;
-  return { queries, keys, keep, kept: mean, density: mean / keys };
+export function blockDensity(grid, extra, { sparsity, order, keyBlock, keepDiagonal, keepFirstFrame }) {
+  const tokens = grid[0] * grid[1] * grid[2];
+  const queries = Math.ceil(tokens / BLOCK);
+  const ranked = Math.ceil(tokens / keyBlock); // the video's key blocks
+  const extraBlocks = Math.ceil(extra / keyBlock);
+  const keys = ranked + extraBlocks;
+  const keep = keptBlocks(sparsity, ranked);
+  const first = keepFirstFrame ? firstFrameBlocks(grid, order, keyBlock) : 0;
+  let kept = 0;
+  for (let query = 0; query < queries; query++) {
+    const start = Math.max((query * BLOCK) / keyBlock, first); // the first frame's blocks are kept already
+    const diagonal = keepDiagonal ? Math.max(0, Math.min(((query + 1) * BLOCK) / keyBlock, ranked) - start) : 0;
+    kept += Math.min(keys, extraBlocks + first + diagonal + keep);
+  }
+  return { queries, ranked, keys, keep, kept: kept / queries, density: kept / queries / keys };
 }
 
 /**

@@ -1,7 +1,7 @@
 // What a choice of settings saves: what "auto" means, what stays dense and why, and how much faster the rest is.
 // @ts-check
 
-import { attentionCost, linearFlops } from "./costs.js";
+import { attentionCost, BLOCK, linearFlops } from "./costs.js";
 import { count } from "./format.js";
 import { extraTokens, MODELS, tokenGrid } from "./models.js";
 
@@ -10,9 +10,9 @@ const TRAINED = ["ropeslr", "rola", "sla"];
 const LONGEST_LAYERS = 1000; // characters of dense_layers, as in attention/plan.py
 
 /**
- * The method that runs, its block order, its dense first steps, and whether it has trained weights. An unknown adapter
- * is taken to fit.
- * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "dense_first_steps">} settings
+ * The method that runs, its block order and key block, its dense first steps, and whether it has trained weights. An
+ * unknown adapter is taken to fit, and to have been trained with blocks of 64.
+ * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "dense_first_steps">} settings
  * @param {RoPeSLR.AdapterMethod} adapter
  * @returns {RoPeSLR.ResolvedPlan}
  */
@@ -23,9 +23,10 @@ export function resolve(settings, adapter) {
   const trained = Boolean(known) && method === known;
   const released = method === "rola" || method === "sla";
   const order = settings.block_order === "auto" ? (released ? "raster" : "cube") : settings.block_order;
+  const keyBlock = settings.key_block === "auto" ? BLOCK : Number(settings.key_block);
   let first = settings.dense_first_steps;
   if (first < 0) first = (released && trained) || method === "adaspa" ? 0 : 1;
-  return { method, trained, order, first };
+  return { method, trained, order, keyBlock, first };
 }
 
 /**
@@ -88,7 +89,7 @@ export function whyDense(settings, tokens, blocks, everyLayer) {
     return `Everything runs dense: this video has ${count(tokens)} tokens, fewer than min tokens ` +
       `(${count(settings.min_tokens)}). Make it larger or longer, or lower min tokens to try anyway.`;
   }
-  if (blocks.keep >= blocks.queries) return "Everything runs dense: this sparsity drops no block.";
+  if (blocks.keep >= blocks.ranked) return "Everything runs dense: this sparsity drops no block.";
   if (settings.start_percent >= settings.end_percent) {
     return "Everything runs dense: start percent is not below end percent.";
   }
@@ -109,8 +110,9 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   const plan = resolve(settings, adapter);
   const grid = gridOf(model, size);
   const cost = attentionCost(grid, extraTokens(model), model.dim / model.heads, model.heads, {
-    method: plan.method, trained: plan.trained, order: plan.order, rank: settings.rank, sparsity: settings.sparsity,
-    slaVariant: settings.sla_variant, keepDiagonal: settings.keep_diagonal,
+    method: plan.method, trained: plan.trained, order: plan.order, keyBlock: plan.keyBlock, rank: settings.rank,
+    sparsity: settings.sparsity, slaVariant: settings.sla_variant,
+    keepDiagonal: settings.keep_diagonal,
     // How many tokens a frame has is not known from a count of them; what is left out keeps this an upper bound.
     keepFirstFrame: settings.keep_first_frame && !("tokens" in size),
   });

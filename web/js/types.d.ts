@@ -175,6 +175,7 @@ declare namespace RoPeSLR {
     keep_diagonal: boolean;
     keep_first_frame: boolean;
     sla_variant: string;
+    key_block: string;
   }
 
   /** Settings without an "auto". */
@@ -182,12 +183,14 @@ declare namespace RoPeSLR {
     method: Method;
     trained: boolean;
     order: string;
+    keyBlock: number;
     first: number;
   }
 
   interface BlockSettings {
     sparsity: number;
     order: string;
+    keyBlock: number;
     keepDiagonal?: boolean;
     keepFirstFrame?: boolean;
   }
@@ -202,6 +205,7 @@ declare namespace RoPeSLR {
 
   interface BlockCounts {
     queries: number;
+    ranked: number;
     keys: number;
     keep: number;
     kept: number;

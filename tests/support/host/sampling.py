@@ -25,6 +25,7 @@ CHANGES = (
     dict(block_order="raster"),
     dict(keep_diagonal=True),
     dict(keep_first_frame=True),
+    dict(key_block="16"),
     dict(backend="dense"),
     dict(dense_layers="1"),
     dict(start_percent=0.5),

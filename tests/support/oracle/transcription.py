@@ -1,19 +1,29 @@
 """A slow transcription of the methods' formulas in float64, head by head, for golden tests.
 
 Shapes: q, k before RoPE and v `(H, L, D)`, angles `(L, D/2)` or None for no rotation, x `(L, H*D)`;
-`blocks` lists the token numbers of each block, for queries and keys alike, and `keep` is 1 -
-sparsity. Every token is a video token.
+`blocks` lists the token numbers of each query and each key block, and `keep` is 1 - sparsity. Every
+token is a video token.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 64
 Grid = tuple[int, int, int]
+
+
+class Blocks(NamedTuple):
+    """Token numbers of each block."""
+
+    queries: list[list[int]]
+    keys: list[list[int]]
+
+
 Kept = list[list[list[int]]]  # per head, per query block: sorted numbers of the kept key blocks
 
 
@@ -62,18 +72,16 @@ def dense(q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None) -> tuple[Tenso
     return out, lse
 
 
-def kept_blocks(
-    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], keep: float
-) -> Kept:
+def kept_blocks(q: Tensor, k: Tensor, angles: Tensor | None, blocks: Blocks, keep: float) -> Kept:
     """The key blocks of largest pooled score, for each head and query block."""
-    count = _kept_count(keep, len(blocks))
+    count = _kept_count(keep, len(blocks.keys))
     return [
         [sorted(order[:count]) for order in head] for head in _ranked_blocks(q, k, angles, blocks)
     ]
 
 
 def sparse(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: Blocks, kept: Kept
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the kept blocks only: O_s `(H, L, D)`, LSE `(H, L)`.
 
@@ -83,8 +91,8 @@ def sparse(
     out = torch.zeros_like(v)
     lse = torch.full(v.shape[:2], -math.inf, dtype=torch.float64)
     for h in range(q.shape[0]):
-        for block, rows in enumerate(blocks):
-            columns = _tokens(blocks, kept[h][block])
+        for block, rows in enumerate(blocks.queries):
+            columns = _tokens(blocks.keys, kept[h][block])
             if not columns:
                 continue
             for i in rows:
@@ -107,13 +115,15 @@ def _kept_count(keep: float, blocks: int) -> int:
     return min(blocks, max(1, math.floor(keep * blocks + 1e-6)))
 
 
-def _ranked_blocks(q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]]) -> Kept:
+def _ranked_blocks(q: Tensor, k: Tensor, angles: Tensor | None, blocks: Blocks) -> Kept:
     """All key block numbers, best pooled score first, for each head and query block."""
     q, k = rotate(q, angles), rotate(k, angles)
     ranked = []
     for h in range(q.shape[0]):
-        pooled_k = _pool(k[h], blocks) - k[h].mean(0)
-        ranked.append([_descending(pooled_k @ pooled_q) for pooled_q in _pool(q[h], blocks)])
+        pooled_k = _pool(k[h], blocks.keys) - k[h].mean(0)
+        ranked.append(
+            [_descending(pooled_k @ pooled_q) for pooled_q in _pool(q[h], blocks.queries)]
+        )
     return ranked
 
 
@@ -145,7 +155,7 @@ def top_k(
     k: Tensor,
     v: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     pooled: bool,
 ) -> Tensor:
@@ -159,13 +169,17 @@ def top_k(
     q, k, v = rotate(q, angles), rotate(k, angles), v.double()
     out = torch.zeros_like(v)
     for h in range(q.shape[0]):
-        pooled_k, pooled_v = _pool(k[h], blocks), _pool(v[h], blocks)
-        for block, rows in enumerate(blocks):
-            columns, rest = _tokens(blocks, kept[h][block]), _dropped(kept[h][block], blocks)
+        pooled_k, pooled_v = _pool(k[h], blocks.keys), _pool(v[h], blocks.keys)
+        for block, rows in enumerate(blocks.queries):
+            columns, rest = (
+                _tokens(blocks.keys, kept[h][block]),
+                _dropped(kept[h][block], blocks.keys),
+            )
             keys = torch.cat((k[h, columns], pooled_k[rest]))
             values = torch.cat((v[h, columns], pooled_v[rest]))
             weight = torch.tensor(
-                [0.0] * len(columns) + [math.log(len(blocks[j])) for j in rest], dtype=torch.float64
+                [0.0] * len(columns) + [math.log(len(blocks.keys[j])) for j in rest],
+                dtype=torch.float64,
             )
             for i in rows:
                 out[h, i], _ = _softmax_mix(
@@ -177,17 +191,15 @@ def top_k(
 # AdaSpa
 
 
-def block_mass(
-    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], lse: Tensor
-) -> Tensor:
+def block_mass(q: Tensor, k: Tensor, angles: Tensor | None, blocks: Blocks, lse: Tensor) -> Tensor:
     """Softmax mass `(H, Nq, Nk)` of each block under the given normaliser `lse` `(H, L)`."""
     q, k, lse = rotate(q, angles), rotate(k, angles), lse.double()
-    mass = torch.zeros(q.shape[0], len(blocks), len(blocks), dtype=torch.float64)
+    mass = torch.zeros(q.shape[0], len(blocks.queries), len(blocks.keys), dtype=torch.float64)
     for h in range(q.shape[0]):
-        for block, rows in enumerate(blocks):
+        for block, rows in enumerate(blocks.queries):
             for i in rows:
                 share = torch.exp(k[h] @ q[h, i] / math.sqrt(q.shape[-1]) - lse[h, i])
-                for j, columns in enumerate(blocks):
+                for j, columns in enumerate(blocks.keys):
                     mass[h, block, j] += share[columns].sum()
     return mass
 
@@ -231,7 +243,7 @@ def sla(
     k: Tensor,
     v: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     weight: Tensor,
     bias: Tensor,
@@ -249,14 +261,14 @@ def sla(
     out_sparse, _ = sparse(q, k, v, angles, blocks, kept)
     phi_q, phi_k = torch.softmax(rotate(q, angles), -1), torch.softmax(rotate(k, angles), -1)
     v, weight, bias = v.double(), weight.double(), bias.double()
-    count = _kept_count(keep, len(blocks))
-    skipped = min(math.floor(negligible * len(blocks) + 1e-6), len(blocks) - count)
+    count = _kept_count(keep, len(blocks.keys))
+    skipped = min(math.floor(negligible * len(blocks.keys) + 1e-6), len(blocks.keys) - count)
     out = torch.zeros_like(v)
     for h in range(q.shape[0]):
-        for block, rows in enumerate(blocks):
+        for block, rows in enumerate(blocks.queries):
             columns = list(range(v.shape[1]))
             if variant == "paper":
-                columns = _tokens(blocks, ranked[h][block][count : len(blocks) - skipped])
+                columns = _tokens(blocks.keys, ranked[h][block][count : len(blocks.keys) - skipped])
             state, total = phi_k[h, columns].T @ v[h, columns], phi_k[h, columns].sum(0)
             for i in rows:
                 linear = phi_q[h, i] @ state / (1e-5 + phi_q[h, i] @ total)
@@ -273,7 +285,7 @@ def rola(
     v: Tensor,
     x: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     a_q: Tensor,
     a_k: Tensor,
@@ -333,7 +345,7 @@ def _rms_fusion(
     k: Tensor,
     v: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     phi_q: Tensor,
     phi_k: Tensor,
@@ -368,7 +380,7 @@ def ropeslr(
     v: Tensor,
     x: Tensor | None,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     grid: Grid,
     weights: dict[str, Tensor],
@@ -416,7 +428,7 @@ def ropeslr_rms(
     v: Tensor,
     x: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     grid: Grid,
     weights: dict[str, Tensor],
@@ -442,7 +454,7 @@ def calibrate(
     k: Tensor,
     v: Tensor,
     angles: Tensor | None,
-    blocks: list[list[int]],
+    blocks: Blocks,
     keep: float,
     rows: list[int],
     start: dict[str, Tensor | None],
@@ -463,11 +475,11 @@ def calibrate(
     turned_q, turned_k, v = rotate(q, angles), rotate(k, angles), v.double()
     gate_x = torch.zeros(v.shape[:2], dtype=torch.float64) if gate_x is None else gate_x.double()
     branch = torch.zeros_like(v) if branch is None else branch.double()
-    block_of = {token: number for number, block in enumerate(blocks) for token in block}
+    block_of = {token: number for number, block in enumerate(blocks.queries) for token in block}
     for h in range(v.shape[0]):
         estimate, truth = [], []
         for i in rows:
-            rest = _tokens(blocks, _dropped(kept[h][block_of[i]], blocks))
+            rest = _tokens(blocks.keys, _dropped(kept[h][block_of[i]], blocks.keys))
             logits = turned_k[h, rest] @ turned_q[h, i] / math.sqrt(v.shape[-1])
             estimate.append((dropped_lse[h, i] - lse_kept[h, i]).item())
             # log(exp(LSE_all - LSE_kept) - 1) is the unkept keys' own log-sum-exp against LSE_kept:
@@ -509,9 +521,7 @@ def _weight(weights: dict[str, Tensor], name: str, initial: Tensor) -> Tensor:
     return weights.get(name, initial).double()
 
 
-def _dropped_lse(
-    q: Tensor, k: Tensor, angles: Tensor | None, blocks: list[list[int]], kept: Kept
-) -> Tensor:
+def _dropped_lse(q: Tensor, k: Tensor, angles: Tensor | None, blocks: Blocks, kept: Kept) -> Tensor:
     """T `(H, L)`.
 
     Estimated log mass of the unkept blocks, one number per query block; -inf where none is unkept.
@@ -519,12 +529,12 @@ def _dropped_lse(
     q, k = rotate(q, angles), rotate(k, angles)
     dropped_lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for h in range(q.shape[0]):
-        pooled_q, pooled_k = _pool(q[h], blocks), _pool(k[h], blocks)
-        for block, rows in enumerate(blocks):
+        pooled_q, pooled_k = _pool(q[h], blocks.queries), _pool(k[h], blocks.keys)
+        for block, rows in enumerate(blocks.queries):
             logits = [
                 (pooled_q[block] @ pooled_k[j]).item() / math.sqrt(q.shape[-1])
-                + math.log(len(blocks[j]))
-                for j in _dropped(kept[h][block], blocks)
+                + math.log(len(blocks.keys[j]))
+                for j in _dropped(kept[h][block], blocks.keys)
             ]
             if logits:
                 dropped_lse[h, rows] = torch.logsumexp(torch.tensor(logits, dtype=torch.float64), 0)
