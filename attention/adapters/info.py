@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..plan import BLOCK, TRAINED_METHODS
+from ..plan import BLOCK, KEY_BLOCKS, TRAINED_METHODS
 from ..rope import rope_axes
 from .text import quoted, shown
 
@@ -110,10 +110,13 @@ class AdapterInfo:
             )
         if self.head_dim % 2:
             raise AdapterError(f"head_dim is {self.head_dim}; RoPE needs an even number")
-        for name in ("block_q", "block_k"):
-            value = getattr(self, name)
-            if value != BLOCK:
-                raise AdapterError(f"{name} is {shown(value)}; this version runs blocks of {BLOCK}")
+        if self.block_q != BLOCK:
+            found = shown(self.block_q)
+            raise AdapterError(f"block_q is {found}; this version runs query blocks of {BLOCK}")
+        sizes = KEY_BLOCKS[1:] if self.method == "ropeslr" else (str(BLOCK),)
+        if str(self.block_k) not in sizes:
+            expected = " or ".join(sizes)
+            raise AdapterError(f"block_k is {shown(self.block_k)}; {self.method} runs {expected}")
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)

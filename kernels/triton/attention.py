@@ -42,6 +42,7 @@ from .tiles import (
     LN_2,
     LOG2_E,
     STRIDE_UNIT,
+    any_missing,
     block_tokens,
     head_ptr,
     kept_tokens,
@@ -277,10 +278,10 @@ def _forward(
     l = tl.zeros((BLOCK_Q,), tl.float32)  # running sum  # noqa: E741
     acc = tl.zeros((BLOCK_Q, DP), tl.float32)
     for i in range(0, count, TILE_K // BLOCK_K):
-        rows, short = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
+        rows, block = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         scores = tl.dot(q, k.T) * log2_scale
-        if short:
+        if any_missing(kv_table_ptr, rows, block, k_tokens, BLOCK_K, TILE_K):
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         v = load_rows(v_ptr, rows, v_row, D, DP)
         m, l, acc = softmax_step(scores, v, m, l, acc)  # noqa: E741

@@ -17,7 +17,7 @@ from ..pytorch.common import empty_nhd
 from ..types import Forward
 from .attention import TILE, Tables
 from .launch import aligned, kernel, launch_options, padded, strides
-from .tiles import LOG2_E, block_tokens, head_ptr, kept_tokens, load_rows, store_rows
+from .tiles import LOG2_E, any_missing, block_tokens, head_ptr, kept_tokens, load_rows, store_rows
 from .transpose import transposed_lists
 
 BLOCK = 64  # rows of the element-wise pass
@@ -169,11 +169,11 @@ def _d_queries(
     log2_scale = scale * LOG2_E
     d_q = tl.zeros((BLOCK_Q, DP), tl.float32)
     for i in range(0, count, TILE_K // BLOCK_K):
-        rows, short = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
+        rows, block = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         v = load_rows(v_ptr, rows, v_row, D, DP)
         scores = tl.dot(q, k.T) * log2_scale
-        if short:
+        if any_missing(kv_table_ptr, rows, block, k_tokens, BLOCK_K, TILE_K):
             scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
         weights = tl.exp2(scores - lse[:, None])
         d_weights = tl.dot(d_out, v.T)

@@ -52,30 +52,39 @@ def is_short(table_ptr, block, tokens, BLOCK: tl.constexpr):
 def kept_tokens(
     table_ptr, lists_ptr, first, count, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Tokens `(TILE,)` of a list's blocks from entry `first` on, and whether any is missing (-1).
+    """Tokens `(TILE,)` of a list's blocks from entry `first` on, -1 where there are none.
 
-    TILE // BLOCK entries make a tile. Without a list its entries are all blocks in order.
+    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. Also what
+    `any_missing` wants to know: the block, where it is one.
     """
     if TILE == BLOCK:
         block = first
         if lists_ptr is not None:
             block = tl.load(lists_ptr + first)
         rows = block_tokens(table_ptr, block, tokens, BLOCK)
-        short = is_short(table_ptr, block, tokens, BLOCK)
     else:
         slots = tl.arange(0, TILE)
         entries = first + slots // BLOCK
         there = entries < count
-        blocks = entries
+        block = entries
         if lists_ptr is not None:
-            blocks = tl.load(lists_ptr + entries, mask=there, other=0)
-        rows = blocks * BLOCK + slots % BLOCK
+            block = tl.load(lists_ptr + entries, mask=there, other=0)
+        rows = block * BLOCK + slots % BLOCK
         if table_ptr is None:
             rows = tl.where(there & (rows < tokens), rows, -1)
         else:
             rows = tl.load(table_ptr + rows, mask=there, other=-1)
-        short = tl.min(rows, 0) < 0
-    return rows, short
+    return rows, block
+
+
+@triton.jit
+def any_missing(table_ptr, rows, block, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Whether a tile of `kept_tokens` has an empty slot."""
+    if TILE == BLOCK:
+        missing = is_short(table_ptr, block, tokens, BLOCK)
+    else:
+        missing = tl.min(rows, 0) < 0
+    return missing
 
 
 @triton.jit

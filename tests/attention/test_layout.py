@@ -123,3 +123,36 @@ def test_wrong_layouts_are_refused():
             ValueError, match="hidden must be ascending spans .* before or after the video"
         ):
             layout.TokenLayout((1, 4, 4), before=5, after=9, hidden=spans)
+
+
+@pytest.mark.parametrize("order", ["cube", "raster"])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_key_blocks_divide_query_blocks(order, size):
+    """In the same order, so that a query block's own tokens are those of some key blocks."""
+    case = layout.TokenLayout((3, 7, 9), before=5, after=21, order=order, hidden=((200, 204),))
+    blocks = case.blocks(keep_diagonal=True, key_block=size)
+    queries, keys = blocks.q_blocks, blocks.kv_blocks
+    assert (queries.block_size, keys.block_size) == (64, size)
+    assert blocks.num_ranked == -(-189 // size) == blocks.kv_of_queries.num_blocks
+    video = keys.tokens[: blocks.num_ranked].flatten()
+    assert torch.equal(video[video >= 0], queries.tokens[queries.tokens >= 0] + 5)
+    beside = keys.tokens[blocks.num_ranked :].flatten()
+    assert beside[beside >= 0].tolist() == [*range(5), *range(194, 200), *range(204, 215)]
+    for i, row in enumerate(blocks.required.mask):
+        kept = keys.tokens[: blocks.num_ranked][row[: blocks.num_ranked]].flatten()
+        own = queries.tokens[i]
+        assert torch.equal(kept[kept >= 0], own[own >= 0] + 5)
+        assert row[blocks.num_ranked :].all()
+
+
+def test_the_first_frame_costs_less_in_fine_key_blocks():
+    case = layout.TokenLayout((2, 8, 20), order="raster")
+    counts = [
+        case.blocks(keep_first_frame=True, key_block=size).required.counts for size in (64, 16)
+    ]
+    assert [int(each[0]) * size for each, size in zip(counts, (64, 16))] == [192, 160]
+
+
+def test_a_key_block_that_does_not_divide_a_query_block_is_refused():
+    with pytest.raises(ValueError, match="key_block must divide 64; found 24"):
+        layout.TokenLayout((1, 4, 4)).blocks(key_block=24)

@@ -23,7 +23,7 @@ HEADERS = (
     ("format_version", "2"),
     ("method", "magic"),
     ("block_q", "128"),
-    ("block_k", "32"),
+    ("block_k", "24"),
     ("block_order", "hilbert"),
     ("sparsity", "nan"),
     ("sparsity", "1.0"),
