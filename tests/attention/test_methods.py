@@ -54,6 +54,19 @@ def test_error_falls_as_density_rises(method):
     assert all(more > less for more, less in zip(errors, errors[1:])), errors
 
 
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_error_falls_as_key_blocks_get_smaller(method):
+    """At the same density, of whole blocks: 1 of 8, 2 of 16, 4 of 32 ..."""
+    grid = (8, 16, 16)
+    q, k, v = smooth_qkv(grid, sharpness=1.5)
+    layout, errors = attention.TokenLayout(grid), []
+    for size in ("64", "32", "16"):
+        out, cost = run(q, k, v, layout, method=method, sparsity=0.875, key_block=size)
+        assert cost.density == 0.125
+        errors.append(relative_error(out, reference.dense_attention(q, k, v)[0]))
+    assert all(more > less for more, less in zip(errors, errors[1:])), errors
+
+
 def test_calibration_and_rank_take_effect():
     q, k, v = smooth_qkv(GRID)
     calibrated, uncalibrated = (error(q, k, v, calibrate=mode) for mode in ("auto", "off"))
@@ -90,7 +103,8 @@ def test_lower_rank_costs_less():
         ("adaspa", 0, "released"),
     ],
 )
-def test_the_accounting_is_what_is_computed(method, rank, variant):
+@pytest.mark.parametrize("key_block", ["64", "16"])
+def test_the_accounting_is_what_is_computed(method, rank, variant, key_block):
     """Counted by PyTorch over the whole call, but for sums and means, which it does not count."""
     from support.data import adapters as made
 
@@ -102,7 +116,8 @@ def test_the_accounting_is_what_is_computed(method, rank, variant):
     angles = rope_angles(grid, width)
     rope = attention.RopeTable(angles.cos(), angles.sin())
     inputs = attention.LayerInputs(made.layer_x(q.shape[2], heads * width, torch.float32), rope)
-    session = run_of(adapter, method=method, rank=rank, sparsity=0.75, sla_variant=variant)
+    asked = dict(method=method, rank=rank, sla_variant=variant, key_block=key_block)
+    session = run_of(adapter, sparsity=0.75, **asked)
     layout = attention.TokenLayout(grid, order=session.plan.block_order)
     for _ in range(2):  # the first call searches, or chooses features
         with FlopCounterMode(display=False) as counter:

@@ -95,8 +95,9 @@ def test_every_block_kept_is_dense(variant, monkeypatch, thorough):
     full_density(monkeypatch)
     _, variant, model = variant
     dense = variant.sample(model, variant.even, 1.0)
-    for order in ("cube", "raster") if thorough else ("cube",):
-        patched = sparse(model, sparsity=0.0, block_order=order)
+    orders = (("cube", "64"), ("cube", "16"), ("raster", "64"), ("raster", "16"))
+    for order, key_block in orders if thorough else orders[:2]:
+        patched = sparse(model, sparsity=0.0, block_order=order, key_block=key_block)
         assert relative_error(variant.sample(patched, variant.even, 1.0), dense) < 1e-5
         assert report(patched).density == 1.0 and not report(patched).dense_calls
 
