@@ -2,8 +2,8 @@
 
 Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as
 often as a run makes it (once in five calls); adaspa between its searches; rola and sla with random
-weights. "kernel" is the sparse kernel alone. Times are medians of interleaved runs, ratios within
-one run; random inputs, which cost what any inputs cost.
+weights; "ropeslr, 16" with key blocks of 16 tokens. "kernel" is the sparse kernel alone. Times are
+medians of interleaved runs, ratios within one run; random inputs, which cost what any inputs cost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
 SPARSITIES = (0.80, 0.90, 0.95)
 HEADS, WIDTH = 4, 128
 CALIBRATE_EVERY = 5
-METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa", "rola", "sla")
+FINE = "ropeslr, 16"  # key blocks of 16 tokens
+METHODS = ("ropeslr", FINE, "top-k", "top-k plain", "adaspa", "rola", "sla")
 
 
 def main() -> None:
@@ -81,15 +82,16 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     for sparsity in SPARSITIES:
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
         for method in METHODS:
-            plan = attention.SparsePlan(method=method, sparsity=sparsity, calibrate="first step")
+            plan = plan_of(method, sparsity, "first step")
             candidates[method] = whole_call(q, k, v, layout, plan)
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
         seconds = interleaved(candidates, repeats)
-        plan = attention.SparsePlan(method="ropeslr", sparsity=sparsity, calibrate="every step")
-        calibrating = interleaved({"calibrating": whole_call(q, k, v, layout, plan)}, repeats)[
-            "calibrating"
-        ]
-        seconds["ropeslr"] += (calibrating - seconds["ropeslr"]) / CALIBRATE_EVERY
+        calibrating = {
+            method: whole_call(q, k, v, layout, plan_of(method, sparsity, "every step"))
+            for method in ("ropeslr", FINE)
+        }
+        for method, own in interleaved(calibrating, repeats).items():
+            seconds[method] += (own - seconds[method]) / CALIBRATE_EVERY
         ratios = {name: seconds["dense"] / value for name, value in seconds.items()}
         rows.append(
             {
@@ -106,6 +108,14 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
             flush=True,
         )
     return rows
+
+
+def plan_of(method: str, sparsity: float, calibrate: str):
+    """The plan of one of METHODS."""
+    method, _, key_block = method.partition(", ")
+    return attention.SparsePlan(
+        method=method, sparsity=sparsity, calibrate=calibrate, key_block=key_block or "auto"
+    )
 
 
 def whole_call(q, k, v, layout, plan) -> Callable:
