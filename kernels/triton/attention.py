@@ -171,9 +171,9 @@ def launch(
     q, k, v = aligned(q), aligned(k), aligned(v)
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
-    kind = "pooled" if pooled is not None else epilogue.kind
-    if kind == "forward" and tables.block_k < TILE:
-        kind = "fine"
+    kind = epilogue.kind
+    if pooled is not None:
+        kind = "pooled" if tables.block_k >= TILE else "fine_pooled"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:

@@ -66,9 +66,9 @@ def padded(width: int) -> int:
 TABLE: dict[str, dict[str, Launch]] = {
     "other": {
         "forward": Launch(4, 3),
-        "fine": Launch(4, 3),
         "mixed": Launch(8, 3),
         "pooled": Launch(8, 3),
+        "fine_pooled": Launch(8, 3),
         "linear": Launch(8, 3),
         "low_rank": Launch(8, 3),
         "d_queries": Launch(8, 2),
@@ -85,18 +85,17 @@ TABLE: dict[str, dict[str, Launch]] = {
     "90": {
         "mixed": Launch(4, 3),
         "pooled": Launch(4, 3),
+        "fine_pooled": Launch(4, 2),  # with more stages ptxas serialises its wgmma
         "linear": Launch(4, 3),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
     "100": {
         "forward": Launch(8, 3),
-        "fine": Launch(8, 3),
         "features": Launch(8, 2),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
-    "120": {"fine": Launch(8, 3)},
     "gfx942": {"mixed": Launch(4, 3), "d_queries": Launch(4, 1), "d_keys": Launch(4, 1)},
 }
 
