@@ -36,7 +36,7 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
             "select_bits",
         ):
             # The 16 rows of a fine block are too few for a whole warpgroup.
-            small = plain != name and row["kernel"] in ("d_keys", "pool_state")
+            small = plain != name and row["kernel"] == "d_keys"
             core = "mma" if small and target.startswith("cuda") else CORES.get(target, "mma")
             assert row["tensor_cores"].get(core, 0) > 0, row
         if row["useful_mma"] is not None:
