@@ -15,7 +15,7 @@ from . import load_pack
 
 ops, reference, types = (load_pack(f".kernels.{name}") for name in ("ops", "reference", "types"))
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-TOKENS, BLOCK = 1000, 64
+TOKENS, BLOCK, FINE_BLOCK = 1000, 64, 16
 
 
 @contextlib.contextmanager
@@ -36,11 +36,19 @@ def errors(device: torch.device) -> dict[str, dict]:
     """
     found = {}
     first = torch.float16 if device.type == "cuda" else torch.float32
-    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 80), (first, 64)):
+    kinds = (
+        (torch.bfloat16, 128, BLOCK),
+        (torch.bfloat16, 128, FINE_BLOCK),
+        (torch.bfloat16, 80, BLOCK),
+        (first, 64, BLOCK),
+    )
+    for dtype, width, key_block in kinds:
         name = f"{str(dtype).removeprefix('torch.')} {width}"
+        if key_block != BLOCK:
+            name += f", key blocks of {key_block}"
         try:
             with poisoned(), torch.inference_mode(False):
-                for operation, error in _one(device, dtype, width).items():
+                for operation, error in _one(device, dtype, width, key_block).items():
                     found[f"{operation} {name}"] = {"error": error, "limit": LIMITS[dtype]}
         except Exception as failure:
             found[f"failed {name}"] = {
@@ -51,19 +59,21 @@ def errors(device: torch.device) -> dict[str, dict]:
     return found
 
 
-def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float]:
+def _one(device: torch.device, dtype: torch.dtype, width: int, key_block: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(width)
 
     def random(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator).to(of)
 
     q, k, v, d_out = (random(1, TOKENS, 2, width, of=dtype).transpose(1, 2) for _ in range(4))
-    blocks = types.TokenBlocks.cut(torch.randperm(TOKENS, generator=generator), BLOCK)
-    layout = types.BlockLayout(blocks, blocks)
+    order = torch.randperm(TOKENS, generator=generator)
+    blocks, keys = (types.TokenBlocks.cut(order, size) for size in (BLOCK, key_block))
+    layout, topk = types.BlockLayout(blocks, keys), 4 * BLOCK // key_block - 1
     pooled_q, pooled_k, pooled_v = (
-        reference.block_pool(x.double(), blocks).float() for x in (q, k, v)
+        reference.block_pool(x.double(), own).float()
+        for x, own in ((q, blocks), (k, keys), (v, keys))
     )
-    mask, dropped_lse = reference.block_select(pooled_q, pooled_k, layout, 4)
+    mask, dropped_lse = reference.block_select(pooled_q, pooled_k, layout, topk)
     far = types.PooledKV(pooled_k.to(dtype), pooled_v.to(dtype))
     angles = random(TOKENS, width // 2)
     axis_ids = torch.stack([torch.arange(TOKENS) % n for n in (3, 4, 5)], dim=1).int()
@@ -84,13 +94,14 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
     folded = types.LinearState(*reference.low_rank_state(k.float(), v.float(), plain))
     branch = types.LinearBranch(plain, folded, random(width))
     sparse, lse = (q, k, v, mask), reference.dense_attention(*(x.double() for x in (q, k, v)))[1]
-    some = types.TokenBlocks.cut(torch.arange(900), BLOCK, num_tokens=TOKENS)
-    bits = torch.full((1, 2, blocks.num_blocks, 1), 0b1010101, dtype=torch.int32)
+    some = types.TokenBlocks.cut(torch.arange(900), key_block, num_tokens=TOKENS)
+    words = -(-keys.num_blocks // 32)
+    bits = torch.full((1, 2, blocks.num_blocks, words), 0b1010101, dtype=torch.int32)
     calls = {
         "block_pool": ((q, blocks), 0),
         "block_pool_state": ((k, v, layout), 2),
         "low_rank_state": ((k, v, fmap), 0),
-        "block_select": ((pooled_q, pooled_k, layout, 4), 1),
+        "block_select": ((pooled_q, pooled_k, layout, topk), 1),
         "dense_attention": ((q, k, v), 0),
         "dense_attention some keys": ((q, k, v, some), 0),
         "block_sparse_attention": (sparse, 0),
@@ -99,7 +110,7 @@ def _one(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, floa
         "block_sparse_mixed low rank": ((*sparse, types.Background(gate, first, low_rank)), None),
         "block_sparse_linear": ((*sparse, branch), None),
         "block_mass": ((q, k, lse.float(), layout, [4, 8]), 1),
-        "mask_from_bits": ((bits, layout, 8), "kv_indices"),
+        "mask_from_bits": ((bits, layout, 4 * words), "kv_indices"),
     }
     # By name on a GPU: a kernel that fails must show, not be stood in for.
     backend = "triton" if device.type == "cuda" else "pytorch"

@@ -60,7 +60,8 @@ CASES = (
 QUICK = (Case("Wan 480p", (21, 30, 52), 12, (0.90,)),)
 CPU = (Case("small", (4, 16, 16), 2, (0.80, 0.90), text=40),)
 CALIBRATE_EVERY = load_pack(".attention.plan").CALIBRATE_EVERY
-TRAINED = "ropeslr + adapter"
+BLOCK, FINE_BLOCK, DEFAULT_SPARSITY = 64, 16, 0.90
+TRAINED, FINE = "ropeslr + adapter", f"ropeslr, key blocks of {FINE_BLOCK}"
 
 
 class Run:
@@ -179,8 +180,15 @@ def whole_call(
         method = method.removesuffix(" + adapter")
         adapter = random_adapter(method, case.heads, case.width, run.device)
         given = layer_inputs(case.grid, case.tokens, case.heads, case.width, run.dtype, run.device)
+    key_block = "auto"
+    if method == FINE:
+        method, key_block = "ropeslr", str(FINE_BLOCK)
     plan = attention.SparsePlan(
-        method=method, sparsity=sparsity, calibrate=calibrate, **run.backend
+        method=method,
+        sparsity=sparsity,
+        calibrate=calibrate,
+        key_block=key_block,
+        **run.backend,
     )
     session = attention.AttentionRun(plan.resolve(adapter))
     layout, call = layout_of(case), attention.AttentionCall
@@ -218,9 +226,43 @@ def measure_sparsity(
     run: Run, case: Case, sets: list, sparsity: float, dense_ms: float | None
 ) -> dict:
     """Parts, whole calls, memory and other packages at one sparsity."""
-    row: dict = {"parts": {}, "whole": {}, "others": {}}
+    row: dict = {"whole": {}, "others": {}}
+    row |= parts(run, case, sets, sparsity, BLOCK)
+    if sparsity == DEFAULT_SPARSITY:
+        row["fine"] = parts(run, case, sets, sparsity, FINE_BLOCK)
+    density = row["density"]
+    pairs = math.prod(case.grid) * case.tokens
+    row["kept_tflop"] = 4e-12 * pairs * density * case.width * case.heads
+    for method in ("ropeslr", FINE, "top-k", "top-k plain", TRAINED, "adaspa", "rola", "sla"):
+        row["whole"][method] = run.measure(whole_call(run, case, sets, method, sparsity))
+    calibrating = run.measure(whole_call(run, case, sets, "ropeslr", sparsity, "every step"))
+    row["whole"]["ropeslr, calibrating"] = calibrating
+    plain = row["whole"]["ropeslr"]
+    if "ms" in plain and "ms" in calibrating:
+        average = plain["ms"] + (calibrating["ms"] - plain["ms"]) / CALIBRATE_EVERY
+        row["ropeslr_ms"] = average
+        row["times_dense"] = dense_ms / average if dense_ms else None
+        row["sparse_efficiency"] = row["times_dense"] * density if dense_ms else None
+    if "ropeslr_ms" in row and all("ms" in part for part in row["parts"].values()):
+        ms = {name: part["ms"] for name, part in row["parts"].items()}
+        beside = ms["block_pool"] + ms["block_pool_state"] + ms["block_select"]
+        beside += max(ms["sparse + background"] - ms["sparse"], 0)
+        row["share_of_routing_and_background"] = beside / row["ropeslr_ms"]
+        row["kept_tflops"] = row["kept_tflop"] / ms["sparse"] * 1e3
+    row["memory_mb"] = run.guarded(lambda: memory(run, case, sets, sparsity))
+    for name, call in baselines.sparse(run.device).items():
+
+        def other(turn: int, call: Callable = call):
+            return call(*sets[turn % len(sets)], 1 - sparsity)
+
+        row["others"][name] = run.measure(other)
+    return row
+
+
+def parts(run: Run, case: Case, sets: list, sparsity: float, key_block: int) -> dict:
+    """The density with key blocks of so many tokens, and what each part of a call takes."""
     on = run.backend
-    blocks = layout_of(case).blocks(device=run.device)
+    blocks = layout_of(case).blocks(device=run.device, key_block=key_block)
     topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.num_ranked)
     scale = case.width**-0.5
     video = [(q[:, :, : math.prod(case.grid)], k, v) for q, k, v in sets]
@@ -246,36 +288,11 @@ def measure_sparsity(
         "sparse + pooled": lambda turn: ops.block_sparse_attention(*at(turn), mask, far, **on),
         "sparse + background": lambda turn: ops.block_sparse_mixed(*at(turn), mask, mixed, **on),
     }
-    row["parts"] = {name: run.measure(call) for name, call in calls.items()}
-    if run.device.type == "cuda":
-        row["token_order"] = token_order(run, at, mask)
-    density = blocks.density(topk)
-    row["density"] = density
-    row["kept_tflop"] = 4e-12 * q.shape[2] * k.shape[2] * density * case.width * case.heads
-    for method in ("ropeslr", "top-k", "top-k plain", TRAINED, "adaspa", "rola", "sla"):
-        row["whole"][method] = run.measure(whole_call(run, case, sets, method, sparsity))
-    calibrating = run.measure(whole_call(run, case, sets, "ropeslr", sparsity, "every step"))
-    row["whole"]["ropeslr, calibrating"] = calibrating
-    plain = row["whole"]["ropeslr"]
-    if "ms" in plain and "ms" in calibrating:
-        average = plain["ms"] + (calibrating["ms"] - plain["ms"]) / CALIBRATE_EVERY
-        row["ropeslr_ms"] = average
-        row["times_dense"] = dense_ms / average if dense_ms else None
-        row["sparse_efficiency"] = row["times_dense"] * density if dense_ms else None
-    if "ropeslr_ms" in row and all("ms" in part for part in row["parts"].values()):
-        ms = {name: part["ms"] for name, part in row["parts"].items()}
-        beside = ms["block_pool"] + ms["block_pool_state"] + ms["block_select"]
-        beside += max(ms["sparse + background"] - ms["sparse"], 0)
-        row["share_of_routing_and_background"] = beside / row["ropeslr_ms"]
-        row["kept_tflops"] = row["kept_tflop"] / ms["sparse"] * 1e3
-    row["memory_mb"] = run.guarded(lambda: memory(run, case, sets, sparsity))
-    for name, call in baselines.sparse(run.device).items():
-
-        def other(turn: int, call: Callable = call):
-            return call(*sets[turn % len(sets)], 1 - sparsity)
-
-        row["others"][name] = run.measure(other)
-    return row
+    found: dict = {"density": blocks.density(topk)}
+    found["parts"] = {name: run.measure(call) for name, call in calls.items()}
+    if run.device.type == "cuda" and key_block == BLOCK:
+        found["token_order"] = token_order(run, at, mask)
+    return found
 
 
 def token_order(run: Run, at: Callable, mask) -> dict:
