@@ -171,7 +171,8 @@ class Transcribed:
             each[0].double().unflatten(-1, (heads, 128)).transpose(0, 1) for each in (q, k, v)
         )
         q, k = (golden.rotate(each, -angles) for each in (q, k))
-        blocks = [list(range(i, min(i + 64, q.shape[1]))) for i in range(0, q.shape[1], 64)]
+        cut = [list(range(i, min(i + 64, q.shape[1]))) for i in range(0, q.shape[1], 64)]
+        blocks = golden.Blocks(cut, cut)
         own = {
             name.split("self_attn.")[1]: tensor
             for name, tensor in self.weights.items()
