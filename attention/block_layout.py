@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.types import BlockLayout, RequiredBlocks, TokenBlocks
 from .plan import BLOCK
 
-TILE = 4  # a cube of 4 x 4 x 4 tokens is one block of 64
+TILE = 4  # a cube of 4 x 4 x 4 tokens is one query block
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class TokenLayout:
 
     order: "raster" cuts the video into blocks as it lies in memory; "cube" cuts a tile order that
     keeps each block compact in time and space. Either way only the video's last block may be short,
-    and no token is added. hidden: spans (start, stop) of tokens beside the video that no query may
-    attend to, ascending.
+    and no token is added. block_size: tokens of a query block. hidden: spans (start, stop) of
+    tokens beside the video that no query may attend to, ascending.
     """
 
     grid: tuple[int, int, int]

@@ -175,7 +175,6 @@ class ResolvedPlan(_Settings):
         """The same settings by another method, whose own choices replace those of this one."""
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
         values |= {"method": method, "block_order": "auto", "calibrate": "auto", "rank": 0}
-        values |= {"key_block": "auto"}
         adapter = self.adapter
         return SparsePlan(**values).resolve(
             adapter if adapter is not None and adapter.info.method == method else None

@@ -41,7 +41,10 @@ PRODUCTS = {
 }
 FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
 PREFIX = "fine "
-FINE = tuple(f"fine {name}" for name in ("plain", "pooled", "mixed", "pool", "state", "backward"))
+FINE = tuple(
+    f"fine {name}"
+    for name in ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
+)
 ALL = (
     *FORWARD,
     *FINE,

@@ -30,7 +30,7 @@ def poisoned() -> Iterator[None]:
 
 
 def errors(device: torch.device) -> dict[str, dict]:
-    """ "operation dtype head_dim" -> relative error and its limit, or the operation's error text.
+    """ "operation dtype head_dim[, key blocks of 16]" -> relative error and limit, or error text.
 
     float16 at one head_dim only: every pair of dtype and width is compiled anew.
     """

@@ -235,14 +235,15 @@ def measure_sparsity(
     row["kept_tflop"] = 4e-12 * pairs * density * case.width * case.heads
     for method in ("ropeslr", FINE, "top-k", "top-k plain", TRAINED, "adaspa", "rola", "sla"):
         row["whole"][method] = run.measure(whole_call(run, case, sets, method, sparsity))
-    calibrating = run.measure(whole_call(run, case, sets, "ropeslr", sparsity, "every step"))
-    row["whole"]["ropeslr, calibrating"] = calibrating
-    plain = row["whole"]["ropeslr"]
-    if "ms" in plain and "ms" in calibrating:
-        average = plain["ms"] + (calibrating["ms"] - plain["ms"]) / CALIBRATE_EVERY
-        row["ropeslr_ms"] = average
-        row["times_dense"] = dense_ms / average if dense_ms else None
-        row["sparse_efficiency"] = row["times_dense"] * density if dense_ms else None
+    for method, name in (("ropeslr", "ropeslr_ms"), (FINE, "fine_ms")):
+        calibrating = run.measure(whole_call(run, case, sets, method, sparsity, "every step"))
+        row["whole"][f"{method}, calibrating"] = calibrating
+        plain = row["whole"][method]
+        if "ms" in plain and "ms" in calibrating:
+            row[name] = plain["ms"] + (calibrating["ms"] - plain["ms"]) / CALIBRATE_EVERY
+    if "ropeslr_ms" in row and dense_ms:
+        row["times_dense"] = dense_ms / row["ropeslr_ms"]
+        row["sparse_efficiency"] = row["times_dense"] * density
     if "ropeslr_ms" in row and all("ms" in part for part in row["parts"].values()):
         ms = {name: part["ms"] for name, part in row["parts"].items()}
         beside = ms["block_pool"] + ms["block_pool_state"] + ms["block_select"]

@@ -71,11 +71,10 @@ def compile_table(record: dict) -> str:
     lines.append(
         f"\n{record['date']}, Triton {record['triton']}, {record['dtype']}, head_dim "
         f"{record['head_dim']}. All {len(record['rows'])} compiled kernels together, backward "
-        f"included: {spilled} bytes "
-        "spilled, useful share of "
+        f"included: {spilled} bytes spilled, useful share of "
         f"tensor-core work at least {min(useful):.2f}. Bytes per token and head at 90 % of 75,600 "
-        f"tokens: {passes}; {bytes_['whole call']:,.0f} in all, where {bytes_['floor']:,.0f} is "
-        "the least that any attention moves."
+        f"tokens, key blocks of 64: {passes}; {bytes_['whole call']:,.0f} in all, where "
+        f"{bytes_['floor']:,.0f} is the least that any attention moves."
     )
     return "\n".join(lines) + "\n"
 

@@ -211,7 +211,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     "keep_diagonal",
                     default=False,
                     advanced=True,
-                    tooltip="Every block also attends to itself, whatever its score.",
+                    tooltip=(
+                        "Every query block also attends to its own tokens, whatever their score."
+                    ),
                 ),
                 io.Boolean.Input(
                     "keep_first_frame",
@@ -254,10 +256,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Tokens of a key block, which is kept or dropped as a whole. Smaller "
-                        "blocks pick more precisely at the same sparsity; choosing them costs "
-                        "more, and so do top-k's averaged keys. auto: 64, or what the adapter was "
-                        "trained with."
+                        "Tokens in a key block, which is kept or dropped as a whole. Smaller "
+                        "blocks are chosen more precisely at the same sparsity, but choosing takes "
+                        "longer; with top-k, so do the averaged keys. auto: 64, or what the "
+                        "adapter was trained with."
                     ),
                 ),
             ],

@@ -113,10 +113,11 @@ class AdapterInfo:
         if self.block_q != BLOCK:
             found = shown(self.block_q)
             raise AdapterError(f"block_q is {found}; this version runs query blocks of {BLOCK}")
-        sizes = KEY_BLOCKS[1:] if self.method == "ropeslr" else (str(BLOCK),)
-        if str(self.block_k) not in sizes:
-            expected = " or ".join(sizes)
-            raise AdapterError(f"block_k is {shown(self.block_k)}; {self.method} runs {expected}")
+        sizes = [int(size) for size in KEY_BLOCKS[1:]]
+        if self.block_k not in sizes:
+            raise AdapterError(
+                f"block_k is {shown(self.block_k)}; expected one of: {', '.join(map(str, sizes))}"
+            )
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)

@@ -8,8 +8,8 @@
     g     = sigmoid(x_h . w + b_h)            x_h: head h's slice of the hidden state that enters
                                               the attention
 
-A video shorter than one block has no sparse part: O = g O_l. Source: RoLA (arXiv 2609.06712) as
-released.
+A video shorter than one query block has no sparse part: O = g O_l. Source: RoLA (arXiv 2609.06712)
+as released.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def marginal_linear(
 ) -> Tensor:
     """See `reference.marginal_linear`: a D x D state per key block, summed over the marked blocks.
 
-    That sum costs 2 Nq Nk D^2 per head, 1.6 % of dense attention in blocks of 64 at head_dim 128,
-    whatever the length.
+    That sum costs 2 Nq Nk D^2 per head: at head_dim 128 1.6 % of dense attention in blocks of 64,
+    6.3 % with key blocks of 16, whatever the length.
     """
     dtype, head_dim = acc_dtype(q.dtype), q.shape[-1]
     q_blocks, kv_blocks = layout.q_blocks, layout.kv_blocks

@@ -10,12 +10,31 @@ from ..types import BlockLayout
 from .common import acc_dtype, gather, per_head
 
 BLOCKS_PER_STEP = 8
+SCORES_AT_ONCE = 16 << 20
 
 
 def block_select(
     pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse."""
+    """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse.
+
+    Some heads at a time: scores of all of them may be larger than q.
+    """
+    step = max(1, SCORES_AT_ONCE // (pooled_q.shape[2] * pooled_k.shape[2]))
+    q, k = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1)
+    parts = [
+        _select(some_q, some_k, layout, topk, scale)
+        for some_q, some_k in zip(q.split(step), k.split(step))
+    ]
+    whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+    lists, counts, dropped_lse = (x.unflatten(0, pooled_q.shape[:2]) for x in whole)
+    return lists, counts, dropped_lse
+
+
+def _select(
+    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_select` of heads `(n, N, D)`."""
     blocks = layout.kv_blocks.num_blocks
     scores = pooled_q @ pooled_k.transpose(-1, -2) * scale
     required = None if layout.required is None else layout.required.mask

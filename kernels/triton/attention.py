@@ -9,11 +9,11 @@ these rows of D numbers per token and head (D = 128, half precision: 256 bytes a
     this kernel          read q, k, v; write out     4 rows   a low-rank branch reads q once more
     floor                read q, k, v; write out     4 rows
 
-With the small tensors 2,042 bytes at 75,600 tokens against a floor of 1,024 (benchmarks/traffic.py;
-a test counts the rows load by load): routing needs every key before the first query block can
-start, so q, k and v are read twice. k and v are counted once here; each query block that keeps them
-reads them again, from the cache as far as it holds. Sparse output and background never travel to
-memory.
+With the small tensors 2,042 bytes at 75,600 tokens and key blocks of 64, against a floor of 1,024
+(benchmarks/traffic.py; a test counts the rows load by load): routing needs every key before the
+first query block can start, so q, k and v are read twice. k and v are counted once here; each query
+block that keeps them reads them again, from the cache as far as it holds. Sparse output and
+background never travel to memory.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ def launch(
     q, k, v = aligned(q), aligned(k), aligned(v)
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
-    kind = epilogue.kind
-    if pooled is not None:
-        kind = "pooled" if tables.block_k >= TILE else "fine_pooled"
+    kind = "pooled" if pooled is not None else epilogue.kind
+    if tables.block_k < TILE and kind in ("pooled", "linear"):
+        kind = f"fine_{kind}"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:

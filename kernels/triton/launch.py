@@ -70,6 +70,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "pooled": Launch(8, 3),
         "fine_pooled": Launch(8, 3),
         "linear": Launch(8, 3),
+        "fine_linear": Launch(8, 3),
         "low_rank": Launch(8, 3),
         "d_queries": Launch(8, 2),
         "d_keys": Launch(8, 2),
@@ -85,8 +86,10 @@ TABLE: dict[str, dict[str, Launch]] = {
     "90": {
         "mixed": Launch(4, 3),
         "pooled": Launch(4, 3),
-        "fine_pooled": Launch(4, 2),  # with more stages ptxas serialises its wgmma
         "linear": Launch(4, 3),
+        # With more stages ptxas serialises their wgmma.
+        "fine_pooled": Launch(4, 2),
+        "fine_linear": Launch(4, 1),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },

@@ -11,7 +11,7 @@ from .features import ACT_NUMBERS, feature_tile
 from .launch import aligned, kernel, launch_options, map_pointers, padded, pe_rows, strides, table
 from .tiles import block_tokens, head_ptr, load_rows
 
-BLOCKS_PER_PROGRAM = 64  # blocks that one program sums into its part of a state
+TOKENS_PER_PROGRAM = 4096  # tokens that one program sums into its part of a state
 BLOCK = 64  # where the caller has no table
 
 
@@ -60,7 +60,8 @@ def block_pool_state(
     batch, heads, tokens, head_dim = k.shape
     k, v, blocks, own = aligned(k), aligned(v), layout.kv_blocks, layout.kv_of_queries
     count = blocks.num_blocks
-    programs = -(-count // BLOCKS_PER_PROGRAM)
+    per_program = max(1, TOKENS_PER_PROGRAM // blocks.block_size)
+    programs = -(-count // per_program)
     means = k.new_empty(batch, heads, count, head_dim, dtype=torch.float32)
     v_means = k.new_empty(batch, heads, own.num_blocks, head_dim, dtype=torch.float32)
     products = k.new_empty(batch, heads, programs, head_dim, head_dim, dtype=torch.float32)
@@ -77,7 +78,7 @@ def block_pool_state(
         tokens,
         count,
         own.num_blocks,
-        BLOCKS_PER_PROGRAM,
+        per_program,
         programs,
         D=head_dim,
         DP=padded(head_dim),
@@ -147,7 +148,7 @@ def low_rank_state(k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tenso
     batch, heads, tokens, head_dim = k.shape
     k, v = aligned(k), aligned(v)
     rank = feature_map.rank(head_dim)
-    programs = -(-tokens // (BLOCK * BLOCKS_PER_PROGRAM))
+    programs = -(-tokens // TOKENS_PER_PROGRAM)
     products = k.new_empty(batch, heads, programs, rank, head_dim, dtype=torch.float32)
     sums = k.new_empty(batch, heads, programs, rank, dtype=torch.float32)
     _low_rank_state[(programs, batch * heads)](
@@ -162,7 +163,7 @@ def low_rank_state(k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tenso
         tokens,
         rank,
         pe_rows(feature_map),
-        BLOCKS_PER_PROGRAM,
+        TOKENS_PER_PROGRAM // BLOCK,
         programs,
         D=head_dim,
         DP=padded(head_dim),

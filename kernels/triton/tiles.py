@@ -54,8 +54,8 @@ def kept_tokens(
 ):
     """Tokens `(TILE,)` of a list's blocks from entry `first` on, -1 where there are none.
 
-    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. Also what
-    `any_missing` wants to know: the block, where it is one.
+    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. -> those,
+    and the block numbers that `any_missing` takes: one, or one per slot.
     """
     if TILE == BLOCK:
         block = first

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...attention.plan import NEED_WEIGHTS
+from ...attention.plan import BLOCK, NEED_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ class RunReport:
     adapter: str  # "" without one
     sparsity: float
     block_order: str
+    key_block: int  # tokens of a key block
     backend: str  # of the sparse calls, "" where there were none
     sparse_calls: int
     dense_calls: dict[str, int]  # self-attention calls that stayed dense, by reason
@@ -76,8 +77,9 @@ class RunReport:
             return ""
         learned = "searched" if self.method == "adaspa" else "calibrated"
         recall = "" if self.recall is None else f", recall {self.recall:.3f}"
+        fine = "" if self.key_block == BLOCK else f"key blocks of {self.key_block}, "
         return (
-            f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, "
+            f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, {fine}"
             f"{self.calibrations} {learned}{recall})"
         )
 

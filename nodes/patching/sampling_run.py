@@ -159,6 +159,7 @@ class SamplingRun:
             adapter=plan.adapter.name if plan.adapter else "",
             sparsity=plan.sparsity,
             block_order=plan.block_order,
+            key_block=plan.key_tokens,
             backend=tally.backend,
             sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls),

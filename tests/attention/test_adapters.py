@@ -156,6 +156,17 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_an_adapters_own_key_block_is_kept_described_and_used(size, tmp_path):
+    made = ropeslr_adapter(1, 2, 64)
+    made = dataclasses.replace(made, info=dataclasses.replace(made.info, block_k=size))
+    path = adapters.write_adapter(made, tmp_path / "fine.safetensors")
+    found = adapters.read_adapter(path)
+    assert found.info.block_k == size
+    assert f"blocks 64 x {size}" in "\n".join(adapters.describe(path))
+    assert attention.SparsePlan().resolve(found).key_tokens == size
+
+
 def test_an_adapter_that_is_not_valid_is_not_written(tmp_path):
     made = sla_adapter(1, 2, 16)
     single(made)["weight"][0, 0] = torch.nan

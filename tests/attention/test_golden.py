@@ -217,8 +217,9 @@ def test_calibration_on_top_of_an_adapter(dtype, pe):
 @DTYPES
 @pytest.mark.parametrize("width", [48, 128])
 @pytest.mark.parametrize("rank", [64, 24])
-def test_rola(dtype, width, rank):
-    case = Case(dtype, width=width, order="raster")
+@KEY_BLOCKS
+def test_rola(dtype, width, rank, key_block):
+    case = Case(dtype, width=width, order="raster", key_block=key_block)
     adapter = rola_adapter(1, HEADS, width, rank=rank)
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=0.5)
@@ -314,8 +315,9 @@ def test_ropeslr_in_the_form_rms(dtype, pe):
 @DTYPES
 @pytest.mark.parametrize("variant", ["released", "paper"])
 @pytest.mark.parametrize("grid, sparsity", [(GRID, 0.5), ((4, 13, 13), 0.8)])
-def test_sla(dtype, variant, grid, sparsity):
-    case = Case(dtype, order="raster", grid=grid)
+@KEY_BLOCKS
+def test_sla(dtype, variant, grid, sparsity, key_block):
+    case = Case(dtype, order="raster", grid=grid, key_block=key_block)
     adapter = sla_adapter(1, HEADS, 128)
     weights = single(adapter)
     found, _ = case.attend(adapter, sparsity=sparsity, sla_variant=variant)
@@ -335,14 +337,15 @@ def test_sla(dtype, variant, grid, sparsity):
 
 @DTYPES
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
-def test_adaspa(dtype, sparsity):
+@KEY_BLOCKS
+def test_adaspa(dtype, sparsity, key_block):
     """The first call is dense and searches; the second one uses the masks."""
-    case = Case(dtype, grid=(4, 9, 10))
+    case = Case(dtype, grid=(4, 9, 10), key_block=key_block)
     dense, lse = golden.dense(*case.tensors, case.angles)
     masks, _, _ = golden.adaspa_masks(
         golden.block_mass(case.q, case.k, case.angles, case.blocks, lse), sparsity
     )
-    run = run_of(method="adaspa", sparsity=sparsity)
+    run = run_of(method="adaspa", sparsity=sparsity, key_block=case.key_block)
     given = (case.q_hat, case.k_hat, case.v_hat)
     first, cost = run.attend(*given, Call(case.layout, step=10, num_steps=50))
     case.check(first[0].double(), dense)

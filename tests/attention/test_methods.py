@@ -123,6 +123,7 @@ def test_the_accounting_is_what_is_computed(method, rank, variant, key_block):
         with FlopCounterMode(display=False) as counter:
             _, cost = session.attend(q, k, v, Call(layout, inputs=inputs))
     assert counter.get_total_flops() == pytest.approx(cost.total, rel=0.03)
+    assert cost.density == 0.25
 
 
 def test_uncalibrated_ropeslr_is_its_formula():

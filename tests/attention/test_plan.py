@@ -104,10 +104,18 @@ def test_what_auto_means(asked, trained, expected):
     assert (found.adapter is not None) == (found.method == trained)
 
 
-def an_adapter(method, use_rank=0):
+@pytest.mark.parametrize("asked, expected", [("auto", 16), ("64", 64)])
+def test_an_adapters_own_key_block_counts_where_the_plan_names_none(asked, expected):
+    found = plan.SparsePlan(key_block=asked).resolve(an_adapter("ropeslr", block_k=16))
+    assert found.key_tokens == expected
+    assert plan.SparsePlan(key_block=asked).resolve().key_tokens == 64
+    assert found.by_method("top-k").key_tokens == expected, "a comparison is at equal settings"
+
+
+def an_adapter(method, use_rank=0, block_k=64):
     """What a plan asks of an adapter; None for no method."""
     order = "raster" if method in ("rola", "sla") else "cube"
-    info = SimpleNamespace(method=method, block_order=order, block_k=64)
+    info = SimpleNamespace(method=method, block_order=order, block_k=block_k)
     return method and SimpleNamespace(info=info, use_rank=use_rank)
 
 

@@ -47,12 +47,18 @@ export function blockDensity(grid, extra, { sparsity, order, keyBlock, keepDiago
   const keys = ranked + extraBlocks;
   const keep = keptBlocks(sparsity, ranked);
   const first = keepFirstFrame ? firstFrameBlocks(grid, order, keyBlock) : 0;
-  let kept = 0;
-  for (let query = 0; query < queries; query++) {
-    const start = Math.max((query * BLOCK) / keyBlock, first); // the first frame's blocks are kept already
-    const diagonal = keepDiagonal ? Math.max(0, Math.min(((query + 1) * BLOCK) / keyBlock, ranked) - start) : 0;
-    kept += Math.min(keys, extraBlocks + first + diagonal + keep);
-  }
+  const own = BLOCK / keyBlock; // key blocks of a query block
+  /** @param {number} query */
+  const keptBy = (query) => {
+    const start = Math.max(query * own, first); // the first frame's blocks are kept already
+    const diagonal = keepDiagonal ? Math.max(0, Math.min((query + 1) * own, ranked) - start) : 0;
+    return Math.min(keys, extraBlocks + first + diagonal + keep);
+  };
+  // All before the edge of the first frame keep the same, and all between that and the last.
+  const edge = Math.min(Math.floor(first / own), queries - 1);
+  const between = Math.max(0, queries - edge - 2);
+  let kept = edge * keptBy(0) + keptBy(edge) + between * keptBy(edge + 1);
+  if (edge < queries - 1) kept += keptBy(queries - 1);
   return { queries, ranked, keys, keep, kept: kept / queries, density: kept / queries / keys };
 }
 

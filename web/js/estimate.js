@@ -11,7 +11,7 @@ const LONGEST_LAYERS = 1000; // characters of dense_layers, as in attention/plan
 
 /**
  * The method that runs, its block order and key block, its dense first steps, and whether it has trained weights. An
- * unknown adapter is taken to fit, and to have been trained with blocks of 64.
+ * unknown adapter is taken to fit, and every adapter to have been trained with key blocks of 64.
  * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "dense_first_steps">} settings
  * @param {RoPeSLR.AdapterMethod} adapter
  * @returns {RoPeSLR.ResolvedPlan}
