@@ -72,6 +72,10 @@ def test_the_errors_are_those_of_the_methods():
     assert (far.selection.number, far.selection.head) == (1, 1)  # the last of both, and said so
     assert far.kept is not None
     assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
+    fine = module.compare(
+        sparse(model, sparsity=0.8, key_block="16"), latent, conditioning(1), module.Request()
+    )
+    assert fine.kept.shape == (9, 36) and fine.kept.sum(dim=1).tolist() == [7] * 9
     patched = sparse(model, adapter=own_adapter("rola"), sparsity=0.8)
     trained = module.compare(patched, latent, conditioning(1), module.Request(True))
     assert list(trained.errors)[0] == "rola"
