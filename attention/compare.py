@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..kernels.types import BlockMask
+from ..kernels.types import BlockMask, blocks_needed
 from .accounting import AttentionCost, dense_flops
 from .call import AttentionCall, LayerInputs
 from .plan import ResolvedPlan
@@ -97,7 +97,7 @@ class MethodComparison:
         self.selection = selection = replace(selection, head=min(selection.head, heads - 1))
 
         def note(mask: BlockMask) -> None:
-            own = -(-mask.q_blocks.num_listed // mask.kv_blocks.block_size)
+            own = blocks_needed(mask.q_blocks.num_listed, mask.kv_blocks.block_size)
             self.kept = mask.to_dense()[0, selection.head, :, :own].cpu()
 
         run.on_mask = note

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from ..kernels.types import blocks_needed
+
 if TYPE_CHECKING:
     from .adapters import Adapter
 
@@ -186,7 +188,7 @@ class ResolvedPlan(_Settings):
 
     def drops_nothing(self, tokens: int) -> bool:
         """Whether every key block of a video of so many tokens is kept."""
-        blocks = -(-tokens // self.key_tokens)
+        blocks = blocks_needed(tokens, self.key_tokens)
         return self.topk(blocks) >= blocks
 
 

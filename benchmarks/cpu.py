@@ -28,7 +28,7 @@ ops = load_pack(".kernels.ops")
 GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
 SPARSITIES = (0.80, 0.90, 0.95)
 HEADS, WIDTH = 4, 128
-CALIBRATE_EVERY = 5
+CALIBRATE_EVERY = load_pack(".attention.plan").CALIBRATE_EVERY
 FINE = "ropeslr, 16"  # key blocks of 16 tokens
 METHODS = ("ropeslr", FINE, "top-k", "top-k plain", "adaspa", "rola", "sla")
 

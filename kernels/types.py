@@ -16,6 +16,11 @@ from torch import Tensor
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
+def blocks_needed(tokens: int, block_size: int) -> int:
+    """How many blocks hold so many tokens; the last may be short."""
+    return -(-tokens // block_size)
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
     """A sequence of tokens cut into blocks.
@@ -69,7 +74,7 @@ class TokenBlocks:
     def cut(cls, order: Tensor, block_size: int, num_tokens: int | None = None) -> TokenBlocks:
         """Blocks of consecutive tokens of `order` `(n,)`; num_tokens where some are left out."""
         count = order.numel()
-        table = order.new_full((-(-count // block_size), block_size), -1)
+        table = order.new_full((blocks_needed(count, block_size), block_size), -1)
         table.view(-1)[:count] = order
         return cls(table.int(), count if num_tokens is None else num_tokens, count)
 
@@ -162,7 +167,7 @@ class BlockLayout:
     @cached_property
     def num_ranked(self) -> int:
         """How many key blocks hold the queries' own tokens: those that a score may keep or drop."""
-        return -(-self.q_blocks.num_listed // self.kv_blocks.block_size)
+        return blocks_needed(self.q_blocks.num_listed, self.kv_blocks.block_size)
 
     @cached_property
     def kv_of_queries(self) -> TokenBlocks:
@@ -252,18 +257,20 @@ class BlockMask:
         list_width: at least the most blocks that a row keeps; without it a GPU is asked and waited
         for.
         """
-        counts, blocks = kept.sum(dim=-1), kv_blocks.num_blocks
+        blocks = kv_blocks.num_blocks
         if kept.ndim != 4 or kept.shape[2:] != (q_blocks.num_blocks, blocks):
             raise ValueError(
                 f"kept must be (B, H, {q_blocks.num_blocks}, {blocks}), query by key blocks; "
                 f"found {tuple(kept.shape)}"
             )
+        counts = kept.sum(dim=-1)
         column = torch.arange(blocks, device=kept.device).expand_as(kept)
         lists = torch.where(kept, column, blocks).sort(dim=-1).values
         width = list_width or max(1, int(counts.max()))
-        if counts.device.type == "cpu" and int(counts.max()) > width:
-            raise ValueError(f"a row keeps {int(counts.max())} blocks; list_width is {width}")
-        counts = counts.clamp(max=width)  # on a GPU nobody looks
+        # On a GPU nobody looks.
+        if list_width and counts.device.type == "cpu" and (most := int(counts.max())) > width:
+            raise ValueError(f"a row keeps {most} blocks; list_width is {width}")
+        counts = counts.clamp(max=width)
         return cls(q_blocks, kv_blocks, lists[..., :width].int(), counts.int(), trusted=True)
 
     def to_dense(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..types import TokenBlocks
 
+SCORES_AT_ONCE = 16 << 20
 Results = TypeVar("Results", bound="tuple[Tensor, ...]")
 
 
@@ -70,6 +71,12 @@ def per_head(
     if partials:
         results = [torch.stack(xs).unflatten(0, (batch, heads)) for xs in zip(*partials)]
     return cast(Results, tuple(results))
+
+
+def head_chunks(heads: int, numbers_per_head: int) -> list[slice]:
+    """Heads of all batch rows, so many at a time that their scores are no large tensor."""
+    step = max(1, SCORES_AT_ONCE // numbers_per_head)
+    return [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
 
 
 def _empty(x: Tensor, batch: int, heads: int, nhd: bool) -> Tensor:

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import BlockLayout
-from .common import acc_dtype, gather, per_head
+from .common import acc_dtype, gather, head_chunks, per_head
 
 BLOCKS_PER_STEP = 8
-SCORES_AT_ONCE = 16 << 20
 
 
 def block_select(
@@ -20,11 +19,10 @@ def block_select(
 
     Some heads at a time: scores of all of them may be larger than q.
     """
-    step = max(1, SCORES_AT_ONCE // (pooled_q.shape[2] * pooled_k.shape[2]))
     q, k = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1)
     parts = [
-        _select(some_q, some_k, layout, topk, scale)
-        for some_q, some_k in zip(q.split(step), k.split(step))
+        _select(q[some], k[some], layout, topk, scale)
+        for some in head_chunks(q.shape[0], q.shape[1] * k.shape[1])
     ]
     whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
     lists, counts, dropped_lse = (x.unflatten(0, pooled_q.shape[:2]) for x in whole)

@@ -52,7 +52,7 @@ from .tiles import (
 )
 
 BLOCK = 64  # where the caller has no table
-TILE = 64  # keys of one product; smaller blocks are put together
+TILE = 64  # keys of one product at least
 
 
 class Mixing(NamedTuple):
@@ -148,6 +148,11 @@ class Tables(NamedTuple):
             kv_blocks.block_size,
         )
 
+    @property
+    def tile_k(self) -> int:
+        """Keys of one product: a block, or several small ones."""
+        return max(self.block_k, TILE)
+
     def counts_for(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """Number of query and of key blocks."""
         n_q = -(-q_tokens // self.block_q) if self.q_table is None else self.q_table.shape[0]
@@ -172,7 +177,7 @@ def launch(
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
     kind = "pooled" if pooled is not None else epilogue.kind
-    if tables.block_k < TILE and kind in ("pooled", "linear"):
+    if tables.tile_k > tables.block_k and kind in ("pooled", "linear"):
         kind = f"fine_{kind}"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
@@ -212,7 +217,7 @@ def launch(
         RP=padded(rank or 1),
         BLOCK_Q=tables.block_q,
         BLOCK_K=tables.block_k,
-        TILE_K=max(tables.block_k, TILE),
+        TILE_K=tables.tile_k,
         ACT=ACT_NUMBERS[feature_map.act],
         **launch_options(kind),
     )

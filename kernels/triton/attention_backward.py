@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import pytorch
 from ..pytorch.common import empty_nhd
 from ..types import Forward
-from .attention import TILE, Tables
+from .attention import Tables
 from .launch import aligned, kernel, launch_options, padded, strides
 from .tiles import LOG2_E, any_missing, block_tokens, head_ptr, kept_tokens, load_rows, store_rows
 from .transpose import transposed_lists
@@ -66,7 +66,7 @@ def block_sparse_attention_backward(
         mask.kv_indices.shape[-1],
         scale,
         **shape,
-        TILE_K=max(tables.block_k, TILE),
+        TILE_K=tables.tile_k,
         **launch_options("d_queries"),
     )
     d_k, d_v = empty_nhd(k, k_tokens), empty_nhd(v, k_tokens)

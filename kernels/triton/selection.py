@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..pytorch.common import head_chunks
 from ..types import BlockLayout
 from .launch import aligned, kernel, launch_options, padded, strides, table
 from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, load_rows
 
 SELECT_CHUNK = 1024
-SCRATCH_BYTES = 64 << 20  # scores or masses of so many rows at a time
 
 
 def block_select(
@@ -38,7 +38,7 @@ def block_select(
     dropped_lse = q.new_empty(batch, heads, n_q)
     log_sizes = layout.kv_blocks.sizes.float().log2()
     required = _required(layout)
-    for some in _head_chunks(batch * heads, n_q * n_k):
+    for some in head_chunks(batch * heads, n_q * n_k):
         scores = torch.bmm(q[some] * scale, k[some].mT)
         _select_lists[(scores.shape[0] * n_q,)](
             scores,
@@ -73,7 +73,7 @@ def block_mass(
     all_mass = []
     wanted = torch.tensor(topks, dtype=torch.int32).to(q.device, non_blocking=True)
     required = _required(layout)
-    for some in _head_chunks(batch * heads, n_q * n_k):
+    for some in head_chunks(batch * heads, n_q * n_k):
         mass = q.new_empty(some.stop - some.start, n_q, n_k, dtype=torch.float32)
         _mass[(n_q, mass.shape[0])](
             q,
@@ -139,11 +139,6 @@ def _required(layout: BlockLayout) -> Tensor | None:
     if layout.required is None:
         return None
     return layout.required.mask.to(torch.uint8).contiguous()
-
-
-def _head_chunks(heads: int, numbers_per_head: int) -> list[slice]:
-    step = max(1, SCRATCH_BYTES // (4 * numbers_per_head))
-    return [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import comfy_host
 from support.data.fields import relative_error
 from support.host.sampling import (
     conditioning,
+    dense_warnings,
     full_density,
     k_sample,
     load_model,
@@ -21,10 +22,6 @@ def flux_sample(model):
     extra = dict(pooled_output=torch.zeros(1, 768), guidance=3.5)
     text = [[torch.randn(1, 10, 4096, generator=torch.Generator().manual_seed(0)), extra]]
     return k_sample(model, text, text, torch.zeros(1, 16, 16, 16))
-
-
-def warnings(caplog):
-    return [record.message for record in caplog.records if "runs dense" in record.message]
 
 
 def test_triton_by_name_where_it_cannot_run_is_refused_before_sampling_with_the_reason():
@@ -62,7 +59,7 @@ def test_another_model_runs_dense_and_untouched(caplog):
     assert set(report(patched).dense_calls) == {"Flux is not a Wan or HunyuanVideo model"}
     assert report(patched).sparse_calls == 0
     flux_sample(patched)
-    assert warnings(caplog) == [
+    assert dense_warnings(caplog) == [
         "RoPeSLR: attention runs dense: Flux is not a Wan or HunyuanVideo model"
     ]
 
@@ -149,7 +146,7 @@ def test_a_short_video_runs_dense(caplog):
     assert torch.equal(sample(patched), sample(model))
     assert report(patched).dense_calls == {"576 tokens are fewer than min_tokens 577": 6}
     sample(patched)
-    assert len(warnings(caplog)) == 1
+    assert len(dense_warnings(caplog)) == 1
     at_the_limit = sparse(model, min_tokens=576)
     sample(at_the_limit)
     assert not report(at_the_limit).dense_calls
@@ -167,7 +164,7 @@ def test_a_short_video_runs_dense(caplog):
 def test_what_the_person_chose_is_counted_and_not_warned_about(settings, reason, caplog):
     patched = sparse(load_model("tiny_wan21_t2v"), strict=True, **settings)
     sample(patched)
-    assert reason in report(patched).dense_calls and not warnings(caplog)
+    assert reason in report(patched).dense_calls and not dense_warnings(caplog)
 
 
 class Calls:
@@ -334,7 +331,7 @@ def test_an_attention_that_another_node_replaced_is_noticed(strict, caplog):
     else:
         sample(patched)
         assert report(patched).sparse_calls == 3 and says in report(patched).summary()
-        assert [says in line for line in warnings(caplog)] == [True]
+        assert [says in line for line in dense_warnings(caplog)] == [True]
     sample(model)  # puts the module's own forward back
 
 

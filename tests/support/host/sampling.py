@@ -190,3 +190,8 @@ def full_density(monkeypatch) -> None:
 def report(model):
     """The report of the model's last run."""
     return comfy_host.module(".nodes.patching").last_report(model)
+
+
+def dense_warnings(caplog) -> list[str]:
+    """What was logged of attention that stayed dense."""
+    return [record.message for record in caplog.records if "runs dense" in record.message]
