@@ -6,6 +6,8 @@ tokens, head_dim; Nq and Nk = number of query and key blocks. The bundles are th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,7 @@ def block_select(
     pooled_q: Tensor,
     pooled_k: Tensor,
     layout: BlockLayout,
-    topk: int,
+    topk: int | Sequence[int],
     *,
     scale: float | None = None,
 ) -> tuple[BlockMask, Tensor]:
@@ -64,13 +66,16 @@ def block_select(
 
     pooled_q `(B, H, Nq, D)`, pooled_k `(B, H, Nk, D)` -> the block mask, and dropped_lse
     `(B, H, Nq)` = log of the pooled mass of the blocks that were NOT kept, -inf where all were.
-    Required blocks come in addition: they do not count towards `topk`.
+    topk: one number, or one for each of B * H heads. Required blocks come in addition: they do not
+    count towards it.
     """
-    blocks = layout.kv_blocks.num_blocks
     scores = torch.einsum("bhqd,bhkd->bhqk", pooled_q, pooled_k) * softmax_scale(pooled_q, scale)
     required = _required(layout, scores.device)
-    best = scores.masked_fill(required, -torch.inf).topk(min(topk, blocks), dim=-1).indices
-    kept = required | torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    batch, heads = scores.shape[:2]
+    most = torch.tensor([topk] * batch * heads if isinstance(topk, int) else topk)
+    place = scores.masked_fill(required, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    best = place.argsort(dim=-1) < most.view(batch, heads, 1, 1).to(scores.device)
+    kept = required | best
     sizes = layout.kv_blocks.sizes.to(scores.dtype)
     dropped_lse = (scores + sizes.log()).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
     return BlockMask.from_dense(layout.q_blocks, layout.kv_blocks, kept), dropped_lse
@@ -144,7 +149,8 @@ def mix_background(
 ) -> Tensor:
     """Mix the sparse output with its background by their shares of the softmax mass.
 
-    g = sigmoid(slope (dropped_lse - LSE) + bias + logits), 0 where nothing was dropped;
+    g = sigmoid(slope (dropped_lse - LSE) + bias + logits), 1 where nothing was kept (LSE = -inf),
+    0 where nothing was dropped;
     (1 - g) out + g (v_mean + (channel_scale q) cov + scale (low rank - v_mean)).
     q, out `(B, H, L, D)`; lse `(B, H, L)`; the rest as `types` tells.
     """
@@ -153,7 +159,8 @@ def mix_background(
     logits = gate.slope[..., None] * (dropped - lse.clamp(min=-1e30)) + gate.bias[..., None]
     if gate.logits is not None:
         logits = logits + gate.logits
-    g = torch.sigmoid(logits).masked_fill(dropped == -torch.inf, 0.0)[..., None]
+    g = torch.sigmoid(logits).masked_fill(lse == -torch.inf, 1.0)
+    g = g.masked_fill(dropped == -torch.inf, 0.0)[..., None]
     mean = first.v_mean[:, :, None]
     scaled = _channels(q, first.channel_ids) * first.channel_scale[:, :, None]
     mixed = mean + scaled @ first.cov

@@ -6,11 +6,13 @@ r = rank. All of these are plain values: nothing here launches a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -189,6 +191,10 @@ class BlockLayout:
             kept = kept | self.required.mask
         return BlockMask.from_dense(self.q_blocks, self.kv_blocks, kept, self.list_width(topk))
 
+    def widths(self, topk: Sequence[int]) -> list[int]:
+        """The most blocks that a row of each head keeps."""
+        return [self.list_width(each) for each in topk]
+
     def density(self, topk: int) -> float:
         """Kept blocks / all blocks when each row keeps its best `topk` and the required ones."""
         blocks = self.kv_blocks.num_blocks
@@ -198,24 +204,55 @@ class BlockLayout:
         return (kept.double().mean() / blocks).item()
 
 
+class Packing(NamedTuple):
+    """Lists of a width per head behind each other in one tensor: head by head, row by row."""
+
+    starts: Tensor  # (B * H + 1,) int64: where the lists of each head begin, and the end
+    starts_on_cpu: Tensor  # the same, so that nobody has to ask the device
+
+    @classmethod
+    def of(cls, widths: Sequence[int], rows: int, device: torch.device) -> Packing:
+        """For `rows` lists of each head, as wide as `widths` says, batch row by batch row."""
+        starts = torch.tensor([0, *widths], dtype=torch.int64).cumsum(0) * rows
+        return cls(starts.to(device, non_blocking=True), starts)
+
+    @property
+    def num_entries(self) -> int:
+        return int(self.starts_on_cpu[-1])
+
+    def of_head(self, flat: Tensor, head: int, rows: int) -> Tensor:
+        """The lists `(rows, K)` of one of B * H heads in `flat`."""
+        start, stop = self.starts_on_cpu[head : head + 2].tolist()
+        return flat[start:stop].view(rows, (stop - start) // rows)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockMask:
     """Which key blocks each query block keeps, in FlexAttention's terms.
 
     kv_indices `(B, H, Nq, K)` int32: the kept key blocks of each row, ascending, each once; entries
     beyond a row's number may hold anything. kv_num_blocks `(B, H, Nq)` int32: how many it keeps.
-    Raises ValueError when the lists do not fit the blocks. Looking at every entry makes a GPU wait,
-    so masks that this package's own selection made are trusted.
+    packing: for heads that keep differently many; kv_indices is then flat, each head's lists as
+    wide as its own longest. Raises ValueError when the lists do not fit the blocks. Looking at
+    every entry makes a GPU wait, so masks that this package's own selection made are trusted.
     """
 
     q_blocks: TokenBlocks
     kv_blocks: TokenBlocks
     kv_indices: Tensor
     kv_num_blocks: Tensor
+    packing: Packing | None = None
     trusted: InitVar[bool] = False
 
     def __post_init__(self, trusted: bool) -> None:
-        lists, counts = self.kv_indices, self.kv_num_blocks
+        if self.packing is not None and self.kv_indices.shape != (self.packing.num_entries,):
+            raise ValueError(
+                f"packed kv_indices must have {self.packing.num_entries} entries; "
+                f"found {tuple(self.kv_indices.shape)}"
+            )
+        if self.packing is not None and trusted:
+            return
+        lists, counts = self.padded().kv_indices, self.kv_num_blocks
         if not self.q_blocks.lists_every_token:
             raise ValueError(
                 f"every query must be in a block; q_blocks lists {self.q_blocks.num_listed} "
@@ -233,16 +270,35 @@ class BlockMask:
         if not (trusted or torch.compiler.is_compiling() or lists.device.type == "meta"):
             _check_entries(lists, counts, self.kv_blocks.num_blocks)
 
+    def head_lists(self, b: int, h: int, unused: int) -> Tensor:
+        """The lists of one head, `(Nq, K)` int64; `unused` in every place beyond a row's number."""
+        if self.packing is None:
+            lists = self.kv_indices[b, h]
+        else:
+            _, heads, rows = self.kv_num_blocks.shape
+            lists = self.packing.of_head(self.kv_indices, b * heads + h, rows)
+        return _fill_unused(lists, self.kv_num_blocks[b, h], unused)
+
     def fill_unused(self, value: int) -> Tensor:
-        """kv_indices as int64 with `value` in every place beyond a row's number."""
-        place = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
-        used = place < self.kv_num_blocks[..., None]
-        return torch.where(used, self.kv_indices.long(), value)
+        """All lists `(B, H, Nq, K)` int64 with `value` in every place beyond a row's number."""
+        return _fill_unused(self.padded().kv_indices, self.kv_num_blocks, value)
+
+    def padded(self) -> BlockMask:
+        """The same with lists of one width, `(B, H, Nq, K)`."""
+        if self.packing is None:
+            return self
+        batch, heads, rows = self.kv_num_blocks.shape
+        parts = [self.packing.of_head(self.kv_indices, i, rows) for i in range(batch * heads)]
+        width = max(part.shape[1] for part in parts)
+        lists = torch.stack([F.pad(part, (0, width - part.shape[1])) for part in parts])
+        lists = lists.view(batch, heads, rows, width)
+        return BlockMask(self.q_blocks, self.kv_blocks, lists, self.kv_num_blocks, trusted=True)
 
     def to(self, device: torch.device | str) -> BlockMask:
         q_blocks, kv_blocks = self.q_blocks.to(device), self.kv_blocks.to(device)
         lists = self.kv_indices.to(device), self.kv_num_blocks.to(device)
-        return BlockMask(q_blocks, kv_blocks, *lists, trusted=True)
+        packing = self.packing and self.packing._replace(starts=self.packing.starts.to(device))
+        return BlockMask(q_blocks, kv_blocks, *lists, packing, trusted=True)
 
     @classmethod
     def from_dense(
@@ -281,6 +337,11 @@ class BlockMask:
         return kept.scatter_(-1, lists, True)[..., :blocks]
 
 
+def _fill_unused(lists: Tensor, counts: Tensor, value: int) -> Tensor:
+    place = torch.arange(lists.shape[-1], device=lists.device)
+    return torch.where(place < counts[..., None], lists.long(), value)
+
+
 def _check_entries(lists: Tensor, counts: Tensor, blocks: int) -> None:
     """Every entry in use names a block, and a row's entries ascend."""
     width = lists.shape[-1]
@@ -315,7 +376,8 @@ class PooledKV(NamedTuple):
 class Gate(NamedTuple):
     """The background's share: g = sigmoid(slope (dropped_lse - LSE) + bias + logits).
 
-    0 where a row drops nothing. Softmax attention is such a mix of its kept and its dropped part.
+    0 where a row drops nothing, 1 where it keeps nothing. Softmax attention is such a mix of its
+    kept and its dropped part.
     """
 
     dropped_lse: Tensor  # (B, H, Nq): log of the pooled mass of the blocks that a row drops

@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from ..pytorch.common import acc_dtype
 from ..triton_support import Operands
-from ..types import BlockMask, TokenBlocks
+from ..types import BlockMask, Packing, TokenBlocks
 
 
 def _free_namespace() -> str:
@@ -65,16 +65,18 @@ def mask_parts(mask: BlockMask) -> tuple[list[Tensor], int]:
     """A block mask as a schema knows it; `mask_of` puts it together again."""
     q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
     tensors = [q_blocks.tokens, kv_blocks.tokens, mask.kv_indices, mask.kv_num_blocks]
+    tensors += mask.packing or ()
     return tensors, kv_blocks.num_listed
 
 
 def mask_of(tensors: Sequence[Tensor], kv_listed: int, q: Tensor, k: Tensor) -> BlockMask:
-    q_tokens, kv_tokens, kv_indices, kv_num_blocks = tensors
+    q_tokens, kv_tokens, kv_indices, kv_num_blocks, *packing = tensors
     return BlockMask(
         TokenBlocks(q_tokens, q.shape[2], q.shape[2]),
         TokenBlocks(kv_tokens, k.shape[2], kv_listed),
         kv_indices,
         kv_num_blocks,
+        Packing(*packing) if packing else None,
         trusted=True,
     )
 

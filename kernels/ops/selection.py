@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..triton_support import Operands
-from ..types import BlockLayout, BlockMask, RequiredBlocks, TokenBlocks
+from ..types import BlockLayout, BlockMask, Packing, RequiredBlocks, TokenBlocks
 from .register import fake_lists, fake_sums, operands, operation
 from .validate import (
     check_attention,
@@ -27,7 +27,7 @@ def block_select(
     pooled_q: Tensor,
     pooled_k: Tensor,
     layout: BlockLayout,
-    topk: int,
+    topk: int | Sequence[int],
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -35,7 +35,9 @@ def block_select(
     """Keep the `topk` best key blocks of each query block, and the layout's required ones.
 
     pooled_q `(B, H, Nq, D)`, pooled_k `(B, H, Nk, D)` -> the block mask, and dropped_lse
-    `(B, H, Nq)`, the log of the dropped blocks' pooled mass. Which blocks are kept has no gradient.
+    `(B, H, Nq)`, the log of the dropped blocks' pooled mass. topk: at least 1; or a number for each
+    of the B * H heads, 0 allowed, whose lists come packed where they differ. Which blocks are kept
+    has no gradient.
     """
     check_backend(backend)
     check_heads(pooled_q=pooled_q, pooled_k=pooled_k)
@@ -44,21 +46,40 @@ def block_select(
     check_shape(
         "pooled_k", pooled_k, (*pooled_q.shape[:2], kv_blocks.num_blocks, pooled_q.shape[3])
     )
-    topk = min(whole_number("topk", topk, 1), kv_blocks.num_blocks)
     scale = softmax_scale(pooled_q, scale)
+    most, packing = kv_blocks.num_blocks, None
+    if isinstance(topk, Sequence):
+        if len(topk) != pooled_q.shape[0] * pooled_q.shape[1]:
+            raise ValueError(
+                f"topk must have a number for each of {pooled_q.shape[0]} x {pooled_q.shape[1]} "
+                f"heads; found {len(topk)}"
+            )
+        topk = [min(whole_number("topk", each, 0), most) for each in topk]
+        if len(set(topk)) == 1:
+            topk = topk[0]
+        else:
+            packing = Packing.of(layout.widths(topk), q_blocks.num_blocks, pooled_q.device)
+    else:
+        topk = min(whole_number("topk", topk, 1), most)
     with torch.no_grad():
         pooled_q, pooled_k = pooled_q.detach(), pooled_k.detach()
         if is_compiling():
+            counts = [topk] if isinstance(topk, int) else topk
             *lists, dropped_lse = block_select_op(
-                pooled_q, pooled_k, *_pieces(layout), topk, layout.list_width(topk), scale, backend
+                pooled_q, pooled_k, *_pieces(layout), counts, layout.widths(counts), scale, backend
             )
         else:
             *lists, dropped_lse = _run_select(pooled_q, pooled_k, layout, topk, scale, backend)
-    return BlockMask(q_blocks, kv_blocks, *lists, trusted=True), dropped_lse
+    return BlockMask(q_blocks, kv_blocks, *lists, packing, trusted=True), dropped_lse
 
 
 def _run_select(
-    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float, backend: str
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    layout: BlockLayout,
+    topk: int | Sequence[int],
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = operands(pooled_q)
     return dispatch.run("block_select", backend, found, pooled_q, pooled_k, layout, topk, scale)
@@ -71,20 +92,23 @@ def block_select_op(
     blocks: list[Tensor],
     listed: list[int],
     required: list[Tensor],
-    topk: int,
-    list_width: int,
+    topk: list[int],
+    widths: list[int],
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """topk, widths: one number, or one for each head."""
     layout = _layout_of(blocks, listed, required)
-    return _run_select(pooled_q, pooled_k, layout, topk, scale, backend)
+    counts = topk[0] if len(topk) == 1 else topk
+    return _run_select(pooled_q, pooled_k, layout, counts, scale, backend)
 
 
 @block_select_op.register_fake
-def _(pooled_q, pooled_k, blocks, listed, required, topk, list_width, *_):
+def _(pooled_q, pooled_k, blocks, listed, required, topk, widths, *_):
     rows = pooled_q.shape[:3]
+    shape = (*rows, widths[0]) if len(widths) == 1 else (rows[2] * sum(widths),)
     return (
-        fake_lists(pooled_q, *rows, list_width),
+        fake_lists(pooled_q, *shape),
         fake_lists(pooled_q, *rows),
         fake_sums(pooled_q, *rows),
     )

@@ -100,7 +100,9 @@ def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     _check_tokens("mask.kv_blocks", kv_blocks, k)
     rows = (*q.shape[:2], q_blocks.num_blocks)
     check_shape("mask.kv_num_blocks", mask.kv_num_blocks, rows)
-    lists = mask.kv_indices, mask.kv_num_blocks
+    lists = [mask.kv_indices, mask.kv_num_blocks]
+    if mask.packing is not None:
+        lists.append(mask.packing.starts)
     check_devices(q, [q_blocks.tokens, kv_blocks.tokens, *lists])
 
 

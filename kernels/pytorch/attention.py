@@ -59,22 +59,22 @@ def block_sparse_attention(
     """See `reference.block_sparse_attention`."""
     dtype, head_dim = acc_dtype(q.dtype), q.shape[-1]
     q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
-    lists = mask.fill_unused(kv_blocks.num_blocks)
-    width = lists.shape[-1]
-    ragged = kv_blocks.has_empty_slots or _any_if_free(mask.kv_num_blocks != width)
     bias = empty_slot_bias(kv_blocks, dtype)
-    step = blocks_per_step(q, width * kv_blocks.block_size, q_blocks.block_size)
 
     def attend(b: int, h: int) -> tuple[Tensor, Tensor]:
+        lists, counts = mask.head_lists(b, h, kv_blocks.num_blocks), mask.kv_num_blocks[b, h]
+        lists = lists[:, : _max_if_free(counts, lists.shape[1])]
+        if lists.shape[1] == 0 and pooled is None:
+            return _nothing_kept(q[b, h], dtype)
+        ragged = kv_blocks.has_empty_slots or _any_if_free(counts != lists.shape[1])
+        step = blocks_per_step(q, lists.shape[1] * kv_blocks.block_size, q_blocks.block_size)
         queries = gather(q[b, h], q_blocks, dtype)
         keys, values = (
             gather(x[b, h], kv_blocks, dtype, zero_empty=True).flatten(1) for x in (k, v)
         )
         results = []
-        longest = _max_if_free(mask.kv_num_blocks[b, h], width)  # heads may differ threefold
         for start in range(0, q_blocks.num_blocks, step):
-            kept = lists[b, h, start : start + step, :longest]
-            some = queries[start : start + step]
+            kept, some = lists[start : start + step], queries[start : start + step]
             flat = kept.clamp(max=kv_blocks.num_blocks - 1).reshape(-1)
             near_k, near_v = (
                 x.index_select(0, flat).view(some.shape[0], -1, head_dim) for x in (keys, values)
@@ -92,6 +92,11 @@ def block_sparse_attention(
         return found, lse
 
     return per_head(q, attend, nhd_outputs=1, out=out)
+
+
+def _nothing_kept(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a head `(L, D)` gives that keeps no key: out 0, LSE -inf."""
+    return torch.zeros_like(q), q.new_full(q.shape[:1], -torch.inf, dtype=dtype)
 
 
 def softmax_attention(
@@ -138,7 +143,7 @@ def blocks_per_step(q: Tensor, keys: int, block_size: int) -> int:
 
 def _max_if_free(counts: Tensor, most: int) -> int:
     """The largest of the counts, where asking is free; elsewhere the most that there can be."""
-    return max(1, int(counts.max())) if counts.device.type == "cpu" else most
+    return int(counts.max()) if counts.device.type == "cpu" else most
 
 
 def _any_if_free(condition: Tensor) -> bool:

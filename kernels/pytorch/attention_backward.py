@@ -21,11 +21,11 @@ def block_sparse_attention_backward(
     dtype, head_dim = acc_dtype(q.dtype), q.shape[-1]
     q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
     count, block_size = kv_blocks.tokens.shape
-    lists = mask.fill_unused(count)
     bias = empty_slot_bias(kv_blocks, dtype)
-    step = blocks_per_step(q, lists.shape[-1] * block_size, q_blocks.block_size)
 
     def gradients(b: int, h: int) -> tuple[Tensor, ...]:
+        lists = mask.head_lists(b, h, count)
+        step = blocks_per_step(q, lists.shape[1] * block_size, q_blocks.block_size)
         queries, d_outs = (gather(x[b, h], q_blocks, dtype, zero_empty=True) for x in (q, d_out))
         keys, values = (
             gather(x[b, h], kv_blocks, dtype, zero_empty=True).flatten(1) for x in (k, v)
@@ -40,7 +40,7 @@ def block_sparse_attention_backward(
         d_pooled = [torch.zeros_like(x[b, h], dtype=dtype) for x in pooled or ()]
         for start in range(0, q_blocks.num_blocks, step):
             some = slice(start, start + step)
-            rows, d_rows, kept = queries[some], d_outs[some], lists[b, h, some]
+            rows, d_rows, kept = queries[some], d_outs[some], lists[some]
             flat = kept.reshape(-1)
             near = flat.clamp(max=count - 1)
             near_k, near_v = (

@@ -43,7 +43,8 @@ def mix_background(
     logits = gate.slope[..., None] * (dropped - lse.clamp(min=-1e30)) + gate.bias[..., None]
     if gate.logits is not None:
         logits = logits + gate.logits
-    share = torch.sigmoid(logits).masked_fill(dropped == -torch.inf, 0.0)[..., None]
+    share = torch.sigmoid(logits).masked_fill(lse == -torch.inf, 1.0)
+    share = share.masked_fill(dropped == -torch.inf, 0.0)[..., None]
 
     def mix(b: int, h: int) -> tuple[Tensor]:
         queries = channels(q, first.channel_ids, b, h).to(dtype)

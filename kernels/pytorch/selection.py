@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,25 @@ BLOCKS_PER_STEP = 8
 
 
 def block_select(
-    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    layout: BlockLayout,
+    topk: int | Sequence[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse.
 
-    Some heads at a time: scores of all of them may be larger than q.
+    kv_indices flat where topk has a number for each head. Some heads at a time: scores of all of
+    them may be larger than q.
     """
     q, k = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1)
+    if not isinstance(topk, int):
+        each = [
+            _select(q[i : i + 1], k[i : i + 1], layout, own, scale) for i, own in enumerate(topk)
+        ]
+        lists, *sums = zip(*each)
+        counts, dropped_lse = (torch.cat(x).unflatten(0, pooled_q.shape[:2]) for x in sums)
+        return torch.cat([x.flatten() for x in lists]), counts, dropped_lse
     parts = [
         _select(q[some], k[some], layout, topk, scale)
         for some in head_chunks(q.shape[0], q.shape[1] * k.shape[1])

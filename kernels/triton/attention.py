@@ -46,6 +46,7 @@ from .tiles import (
     block_tokens,
     head_ptr,
     kept_tokens,
+    list_of,
     load_rows,
     softmax_step,
     store_rows,
@@ -100,7 +101,7 @@ def dense_attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     kv_table = None if kv_blocks is None else table(kv_blocks)
     block_k = BLOCK if kv_blocks is None else kv_blocks.block_size
-    blocks = Tables(None, kv_table, None, None, BLOCK, block_k)
+    blocks = Tables(None, kv_table, None, None, None, BLOCK, block_k)
     launch(q, k, v, blocks, scale, out, lse)
     return out, lse
 
@@ -132,6 +133,7 @@ class Tables(NamedTuple):
     kv_table: Tensor | None
     lists: Tensor | None
     counts: Tensor | None
+    starts: Tensor | None
     block_q: int
     block_k: int
 
@@ -144,9 +146,15 @@ class Tables(NamedTuple):
             table(kv_blocks),
             lists,
             counts,
+            None if mask.packing is None else mask.packing.starts,
             q_blocks.block_size,
             kv_blocks.block_size,
         )
+
+    @property
+    def list_width(self) -> int:
+        """Entries of every list; 0 where lists are packed, or none."""
+        return 0 if self.lists is None or self.starts is not None else self.lists.shape[-1]
 
     @property
     def tile_k(self) -> int:
@@ -193,7 +201,7 @@ def launch(
         v,
         target,
         lse,
-        *tables[:4],
+        *tables[:5],
         *(pooled or (None,) * 3),
         *map(as_operand, mixing),
         as_operand(epilogue.bias),
@@ -208,7 +216,7 @@ def launch(
         k.shape[2],
         n_q,
         n_k,
-        0 if tables.lists is None else tables.lists.shape[-1],
+        tables.list_width,
         rank,
         pe_rows(feature_map),
         scale,
@@ -237,8 +245,8 @@ def normalised(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @kernel
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    # blocks and lists: without lists every block is kept
-    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr,
+    # blocks and lists: without lists every block is kept; starts: of packed lists
+    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr, starts_ptr,
     # one pooled pseudo-key per dropped block
     pooled_k_ptr, pooled_v_ptr, log_sizes_ptr,
     # mixing by mass
@@ -274,7 +282,7 @@ def _forward(
         count = n_k
     else:
         count = tl.load(counts_ptr + line)
-        lists_ptr += line * list_width
+        lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
 
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
     q = load_rows(q_ptr, q_rows, q_row, D, DP)
@@ -323,7 +331,8 @@ def _forward(
             gate_logits += tl.load(
                 logits_ptr + head * q_tokens + q_rows, mask=q_rows >= 0, other=0.0
             )
-        gate = tl.where(dropped_lse == -float("inf"), 0.0, tl.sigmoid(gate_logits))
+        gate = tl.where(lse == -float("inf"), 1.0, tl.sigmoid(gate_logits))
+        gate = tl.where(dropped_lse == -float("inf"), 0.0, gate)
         mean = tl.load(v_mean_ptr + head * D + channels, mask=channels < D, other=0.0)
         if kv_state_ptr is not None:
             branch_scale = tl.load(branch_scale_ptr + h)

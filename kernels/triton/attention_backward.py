@@ -17,7 +17,16 @@ from ..pytorch.common import empty_nhd
 from ..types import Forward
 from .attention import Tables
 from .launch import aligned, kernel, launch_options, padded, strides
-from .tiles import LOG2_E, any_missing, block_tokens, head_ptr, kept_tokens, load_rows, store_rows
+from .tiles import (
+    LOG2_E,
+    any_missing,
+    block_tokens,
+    head_ptr,
+    kept_tokens,
+    list_of,
+    load_rows,
+    store_rows,
+)
 from .transpose import transposed_lists
 
 BLOCK = 64  # rows of the element-wise pass
@@ -53,7 +62,7 @@ def block_sparse_attention_backward(
         lse,
         delta,
         d_q,
-        *tables[:4],
+        *tables[:5],
         *strides(q),
         *strides(k),
         *strides(v),
@@ -63,7 +72,7 @@ def block_sparse_attention_backward(
         tokens,
         k_tokens,
         n_q,
-        mask.kv_indices.shape[-1],
+        tables.list_width,
         scale,
         **shape,
         TILE_K=tables.tile_k,
@@ -144,7 +153,7 @@ def _delta(
 @kernel
 def _d_queries(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, d_q_ptr,
-    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr,
+    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr, starts_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_batch, d_head, d_row, dq_batch, dq_head, dq_row,
     heads, q_tokens, k_tokens, n_q, list_width, scale,
@@ -158,7 +167,7 @@ def _d_queries(
     v_ptr = head_ptr(v_ptr, b, h, v_batch, v_head)
     line = head * n_q + q_block
     count = tl.load(counts_ptr + line)
-    lists_ptr += line * list_width
+    lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
 
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
     filled = q_rows >= 0

@@ -9,31 +9,46 @@ from __future__ import annotations
 
 # Kernel bodies are Triton's own language, which a type checker takes for Python.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..pytorch.common import head_chunks
-from ..types import BlockLayout
+from ..types import BlockLayout, Packing
 from .launch import aligned, kernel, launch_options, padded, strides, table
-from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, load_rows
+from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, list_of, load_rows
 
 SELECT_CHUNK = 1024
 
 
 def block_select(
-    pooled_q: Tensor, pooled_k: Tensor, layout: BlockLayout, topk: int, scale: float
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    layout: BlockLayout,
+    topk: int | Sequence[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.block_select`: -> kv_indices, kv_num_blocks, dropped_lse.
 
-    Scores are made for a few heads at a time and never kept.
+    kv_indices flat where topk has a number for each head. Scores are made for a few heads at a time
+    and never kept.
     """
     batch, heads, n_q, _ = pooled_q.shape
     n_k = pooled_k.shape[2]
-    list_width = layout.list_width(topk)
     q, k = (x.flatten(0, 1).float() for x in (pooled_q, pooled_k))
-    indices = q.new_empty(batch, heads, n_q, list_width, dtype=torch.int32)
+    list_width, starts, topks = 0, None, None
+    if isinstance(topk, int):
+        list_width = layout.list_width(topk)
+        indices = q.new_empty(batch, heads, n_q, list_width, dtype=torch.int32)
+    else:
+        packing = Packing.of(layout.widths(topk), n_q, q.device)
+        indices = q.new_empty(packing.num_entries, dtype=torch.int32)
+        starts = packing.starts
+        topks = torch.tensor(topk, dtype=torch.int32).to(q.device, non_blocking=True)
+        topk = 0
     counts = q.new_empty(batch, heads, n_q, dtype=torch.int32)
     dropped_lse = q.new_empty(batch, heads, n_q)
     log_sizes = layout.kv_blocks.sizes.float().log2()
@@ -47,6 +62,8 @@ def block_select(
             indices,
             counts,
             dropped_lse,
+            starts,
+            topks,
             some.start * n_q,
             n_q,
             n_k,
@@ -193,19 +210,25 @@ def _kept(scores_ptr, required_ptr, columns, n_k, threshold, equals_left):
 @kernel
 def _select_lists(
     scores_ptr, required_ptr, log_sizes_ptr, lists_ptr, counts_ptr, dropped_lse_ptr,
+    starts_ptr, topks_ptr,
     first_line, n_q, n_k, topk, list_width,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Kept blocks and the log-mass of the others: one program per row of scores `(n_q, n_k)`.
 
-    Scores hold some heads at a time; their first row is row first_line of the outputs.
+    Scores hold some heads at a time; their first row is row first_line of the outputs. topks, where
+    given, has a number for each head, and its lists lie packed from starts on.
     """
     line = tl.program_id(0).to(tl.int64)
     scores_ptr += line * n_k
     if required_ptr is not None:
         required_ptr += (line % n_q) * n_k
     line += first_line
-    lists_ptr += line * list_width
+    if topks_ptr is not None:
+        topk = tl.load(topks_ptr + line // n_q)
+        first = tl.load(starts_ptr + line // n_q)
+        list_width = ((tl.load(starts_ptr + line // n_q + 1) - first) // n_q).to(tl.int32)
+    lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
     lanes = tl.arange(0, CHUNK)
     threshold, equals_left = _threshold(scores_ptr, required_ptr, n_k, topk, CHUNK)
 

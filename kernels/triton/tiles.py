@@ -39,6 +39,18 @@ def block_tokens(table_ptr, block, tokens, BLOCK: tl.constexpr, RELOAD: tl.const
 
 
 @triton.jit
+def list_of(lists_ptr, starts_ptr, line, n_q, list_width):
+    """Where the list of row `line` begins: list_width entries a row, or packed by head."""
+    if starts_ptr is None:
+        start = line * list_width
+    else:
+        start = tl.load(starts_ptr + line // n_q)
+        stop = tl.load(starts_ptr + line // n_q + 1)
+        start += (stop - start) // n_q * (line % n_q)
+    return lists_ptr + start
+
+
+@triton.jit
 def is_short(table_ptr, block, tokens, BLOCK: tl.constexpr):
     """Whether a block has an empty slot; slots are filled from the front, so the last one tells."""
     if table_ptr is None:

@@ -15,9 +15,10 @@ def transposed_lists(mask: BlockMask) -> tuple[Tensor, Tensor]:
     q_indices[h, q_indptr[h, j] : q_indptr[h, j + 1]], ascending: one stable sort, so the same on
     every run.
     """
+    mask = mask.padded()
     blocks, width = mask.kv_blocks.num_blocks, mask.kv_indices.shape[-1]
     flat = mask.fill_unused(blocks).to(mask.kv_indices.dtype).flatten(2).flatten(0, 1)
     ordered, order = flat.sort(dim=-1, stable=True)
     edges = torch.arange(blocks + 1, device=flat.device, dtype=ordered.dtype)
     edges = edges.expand(flat.shape[0], -1).contiguous()
-    return (order // width).int(), torch.searchsorted(ordered, edges)
+    return (order // max(1, width)).int(), torch.searchsorted(ordered, edges)

@@ -11,6 +11,7 @@ from support.data.backend import BACKEND, DTYPES, HALF, same
 from support.data.blocks import (
     LIMITS,
     blocks_of,
+    packed,
     ragged,
     reference,
     selected,
@@ -93,6 +94,27 @@ def test_rows_may_keep_from_nothing_to_everything(dtype, pooled, key_block):
         assert (out[:, :, :64] == 0).all() and (lse[:, :, :64] == -torch.inf).all()
     finite = expected_lse > -torch.inf
     assert (lse - expected_lse)[finite].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("key_block", [64, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_packed_lists_give_what_padded_ones_give(dtype, pooled, key_block):
+    """One head keeps nothing at all, one a single block of some rows."""
+    q, k, v = tensors(*[(1, 3, 330, 64)] * 3, dtype=dtype)
+    keys, far = blocks_of(330, key_block, shuffled=True), None
+    kept = ragged(3, blocks_of(330), keys).to_dense()
+    kept[:, 0], kept[:, 1, :, 1:] = False, False
+    mask = types.BlockMask.from_dense(blocks_of(330), keys, kept)
+    if pooled:
+        far = types.PooledKV(*(reference.block_pool(x.double(), keys).to(dtype) for x in (k, v)))
+    own = packed(mask)
+    assert torch.equal(own.to_dense(), mask.to_dense())
+    out, lse = ops.block_sparse_attention(q, k, v, own, far, **BACKEND)
+    expected, expected_lse = ops.block_sparse_attention(q, k, v, mask, far, **BACKEND)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    if not pooled:
+        assert (out[:, 0] == 0).all() and (lse[:, 0] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

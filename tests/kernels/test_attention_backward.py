@@ -5,7 +5,17 @@ import torch
 
 from pack_loader import load
 from support.data.backend import BACKEND, DTYPES, same
-from support.data.blocks import LIMITS, blocks_of, ragged, reference, selected, tensors, types, wide
+from support.data.blocks import (
+    LIMITS,
+    blocks_of,
+    packed,
+    ragged,
+    reference,
+    selected,
+    tensors,
+    types,
+    wide,
+)
 
 ops = load(".kernels.ops")
 
@@ -14,7 +24,9 @@ ops = load(".kernels.ops")
 @pytest.mark.parametrize(
     "tokens, head_dim", [(150, 64), pytest.param(129, 80, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("kept", ["some", "ragged", "all", "ragged, fine key blocks"])
+@pytest.mark.parametrize(
+    "kept", ["some", "ragged", "all", "ragged, fine key blocks", "ragged, packed"]
+)
 def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
     """Ragged ends gave wrong dQ and dV in the field, and delta summed in bf16 wrong everything."""
     q, k, v = (x.requires_grad_() for x in tensors(*[(1, 2, tokens, head_dim)] * 3, dtype=dtype))
@@ -24,6 +36,10 @@ def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
         if kept.startswith("ragged"):
             fine = kept != "ragged"
             mask = ragged(2, blocks, blocks_of(tokens, 16 if fine else 64, shuffled=True))
+        if kept.endswith("packed"):
+            dense = mask.to_dense()
+            dense[:, 0] = False  # a head that keeps nothing
+            mask = packed(types.BlockMask.from_dense(mask.q_blocks, mask.kv_blocks, dense))
     d_out, d_lse = tensors((1, 2, tokens, head_dim), (1, 2, tokens), seed=3)
     d_out = d_out.to(dtype)
     out, lse = ops.block_sparse_attention(q, k, v, mask, **BACKEND)

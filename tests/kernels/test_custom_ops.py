@@ -57,7 +57,7 @@ def arguments():
         "block_pool": (q, tokens[0], TOKENS, last),
         "block_pool_state": (k, v, tokens[1], [listed, own], channel_ids, last),
         "low_rank_state": (k, v, act, fmap, last),
-        "block_select": (pooled, pooled, *pieces, 1, layout.list_width(1), 0.2, last),
+        "block_select": (pooled, pooled, *pieces, [1], layout.widths([1]), 0.2, last),
         "block_mass": (q, k, lse, *pieces, [1, 2], 0.2, last),
         "lists_from_bits": (bits, 3, 2, last),
         "dense_attention": (q, k, v, tokens[1], listed, 0.2, last),
@@ -86,6 +86,21 @@ def test_gradients_keep_the_rules_of_custom_ops(pooled):
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     far = [x.clone().requires_grad_() for x in far] if pooled else []
     opcheck(DEFINED["block_sparse_attention"], (q, k, v, mask, listed, far, scale, last))
+
+
+def test_packed_lists_keep_the_rules_of_custom_ops():
+    pooled_q, pooled_k, *pieces, _, _, scale, last = OPERATIONS["block_select"]
+    layout = load(".kernels.ops.selection")._layout_of(*pieces)
+    topk = [0, 2]
+    case = (pooled_q, pooled_k, *pieces, topk, layout.widths(topk), scale, last)
+    opcheck(DEFINED["block_select"], case)
+    q, k, v, _, listed, _, scale, last = OPERATIONS["block_sparse_attention"]
+    mask, _ = ops.block_select(pooled_q, pooled_k, layout, topk)
+    q = q.clone().requires_grad_()
+    opcheck(
+        DEFINED["block_sparse_attention"],
+        (q, k, v, register.mask_parts(mask)[0], listed, [], scale, last),
+    )
 
 
 def test_every_operation_is_tried():
@@ -151,7 +166,7 @@ def test_meta_tensors_of_a_million_tokens_cost_nothing():
     mask = types.BlockMask(blocks, blocks, lists, counts)
     pieces = load(".kernels.ops.selection")._pieces(types.BlockLayout(blocks, blocks))
     indices, found, dropped = DEFINED["block_select"](
-        pooled, pooled, *pieces, 1_638, 1_638, 0.1, "auto"
+        pooled, pooled, *pieces, [1_638], [1_638], 0.1, "auto"
     )
     assert indices.shape == lists.shape and dropped.shape == found.shape == counts.shape
     out, lse = DEFINED["block_sparse_attention"](

@@ -5,7 +5,7 @@ import torch
 
 from pack_loader import load
 from support.data.backend import BACKEND, DTYPES, same
-from support.data.blocks import mixing_case, reference, sparse_case, tensors, types, wide
+from support.data.blocks import mixing_case, packed, reference, sparse_case, tensors, types, wide
 
 ops = load(".kernels.ops")
 
@@ -31,6 +31,22 @@ def test_sparse_and_background_in_one_match_their_definition(
     part = torch.zeros(1, 200, 2, 48, dtype=dtype).transpose(1, 2)[:, :, 30:]
     ops.block_sparse_mixed(*case, out=part, **BACKEND)
     assert torch.equal(part, found)
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.0])
+def test_what_keeps_nothing_is_the_background_alone(slope):
+    """Whatever the gate's values: there is nothing else to mix it with."""
+    q, k, v, mask, (gate, first, _) = mixing_case(torch.float32)
+    kept = mask.to_dense()
+    kept[:, 0] = False
+    mask = packed(types.BlockMask.from_dense(mask.q_blocks, mask.kv_blocks, kept))
+    gate = gate._replace(slope=torch.full_like(gate.slope, slope), bias=gate.bias - 3)
+    case = (q, k, v, mask, types.Background(gate, first))
+    found = ops.block_sparse_mixed(*case, **BACKEND)
+    same(found, reference.block_sparse_mixed(*wide(case)), torch.float32)
+    background = first.v_mean[:, :, None] + (q * first.channel_scale[:, :, None]) @ first.cov
+    drops = mask.q_blocks.block_of_token != 1  # whose dropped_lse says that it dropped nothing
+    torch.testing.assert_close(found[0, 0, drops], background[0, 0, drops])
 
 
 def test_background_cannot_overflow_half_precision():

@@ -40,6 +40,36 @@ def test_selection_matches_its_definition(topk, blocks, required_share):
     torch.testing.assert_close(dropped_lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("required_share", [0.0, 0.2])
+@pytest.mark.parametrize("topk", [[0, 1, 5, 40], [7, 7, 0, 7], [0, 0, 0, 0], [3, 3, 3, 3]])
+def test_heads_may_keep_differently_many(topk, required_share):
+    """Their lists take the room of what they keep; the same as asked one head after the other."""
+    pooled, layout = score_case(3, 33, short=5, batch=2)
+    if required_share:
+        generator = torch.Generator().manual_seed(0)
+        required = torch.rand(3, 33, generator=generator) < required_share
+        layout = layout_of(layout.q_blocks, layout.kv_blocks, required)
+    mask, dropped_lse = ops.block_select(*pooled, layout, topk, **BACKEND)
+    expected, expected_lse = reference.block_select(*pooled, layout, topk)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
+    torch.testing.assert_close(dropped_lse, expected_lse, atol=1e-5, rtol=1e-5)
+    assert (mask.packing is None) == (len(set(topk)) == 1)
+    assert mask.kv_indices.numel() == 3 * sum(layout.widths([min(each, 33) for each in topk]))
+    free = [x.flatten(0, 1)[:, None] for x in pooled]
+    for head, each in enumerate(topk):
+        if each:
+            one, _ = ops.block_select(*(x[head : head + 1] for x in free), layout, each, **BACKEND)
+            assert torch.equal(one.to_dense()[0, 0], mask.to_dense().flatten(0, 1)[head])
+
+
+def test_each_head_needs_a_count_that_is_whole_and_not_negative():
+    pooled, layout = score_case(3, 8)
+    for topk, words in (([1], r"1 x 2 heads; found 1"), ([1, -1], "at least 0"), (0, "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            ops.block_select(*pooled, layout, topk, **BACKEND)
+
+
 def test_selection_of_equal_and_infinite_scores_keeps_as_many_as_asked():
     """Padding must never be picked: with equal scores, or -inf, every entry names a real block."""
     pooled_q, pooled_k = torch.ones(1, 1, 3, 16), torch.ones(1, 1, 40, 16)

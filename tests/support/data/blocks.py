@@ -152,3 +152,13 @@ def mixing_case(
         branch = types.LowRank(fmap, state, torch.linspace(0.5, 1, heads, dtype=sums))
     gate = types.Gate(dropped_lse, slope, bias, own)
     return (*case, types.Background(gate, first, branch))
+
+
+def packed(mask, widths=None):
+    """The same mask with each head's lists as wide as its own longest row, or as `widths` says."""
+    batch, heads, rows = mask.kv_num_blocks.shape
+    lists = mask.kv_indices.flatten(0, 1)
+    widths = widths or mask.kv_num_blocks.flatten(0, 1).amax(dim=1).tolist()
+    flat = torch.cat([each[:, :width].flatten() for each, width in zip(lists, widths)])
+    packing = types.Packing.of(widths, rows, flat.device)
+    return types.BlockMask(mask.q_blocks, mask.kv_blocks, flat, mask.kv_num_blocks, packing)
