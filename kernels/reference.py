@@ -20,6 +20,8 @@ from .types import (
     LinearBranch,
     LinearState,
     PooledKV,
+    Prefixes,
+    RankedBlocks,
     RmsLowRank,
     SiluMap,
     TokenBlocks,
@@ -107,6 +109,39 @@ def block_sparse_attention(
     far = torch.einsum("bhqd,bhnd->bhqn", q, pooled.k.to(q.dtype)) * scale + sizes.log()
     scores = torch.cat((scores, far.masked_fill(kept, -torch.inf)), dim=-1)
     return _softmax_read(scores, torch.cat((v, pooled.v.to(v.dtype)), dim=2))
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranked: RankedBlocks,
+    counts: Sequence[int],
+    *,
+    scale: float | None = None,
+) -> Prefixes:
+    """Attention of queries `(B, H, R, D)` over their best key blocks, for each of `counts`."""
+    scale, (kv_blocks, block_scores, required, pooled) = softmax_scale(q, scale), ranked
+    if required is None:
+        required = torch.zeros_like(block_scores[0, 0], dtype=torch.bool)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    hidden = kv_blocks.block_of_token == kv_blocks.num_blocks
+    exact_out, exact_lse = _softmax_read(scores.masked_fill(hidden, -torch.inf), v)
+    sizes = kv_blocks.sizes.to(q.dtype).log()
+    best = block_scores.masked_fill(required, -torch.inf)
+    rank = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    parts = []
+    for count in counts:
+        kept = required | (rank < count)
+        seen = F.pad(kept, (0, 1))[..., kv_blocks.block_of_token]
+        near, values = scores.masked_fill(~seen, -torch.inf), v
+        if pooled is not None:
+            far = torch.einsum("bhqd,bhnd->bhqn", q, pooled.k.to(q.dtype)) * scale + sizes
+            near = torch.cat((near, far.masked_fill(kept, -torch.inf)), dim=-1)
+            values = torch.cat((v, pooled.v.to(v.dtype)), dim=2)
+        dropped = (block_scores + sizes).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
+        parts.append((*_softmax_read(near, values), dropped))
+    return Prefixes(*(torch.stack(each) for each in zip(*parts)), exact_out, exact_lse)
 
 
 def block_pool_state(

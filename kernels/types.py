@@ -373,6 +373,25 @@ class PooledKV(NamedTuple):
     v: Tensor  # (B, H, Nk, D)
 
 
+class RankedBlocks(NamedTuple):
+    """Key blocks in the order in which R queries would keep them."""
+
+    blocks: TokenBlocks
+    scores: Tensor  # (B, H, R, Nk): of pooled queries and keys; the best are kept first
+    required: Tensor | None = None  # (R, Nk) bool: kept in addition
+    pooled: PooledKV | None = None  # one pseudo-key for every block that is dropped
+
+
+class Prefixes(NamedTuple):
+    """Attention of R queries over their best K key blocks, for P numbers K; and over all keys."""
+
+    out: Tensor  # (P, B, H, R, D)
+    lse: Tensor  # (P, B, H, R)
+    dropped_lse: Tensor  # (P, B, H, R): log of the pooled mass of the other blocks
+    exact_out: Tensor  # (B, H, R, D)
+    exact_lse: Tensor  # (B, H, R)
+
+
 class Gate(NamedTuple):
     """The background's share: g = sigmoid(slope (dropped_lse - LSE) + bias + logits).
 

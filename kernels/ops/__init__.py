@@ -29,6 +29,8 @@ from ..types import (
     LinearState,
     LowRank,
     PooledKV,
+    Prefixes,
+    RankedBlocks,
     RequiredBlocks,
     RmsLowRank,
     SiluMap,
@@ -38,6 +40,7 @@ from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low
 from .attention import block_sparse_attention, dense_attention
 from .fused import block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
+from .prefix import prefix_attention
 from .selection import block_mass, block_select, mask_from_bits
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "LinearState",
     "LowRank",
     "PooledKV",
+    "Prefixes",
+    "RankedBlocks",
     "RequiredBlocks",
     "RmsLowRank",
     "SiluMap",
@@ -74,6 +79,7 @@ __all__ = [
     "marginal_linear",
     "mask_from_bits",
     "mix_background",
+    "prefix_attention",
     "rms_low_rank",
     "why_not",
 ]

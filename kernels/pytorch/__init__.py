@@ -9,6 +9,7 @@ from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .fused import add_linear, block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
+from .prefix import prefix_attention
 from .selection import block_mass, block_select, lists_from_bits
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "low_rank_state",
     "marginal_linear",
     "mix_background",
+    "prefix_attention",
     "rms_low_rank",
 ]
