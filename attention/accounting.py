@@ -22,6 +22,7 @@ class AttentionCost:
     background: float = 0.0  # low rank, first order or pooled keys
     calibration: float = 0.0  # exact queries or exact search, on the steps that do it
     recall: float | None = None  # softmax mass kept, where it was measured
+    heads: tuple[float, ...] = ()  # density of each head, mean over the batch, where they differ
 
     @property
     def total(self) -> float:
@@ -67,6 +68,11 @@ def pooled_flops(tokens: int, head_dim: int, heads: int, kv_blocks: int) -> floa
 def calibration_flops(tokens: int, head_dim: int, heads: int, queries: int) -> float:
     """Exact attention of R queries: 4 R L D per head."""
     return 4.0 * queries * tokens * head_dim * heads
+
+
+def probe_flops(tokens: int, head_dim: int, heads: int, queries: int, counts: int) -> float:
+    """Exact attention of R queries, and their values over P prefixes: 2 R L D (2 + P) per head."""
+    return 2.0 * queries * tokens * head_dim * heads * (2 + counts)
 
 
 def linear_flops(tokens: int, head_dim: int, heads: int) -> float:

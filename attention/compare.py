@@ -89,6 +89,10 @@ class MethodComparison:
         flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
         return dense, AttentionCost(1.0, flops, flops)
 
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """Nothing is learned from dense calls."""
+        return 0.0
+
     def _watch_kept_blocks(self, run: AttentionRun, call: AttentionCall, heads: int) -> None:
         """Let the selected layer's first call note which of the video's blocks are kept."""
         selection = self.selection

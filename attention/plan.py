@@ -25,6 +25,9 @@ MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
 BLOCK = 64
 KEY_BLOCKS = ("auto", "16", "32", "64")
+ALLOCATIONS = ("auto", "uniform")
+TARGETS = ("sparsity", "error")
+ALLOCATED = ("ropeslr", "top-k", "top-k plain")  # methods whose heads find their own share
 MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
 
@@ -51,6 +54,9 @@ class _Settings:
     verbose: bool = False
     sla_variant: str = "released"
     key_block: str = "auto"
+    allocation: str = "auto"
+    target: str = "sparsity"
+    error: float = 0.05
 
 
 CHOICES = {
@@ -60,6 +66,8 @@ CHOICES = {
     "block_order": BLOCK_ORDERS,
     "sla_variant": SLA_VARIANTS,
     "key_block": KEY_BLOCKS,
+    "allocation": ALLOCATIONS,
+    "target": TARGETS,
 }
 RANGES = {
     "sparsity": (0.0, MAX_SPARSITY),
@@ -70,6 +78,7 @@ RANGES = {
     "dense_last_steps": (0, math.inf),
     "calibrate_rows": (1, MAX_CALIBRATE_ROWS),
     "min_tokens": (0, math.inf),
+    "error": (0.0, 1.0),
 }
 
 
@@ -81,7 +90,9 @@ class SparsePlan(_Settings):
     = all that there are. start_percent, end_percent: the part of the sampling schedule that runs
     sparse, which may be empty. dense_first_steps (-1 = auto), dense_last_steps: steps of the whole
     schedule that stay dense. dense_layers: layers that stay dense. key_block: tokens of a
-    key block; query blocks hold BLOCK.
+    key block; query blocks hold BLOCK. allocation: "auto" lets layers and heads share what sparsity
+    leaves, "uniform" gives all the same. target "error": as many blocks as keep the outputs' lost
+    energy at `error` of theirs.
 
     Every field is checked on construction; a ValueError names the field, what was found and what
     was expected. `resolve` replaces every "auto" by what it means.
@@ -123,6 +134,8 @@ class SparsePlan(_Settings):
             "block_order": self._order(method, adapter),
             "key_block": self._key_block(adapter),
         }
+        if adapter is not None or method not in ALLOCATED:
+            values["allocation"] = "uniform"  # AdaSpa has a rule of its own; weights know no other
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
             # AdaSpa is dense until its first search.
@@ -162,6 +175,21 @@ class ResolvedPlan(_Settings):
     def key_tokens(self) -> int:
         """Tokens of a key block."""
         return int(self.key_block)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether each layer and head finds its own number of kept blocks during the run."""
+        return self.allocation == "auto"
+
+    @property
+    def probe_interval(self) -> int | None:
+        """Steps after which that number is found anew; None: never."""
+        return None if self.calibrate == "first step" else CALIBRATE_EVERY
+
+    @property
+    def error_target(self) -> float | None:
+        """The share of the outputs' energy that may be lost; None where sparsity is the target."""
+        return self.error if self.target == "error" else None
 
     @property
     def calibrates(self) -> bool:

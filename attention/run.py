@@ -43,6 +43,10 @@ class Attention(Protocol):
         """Self-attention `(B, H, L, D)`, and what it cost."""
         ...
 
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See a call that stays dense for now, to learn for the sparse ones: -> FLOPs of that."""
+        ...
+
 
 class AttentionRun:
     """Attends as a plan says; owns what its method remembers. Drop it to free that."""
@@ -110,6 +114,14 @@ class AttentionRun:
                 out = self._with_beside(q, k, v, call, found.out)
         return found.out if out is None else out, self._cost(q, call, found)
 
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See `Attention.observe`."""
+        call.conditionings(q.shape[0])
+        if self.missing(call.inputs):
+            return 0.0
+        with _full_precision(q.device), torch.no_grad():
+            return self.method.observe(q[:, :, call.video], k, v, call)
+
     def _attend_beside(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor
     ) -> None:
@@ -162,6 +174,7 @@ class AttentionRun:
             found.background,
             found.calibration,
             found.recall,
+            tuple(1.0 - (1.0 - each) * video_share for each in found.heads),
         )
 
 

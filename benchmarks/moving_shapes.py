@@ -17,10 +17,10 @@ CHANNELS = 16  # of a Wan 2.1 latent
 FOLD = 4  # frames of a latent frame
 SHAPES = ("discs", "squares", "rings")
 COLOURS = {
-    "red": (1.3, -0.7, -0.7),
-    "green": (-0.7, 1.1, -0.7),
-    "blue": (-0.7, -0.5, 1.3),
-    "grey": (0.1, 0.1, 0.1),
+    "red": (1.7, -1.2, -1.2),
+    "green": (-1.2, 1.5, -1.2),
+    "blue": (-1.2, -0.9, 1.8),
+    "yellow": (1.6, 1.4, -1.3),
 }
 CAPTIONS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 PERIOD = 64  # pixels after which a texture repeats
@@ -39,13 +39,13 @@ def video(caption: str, grid: tuple[int, int, int], generator: torch.Generator) 
     draw = _Draw(generator, time, height, width)
     pan = 0.7 * draw.normal(2) * (draw.uniform(1) < 0.7)
     moved = pan * time[:, None] + PERIOD * draw.uniform(2)
-    picture = draw.texture(0.8 * draw.normal(3), moved, contrast=0.8)
-    for _ in range(2 + int(3 * draw.uniform(1))):
-        radius = 2.5 + 3.5 * float(draw.uniform(1))
+    picture = draw.texture(0.5 * draw.normal(3), moved, contrast=0.45)
+    for _ in range(1 + int(3 * draw.uniform(1))):
+        radius = 3.5 + 3.5 * float(draw.uniform(1))
         centre = draw.path(radius)
         cover = draw.cover(shape, radius, centre)
         tint = torch.tensor(COLOURS[colour]) + 0.15 * draw.normal(3)
-        picture = picture * (1 - cover) + cover * draw.texture(tint, centre, contrast=0.5)
+        picture = picture * (1 - cover) + cover * draw.texture(tint, centre, contrast=0.35)
     return picture
 
 
@@ -97,7 +97,8 @@ class _Draw:
     def texture(self, tint: Tensor, moved: Tensor, contrast: float) -> Tensor:
         """Smooth noise and a wave, carried along. moved: (F, 2) pixels: -> (F, 3, H, W)."""
         grain = self.normal(1, 3, PERIOD, PERIOD)
-        grain = 2.2 * F.avg_pool2d(F.pad(grain, (1, 1, 1, 1), mode="circular"), 3, 1)
+        for _ in range(2):
+            grain = 2.0 * F.avg_pool2d(F.pad(grain, (1, 1, 1, 1), mode="circular"), 3, 1)
         grain = F.pad(grain, (0, 1, 0, 1), mode="circular")
         y = (self.y - moved[:, 0, None, None]).expand(-1, -1, self.width)
         x = (self.x - moved[:, 1, None, None]).expand(-1, self.height, -1)

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..attention.adapters import Adapter
 from ..attention.plan import (
+    ALLOCATIONS,
     AUTO,
     BACKENDS,
     BLOCK_ORDERS,
@@ -18,6 +19,7 @@ from ..attention.plan import (
     MAX_SPARSITY,
     METHODS,
     SLA_VARIANTS,
+    TARGETS,
     SparsePlan,
     parse_layers,
 )
@@ -260,6 +262,47 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "blocks are chosen more precisely at the same sparsity, but choosing takes "
                         "longer; with top-k, so do the averaged keys. auto: 64, or what the "
                         "adapter was trained with."
+                    ),
+                ),
+                io.Combo.Input(
+                    "allocation",
+                    options=list(ALLOCATIONS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How layers and heads share the kept blocks. auto: a few queries, computed "
+                        "exactly, show which heads need many blocks and which need few or none; "
+                        "the mean stays what sparsity says. For ropeslr and both top-k, without an "
+                        "adapter. uniform: every head keeps the same."
+                    ),
+                ),
+                io.Combo.Input(
+                    "target",
+                    options=list(TARGETS),
+                    default="sparsity",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What decides how many blocks are kept. sparsity: the sparsity slider. "
+                        "error: as few as keep the error at most at the error slider, never more "
+                        "than four times what sparsity allows; the last run shows the density. "
+                        "Works where allocation is auto."
+                    ),
+                ),
+                io.Float.Input(
+                    "error",
+                    default=0.05,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    display_mode=io.NumberDisplay.slider,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "With target error: how much of the attention's output may be lost, as a "
+                        "share of its energy. 0.05 keeps 95 %. Lower is closer to the dense video; "
+                        "higher is faster."
                     ),
                 ),
             ],

@@ -1,4 +1,4 @@
-"""The contract of a method, and the routing that all methods share."""
+"""The contract of a method, and what all methods share: routing, allocation, exact queries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.types import BlockLayout, BlockMask, TokenBlocks
-from ..accounting import routing_flops
+from ...kernels.types import (
+    BlockLayout,
+    BlockMask,
+    PooledKV,
+    Prefixes,
+    RankedBlocks,
+    TokenBlocks,
+)
+from ..accounting import probe_flops, routing_flops
+from ..allocation import Allocation, Curve, probe_counts
 from ..block_layout import TokenLayout
 from ..call import AttentionCall
 from ..plan import ResolvedPlan
@@ -24,6 +32,24 @@ class MethodOutput(NamedTuple):
     background: float = 0.0  # FLOPs of the background
     calibration: float = 0.0  # FLOPs of calibration or search in this call
     recall: float | None = None  # softmax mass kept, where this call measured it
+    heads: tuple[float, ...] = ()  # density of each head, mean over the batch, where they differ
+
+
+class Queries(NamedTuple):
+    """Some of the video's queries, spread evenly over its blocks; the same for every head."""
+
+    tokens: Tensor  # (R,): their places in the video
+    blocks: Tensor  # (R,): their query blocks
+
+
+class Probe(NamedTuple):
+    """Exact queries, and what is left of them when their rows keep some number of blocks."""
+
+    queries: Queries
+    q: Tensor  # (B, H, R, D)
+    counts: tuple[int, ...]  # the P numbers of kept blocks, see `probe_counts`
+    mean: int  # what sparsity asks for, one of them
+    found: Prefixes
 
 
 class QKV(NamedTuple):
@@ -42,18 +68,23 @@ class Routing(NamedTuple):
     pooled_q: Tensor  # (B, H, Nq, D)
     pooled_k: Tensor  # (B, H, Nk, D)
     density: float
+    heads: tuple[float, ...] = ()  # that of each head, mean over the batch, where they differ
 
 
 class Method:
     """One instance serves one sampling run and owns whatever it remembers between calls."""
 
     routes = True  # scores blocks in every call
+    fewest = 1  # blocks that every head keeps: none is enough for a method with a background
     needs_x = False  # calls without inputs.x cannot run
     needs_rope = False  # calls without inputs.rope cannot run
 
     def __init__(self, plan: ResolvedPlan) -> None:
         self.plan = plan
         self._blocks: dict[tuple[TokenLayout, torch.device], BlockLayout] = {}
+        self.allocation: Allocation | None = None
+        if plan.allocates:
+            self.allocation = Allocation(plan.probe_interval, plan.error_target)
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""
@@ -67,6 +98,10 @@ class Method:
         out `(B, H, Lv, D)`: where to write; without one, a new tensor.
         """
         raise NotImplementedError
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See a call that stays dense, for what follows it; arguments as of `attend`: -> FLOPs."""
+        return 0.0
 
     def blocks(self, layout: TokenLayout, device: torch.device) -> BlockLayout:
         """Blocks of a token layout, made once for a run."""
@@ -94,11 +129,95 @@ class Method:
         pooled_q = ops.block_pool(q.detach(), blocks.q_blocks, backend=backend)
         if pooled_k is None:
             pooled_k = ops.block_pool(k, blocks.kv_blocks, backend=backend)
-        topk = self.plan.topk(blocks.num_ranked)
+        topk = self.kept(q, call)
         mask, dropped_lse = ops.block_select(
             pooled_q, pooled_k, blocks, topk, scale=call.scale, backend=backend
         )
-        return Routing(mask, dropped_lse, pooled_q, pooled_k, blocks.density(topk))
+        if isinstance(topk, int):
+            return Routing(mask, dropped_lse, pooled_q, pooled_k, blocks.density(topk))
+        found = {count: blocks.density(count) for count in set(topk)}
+        (batch, heads), each = q.shape[:2], [found[count] for count in topk]
+        by_head = tuple(sum(each[head::heads]) / batch for head in range(heads))
+        density = sum(by_head) / heads
+        return Routing(mask, dropped_lse, pooled_q, pooled_k, density, by_head)
+
+    def kept(self, q: Tensor, call: AttentionCall) -> int | list[int]:
+        """How many blocks rows keep by score: one number, or one for each of B * H heads."""
+        blocks = self.blocks(call.layout, q.device)
+        mean = self.plan.topk(blocks.num_ranked)
+        if self.allocation is None:
+            return mean
+        batch, heads = q.shape[:2]
+        parts = call.conditionings(batch)
+        rows = self.allocation.kept(call.layer, call.step, parts, self._probed(blocks))
+        if all(row is None for row in rows):
+            return mean
+        return [count for row in rows for count in (row or [mean] * heads)]
+
+    def _probed(self, blocks: BlockLayout) -> tuple[int, ...]:
+        return probe_counts(self.plan.topk(blocks.num_ranked), blocks.num_ranked, self.fewest)
+
+    def probe_due(self, q: Tensor, call: AttentionCall) -> bool:
+        """Whether this call has to be probed."""
+        if self.allocation is None or self.plan.drops_nothing(call.layout.video_tokens):
+            return False
+        parts, blocks = call.conditionings(q.shape[0]), self.blocks(call.layout, q.device)
+        return self.allocation.due(call.layer, call.step, parts, self._probed(blocks))
+
+    def probe(
+        self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None
+    ) -> Probe | None:
+        """What some queries would lose by keeping fewer or more blocks; None where nobody asks.
+
+        pooled: what the method keeps of the blocks that it drops.
+        """
+        q, k, v = (x.detach() for x in qkv)
+        if not self.probe_due(q, call):
+            return None
+        blocks = self.blocks(call.layout, q.device)
+        queries = self.some_queries(q, call)
+        scores = routing.pooled_q.index_select(2, queries.blocks) @ routing.pooled_k.detach().mT
+        required = None
+        if blocks.required is not None:
+            required = blocks.required.mask.index_select(0, queries.blocks)
+        some_q = q.index_select(2, queries.tokens)
+        scores = scores * call.softmax_scale(q.shape[3])
+        ranked = RankedBlocks(blocks.kv_blocks, scores, required, pooled)
+        counts = self._probed(blocks)
+        found = ops.prefix_attention(some_q, k, v, ranked, counts, scale=call.scale)
+        return Probe(queries, some_q, counts, self.plan.topk(blocks.num_ranked), found)
+
+    def look(
+        self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None
+    ) -> float:
+        """Probe a call, where that is due, and learn from kept blocks as they are: -> FLOPs."""
+        probe = self.probe(qkv, call, routing, pooled)
+        return 0.0 if probe is None else self.learn(call, probe, probe.found.out)
+
+    def learn(self, call: AttentionCall, probe: Probe, outputs: Tensor) -> float:
+        """Take in the method's own outputs `(P, B, H, R, D)` for a probe: -> FLOPs of the probe."""
+        assert self.allocation is not None
+        exact = probe.found.exact_out
+        batch, heads, count, head_dim = probe.q.shape
+        each = call.layout.video_tokens / count
+        errors = each * (outputs - exact).square().sum(dim=(-2, -1))
+        energy = each * (exact - exact.mean(dim=2, keepdim=True)).square().sum(dim=(-2, -1))
+        curve = Curve(probe.counts, probe.mean, errors.movedim(0, -1), energy)
+        self.allocation.add(call.layer, call.step, call.conditionings(batch), curve)
+        tokens = call.layout.attended_tokens
+        return batch * probe_flops(tokens, head_dim, heads, count, len(probe.counts))
+
+    def some_queries(self, q: Tensor, call: AttentionCall) -> Queries:
+        """`calibrate_rows` of the video's queries, one drawn from each even part."""
+        q_blocks = self.blocks(call.layout, q.device).q_blocks
+        listed = q_blocks.num_listed
+        count = min(self.plan.calibrate_rows, listed)
+        generator = torch.Generator().manual_seed(call.step)
+        inside = torch.rand(count, generator=generator, dtype=torch.float64)
+        slots = ((torch.arange(count) + inside) * (listed / count)).long()
+        slots = slots.to(q.device, non_blocking=True)
+        # Only the last slots of all are empty.
+        return Queries(q_blocks.slots[slots], slots // q_blocks.block_size)
 
 
 def routing_cost(q: Tensor, blocks: BlockLayout) -> float:

@@ -144,6 +144,22 @@ def calibrate(exact: ExactQueries, state: State, start: Calibration) -> Calibrat
     )
 
 
+def mixed(exact: ExactQueries, state: State, known: Calibration) -> Tensor:
+    """The sampled queries' outputs `(B, H, R, D)` as `known` mixes them, background included."""
+    own = 0.0 if exact.gate_logits is None else exact.gate_logits
+    gap = exact.dropped_lse - exact.sparse_lse.clamp(min=-1e30)
+    gate = torch.sigmoid(known.gate_slope[..., None] * gap + known.gate_bias[..., None] + own)
+    gate = gate.masked_fill(exact.sparse_lse == -torch.inf, 1.0)
+    gate = gate.masked_fill(exact.dropped_lse == -torch.inf, 0.0)[..., None]
+    q = exact.q.to(state.cov.dtype)
+    if known.channel_ids is not None:
+        q = q.gather(-1, known.channel_ids[:, :, None].expand(-1, -1, q.shape[2], -1))
+    background = state.v_mean[:, :, None] + (q * known.channel_scale[:, :, None]) @ state.cov
+    if exact.branch is not None:
+        background = background + exact.branch
+    return torch.lerp(exact.sparse_out.to(background.dtype), background, gate)
+
+
 def _fit_gate(
     exact: ExactQueries, start: Calibration, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

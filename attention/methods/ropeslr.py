@@ -31,8 +31,8 @@ from ..accounting import calibration_flops, first_order_flops, low_rank_flops
 from ..call import AttentionCall
 from ..plan import ResolvedPlan
 from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
-from .base import QKV, Method, MethodOutput, Routing
-from .calibration import Calibration, ExactQueries, State, calibrate, strongest, untrained
+from .base import QKV, Method, MethodOutput, Probe, Routing
+from .calibration import Calibration, ExactQueries, State, calibrate, mixed, strongest, untrained
 
 EPS = 1e-5  # beside the MEAN of phi(k)
 
@@ -63,15 +63,21 @@ class Parts(NamedTuple):
         return Background(gate, first, low_rank)
 
 
+Kept = int | tuple[int, ...]  # blocks that every head keeps, or each of B * H
+
+
 class Remembered(NamedTuple):
-    """A calibration and the step it was made at."""
+    """A calibration, the step it was made at, and how many blocks the heads kept then."""
 
     step: int
     values: Calibration
+    kept: Kept
 
 
 class RoPeSLR(Method):
     """Remembers, for each layer and conditioning of one run, its calibration."""
+
+    fewest = 0
 
     def __init__(self, plan: ResolvedPlan) -> None:
         super().__init__(plan)
@@ -85,7 +91,7 @@ class RoPeSLR(Method):
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
     ) -> MethodOutput:
         """See `Method.attend`."""
-        blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
+        backend = self.plan.backend
         if self.plan.drops_nothing(q.shape[2]):
             routing = self.route(q, k, call)
             found, _ = ops.block_sparse_attention(
@@ -94,28 +100,83 @@ class RoPeSLR(Method):
             return MethodOutput(found, routing.mask, routing.density)
 
         batch, heads, tokens, head_dim = q.shape
-        known, due = self._lookup(call, batch)
-        channel_ids = None if known is None else known.channel_ids
-        pooled_k, v_mean, cov = ops.block_pool_state(k, v, blocks, channel_ids, backend=backend)
-        state = State(v_mean, cov, call.softmax_scale(head_dim))
-        routing = self.route(q, k, call, pooled_k)
-        trained = self._trained(q, k, v, call)
-        known, state = self._start(known, state, trained, due)
+        known, due = self._lookup(q, call)
+        qkv, cost = QKV(q, k, v), 0.0
+        parts = self._parts(qkv, call, known, due)
+        routing, trained = parts.routing, parts.trained
+        state_rank = head_dim if known is None else known.channel_scale.shape[2]
         background = batch * first_order_flops(
-            tokens, head_dim, heads, state.cov.shape[2], cov.shape[2]
+            tokens, head_dim, heads, parts.state.cov.shape[2], state_rank
         )
         if trained is not None and trained.low_rank is not None:
             rank = trained.low_rank.feature_map.rank(head_dim)
             background += batch * low_rank_flops(tokens, head_dim, heads, rank)
-        parts = Parts(routing, state, known, trained)
+        probe = self.probe(qkv, call, routing)
+        if probe is not None:
+            own, cost = self._learn_calibrating(call, parts, probe)
+            if due and isinstance(self.kept(q, call), int):  # the probe has calibrated for that
+                parts, due = parts._replace(known=own), False
+                self._remember(q, call, own, made_now=True)
         if due:
-            found, cost = self._calibrating(QKV(q, k, v), call, parts, out)
-            return MethodOutput(found, routing.mask, routing.density, background, cost)
-        self._remember(call, known, batch)
-        found = ops.block_sparse_mixed(
-            q, k, v, routing.mask, parts.background, scale=call.scale, backend=backend, out=out
+            found, more = self._calibrating(qkv, call, parts, out)
+            cost += more
+        else:
+            self._remember(q, call, parts.known)
+            found = ops.block_sparse_mixed(
+                q, k, v, routing.mask, parts.background, scale=call.scale, backend=backend, out=out
+            )
+        return MethodOutput(
+            found, routing.mask, routing.density, background, cost, heads=routing.heads
         )
-        return MethodOutput(found, routing.mask, routing.density, background)
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See `Method.observe`."""
+        if not self.probe_due(q, call):
+            return 0.0
+        known, due = self._lookup(q, call)
+        qkv = QKV(q, k, v)
+        parts = self._parts(qkv, call, known, due)
+        probe = self.probe(qkv, call, parts.routing)
+        return 0.0 if probe is None else self._learn_calibrating(call, parts, probe)[1]
+
+    def _parts(self, qkv: QKV, call: AttentionCall, known: Calibration | None, due: bool) -> Parts:
+        """Routing, state, and the values that hold before this call's calibration."""
+        q, k, v = qkv
+        blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
+        channel_ids = None if known is None else known.channel_ids
+        pooled_k, v_mean, cov = ops.block_pool_state(k, v, blocks, channel_ids, backend=backend)
+        state = State(v_mean, cov, call.softmax_scale(q.shape[3]))
+        routing = self.route(q, k, call, pooled_k)
+        trained = self._trained(q, k, v, call)
+        known, state = self._start(known, state, trained, due)
+        return Parts(routing, state, known, trained)
+
+    def _learn_calibrating(
+        self, call: AttentionCall, parts: Parts, probe: Probe
+    ) -> tuple[Calibration, float]:
+        """Learn from a probe: -> the calibration for the mean number of blocks, and FLOPs.
+
+        Each number of blocks is judged with a calibration of its own.
+        """
+        found, known, outputs = probe.found, [], []
+        with torch.no_grad():
+            for out, lse, dropped_lse in zip(found.out, found.lse, found.dropped_lse):
+                exact = ExactQueries(
+                    probe.q,
+                    found.exact_out,
+                    found.exact_lse,
+                    out,
+                    lse,
+                    dropped_lse,
+                    *self._own_terms(probe.q, probe.queries.tokens, parts),
+                )
+                own = parts.known
+                if self.plan.calibrates:
+                    own = calibrate(exact, parts.state, own)
+                known.append(own)
+                outputs.append(mixed(exact, parts.state, own))
+        cost = self.learn(call, probe, torch.stack(outputs))
+        return known[probe.counts.index(probe.mean)], cost
 
     def _start(
         self, known: Calibration | None, state: State, trained: Trained | None, due: bool
@@ -139,9 +200,9 @@ class RoPeSLR(Method):
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
         batch, heads, count, head_dim = exact.q.shape
-        self._remember(call, known, batch, made_now=True)
-        mixed = parts._replace(known=known).background
-        found = ops.mix_background(qkv.q, *sparse, mask.q_blocks, mixed, out=out)
+        self._remember(qkv.q, call, known, made_now=True)
+        both = parts._replace(known=known).background
+        found = ops.mix_background(qkv.q, *sparse, mask.q_blocks, both, out=out)
         tokens = call.layout.attended_tokens
         return found, batch * calibration_flops(tokens, head_dim, heads, count)
 
@@ -149,31 +210,35 @@ class RoPeSLR(Method):
         self, qkv: QKV, call: AttentionCall, parts: Parts, sparse: tuple[Tensor, Tensor]
     ) -> ExactQueries:
         """Exact attention of queries spread evenly over the blocks, the same for every head."""
-        (q, k, v), (_, dropped_lse, *_), trained = qkv, parts.routing, parts.trained
-        q_blocks = parts.routing.mask.q_blocks
-        slots = _spread(q_blocks.num_listed, self.plan.calibrate_rows, call.step)
-        slots = slots.to(q.device, non_blocking=True)
-        tokens = q_blocks.slots[slots]  # only the last slots of all are empty
+        (q, k, v), (tokens, blocks) = qkv, self.some_queries(qkv.q, call)
         some_q = q.index_select(2, tokens)
         seen = self.seen_keys(call.layout, q.device)
         out, lse = ops.dense_attention(
             some_q, k, v, seen, scale=call.scale, backend=self.plan.backend
         )
-        own_logits, branch = None, None
-        if trained is not None and trained.gate_logits is not None:
-            own_logits = trained.gate_logits.index_select(2, tokens)
-        if trained is not None and trained.low_rank is not None:
-            branch = _branch(some_q, tokens, trained.low_rank, parts.state.v_mean)
         return ExactQueries(
             some_q,
             out,
             lse,
             sparse[0].index_select(2, tokens),
             sparse[1].index_select(2, tokens),
-            dropped_lse.index_select(2, slots // q_blocks.block_size),
-            own_logits,
-            branch,
+            parts.routing.dropped_lse.index_select(2, blocks),
+            *self._own_terms(some_q, tokens, parts),
         )
+
+    def _own_terms(
+        self, some_q: Tensor, tokens: Tensor, parts: Parts
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What an adapter adds to gate and background of some queries."""
+        trained = parts.trained
+        if trained is None:
+            return None, None
+        own_logits, branch = trained.gate_logits, None
+        if own_logits is not None:
+            own_logits = own_logits.index_select(2, tokens)
+        if trained.low_rank is not None:
+            branch = _branch(some_q, tokens, trained.low_rank, parts.state.v_mean)
+        return own_logits, branch
 
     def _trained(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Trained | None:
         """What the adapter says about this call; what it lacks is as without an adapter."""
@@ -226,35 +291,39 @@ class RoPeSLR(Method):
         state = LinearState(kv_state, normalizer, EPS)
         return LowRank(q_map, state, weights["low_rank_scale"].float())
 
-    def _lookup(self, call: AttentionCall, batch: int) -> tuple[Calibration | None, bool]:
+    def _lookup(self, q: Tensor, call: AttentionCall) -> tuple[Calibration | None, bool]:
         """What is known for all conditionings, None if any is new; and whether more is due."""
-        parts = call.conditionings(batch)
-        found = [self.memory.get((call.layer, key)) for key, _ in parts]
-        counts = [own.stop - own.start for _, own in parts]
+        parts = self._by_conditioning(q, call)
+        found = [self.memory.get((call.layer, key)) for key, _, _ in parts]
+        counts = [own.stop - own.start for _, own, _ in parts]
         known = [each for each in found if each is not None]
         if len(known) < len(found) or [x.values.gate_slope.shape[0] for x in known] != counts:
             return None, self.plan.calibrates
         values = Calibration.joined([each.values for each in known])
         interval = self.plan.calibration_interval
         # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
-        due = interval is not None and any(abs(call.step - x.step) >= interval for x in known)
-        return values, due
+        old = interval is not None and any(abs(call.step - x.step) >= interval for x in known)
+        moved = any(x.kept != kept for x, (_, _, kept) in zip(known, parts))
+        return values, self.plan.calibrates and (old or moved)
 
     def _remember(
-        self, call: AttentionCall, known: Calibration, batch: int, made_now: bool = False
+        self, q: Tensor, call: AttentionCall, known: Calibration, made_now: bool = False
     ) -> None:
-        for key, own in call.conditionings(batch):
-            before = self.memory.get((call.layer, key))
-            step = call.step if made_now or before is None else before.step
-            self.memory[call.layer, key] = Remembered(step, known.of_batch(own))
+        for key, own, kept in self._by_conditioning(q, call):
+            before, step = self.memory.get((call.layer, key)), call.step
+            if before is not None and not made_now:
+                step, kept = before.step, before.kept
+            self.memory[call.layer, key] = Remembered(step, known.of_batch(own), kept)
 
-
-def _spread(tokens: int, wanted: int, seed: int) -> Tensor:
-    """So many of `tokens`, one drawn from each even part: -> ascending `(n,)` int64."""
-    count = min(wanted, tokens)
-    generator = torch.Generator().manual_seed(seed)
-    inside = torch.rand(count, generator=generator, dtype=torch.float64)
-    return ((torch.arange(count) + inside) * (tokens / count)).long()
+    def _by_conditioning(
+        self, q: Tensor, call: AttentionCall
+    ) -> list[tuple[Hashable, slice, Kept]]:
+        """Each conditioning with its rows of the batch, and what its heads keep."""
+        (batch, heads), kept = q.shape[:2], self.kept(q, call)
+        parts = call.conditionings(batch)
+        if isinstance(kept, int):
+            return [(key, own, kept) for key, own in parts]
+        return [(key, own, tuple(kept[own.start * heads : own.stop * heads])) for key, own in parts]
 
 
 def _branch(some_q: Tensor, tokens: Tensor, low_rank: LowRank, v_mean: Tensor) -> Tensor:

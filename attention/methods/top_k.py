@@ -16,7 +16,7 @@ from ...kernels import ops
 from ...kernels.types import PooledKV
 from ..accounting import pooled_flops
 from ..call import AttentionCall
-from .base import Method, MethodOutput
+from .base import QKV, Method, MethodOutput, Routing
 
 
 class TopK(Method):
@@ -30,7 +30,16 @@ class TopK(Method):
         found, _ = ops.block_sparse_attention(
             q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, out=out
         )
-        return MethodOutput(found, routing.mask, routing.density)
+        cost = self.look(QKV(q, k, v), call, routing)
+        return MethodOutput(
+            found, routing.mask, routing.density, calibration=cost, heads=routing.heads
+        )
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See `Method.observe`."""
+        if not self.probe_due(q, call):
+            return 0.0
+        return self.look(QKV(q, k, v), call, self.route(q, k, call))
 
 
 class PooledTopK(Method):
@@ -41,11 +50,24 @@ class PooledTopK(Method):
     ) -> MethodOutput:
         """See `Method.attend`."""
         routing, backend = self.route(q, k, call), self.plan.backend
-        kv_blocks = routing.mask.kv_blocks
-        pooled = PooledKV(routing.pooled_k, ops.block_pool(v, kv_blocks, backend=backend))
+        pooled = self._pooled(v, routing)
         found, _ = ops.block_sparse_attention(
             q, k, v, routing.mask, pooled, scale=call.scale, backend=backend, out=out
         )
+        cost = self.look(QKV(q, k, v), call, routing, pooled)
         batch, heads, tokens, head_dim = q.shape
-        background = batch * pooled_flops(tokens, head_dim, heads, kv_blocks.num_blocks)
-        return MethodOutput(found, routing.mask, routing.density, background)
+        background = batch * pooled_flops(tokens, head_dim, heads, pooled.k.shape[2])
+        return MethodOutput(
+            found, routing.mask, routing.density, background, cost, heads=routing.heads
+        )
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
+        """See `Method.observe`."""
+        if not self.probe_due(q, call):
+            return 0.0
+        routing = self.route(q, k, call)
+        return self.look(QKV(q, k, v), call, routing, self._pooled(v, routing))
+
+    def _pooled(self, v: Tensor, routing: Routing) -> PooledKV:
+        blocks = routing.mask.kv_blocks
+        return PooledKV(routing.pooled_k, ops.block_pool(v, blocks, backend=self.plan.backend))

@@ -179,6 +179,12 @@ class ModelCall:
         self.tally.sparse(cell, cost, run.backend_of(q), tokens)
         return out
 
+    def observe(self, candidate: Candidate) -> None:
+        """Let the method learn from a call that is dense for now."""
+        q, k, v = candidate.host.views()
+        attention = self.run.attention_on(q.device)
+        self.tally.learned(attention.observe(q, k, v, candidate.attention_call()))
+
     def run_dense(self, host: HostCall, layer: Layer, reason: DenseReason) -> Tensor:
         """Log and count self-attention that stays dense."""
         self.entering.drop()

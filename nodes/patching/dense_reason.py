@@ -9,6 +9,7 @@ import torch
 
 from ...attention import TokenLayout
 from ...attention.backend import shape_reason
+from ...attention.schedule import FIRST_STEPS
 
 if TYPE_CHECKING:
     from .candidate import Candidate
@@ -73,6 +74,11 @@ def why_dense(candidate: Candidate) -> DenseReason | None:
         if reason is not None:
             return reason
     return None
+
+
+def dense_for_now(candidate: Candidate, reason: DenseReason) -> bool:
+    """Whether a call is dense only because it is one of a run's first steps."""
+    return reason.text == FIRST_STEPS and all(check(candidate) is None for check in CHECKS[1:])
 
 
 def _step(candidate: Candidate) -> DenseReason | None:

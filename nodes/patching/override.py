@@ -15,7 +15,7 @@ from torch import Tensor
 from ...attention.backend import TritonNotUsable
 from .call import ModelCall
 from .candidate import Candidate, HostCall
-from .dense_reason import FAILED, DenseReason, why_dense
+from .dense_reason import FAILED, DenseReason, dense_for_now, why_dense
 from .hooks import CALL
 from .malloc_graph import unrecorded
 
@@ -50,7 +50,12 @@ def sparse_override(
 def _sparse(candidate: Candidate) -> Tensor | DenseReason:
     """The sparse output in the form that the host wants; or why there is none."""
     try:
-        return why_dense(candidate) or candidate.call.run_sparse(candidate)
+        reason = why_dense(candidate)
+        if reason is None:
+            return candidate.call.run_sparse(candidate)
+        if dense_for_now(candidate, reason):
+            candidate.call.observe(candidate)
+        return reason
     except TritonNotUsable:  # asked for by name: to go on without it would be a silent no
         raise
     except Exception as error:

@@ -46,6 +46,9 @@ class RunReport:
     # Density by step (of this sampler, from 0) and layer: {"layers": n, "steps": [s, ...],
     # "density": [[x, ...], ...]}; 1 = dense, None = did not run.
     map: dict[str, Any] | None
+    # Density by head and layer, a mean of the calls whose heads differed: {"layers": n, "heads":
+    # [h, ...], "density": [[x, ...], ...]}, None for a layer without; None where all kept the same.
+    heads: dict[str, Any] | None
 
     @property
     def flops_saved(self) -> float:
@@ -79,9 +82,17 @@ class RunReport:
         recall = "" if self.recall is None else f", recall {self.recall:.3f}"
         fine = "" if self.key_block == BLOCK else f"key blocks of {self.key_block}, "
         return (
-            f" in {self.backend} (density {self.density:.3f}, {self.block_order} order, {fine}"
+            f" in {self.backend} (density {self.density:.3f}{self._range()}, "
+            f"{self.block_order} order, {fine}"
             f"{self.calibrations} {learned}{recall})"
         )
+
+    def _range(self) -> str:
+        """From the head that kept least to the one that kept most."""
+        if self.heads is None:
+            return ""
+        each = [share for row in self.heads["density"] for share in row if share is not None]
+        return f", {min(each):.3f} to {max(each):.3f} by head"
 
     def send(self, node_id: str | None) -> None:
         """Send the report to the browser that queued the run, where a server runs and one did."""

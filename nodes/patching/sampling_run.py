@@ -178,6 +178,7 @@ class SamplingRun:
             call_seconds=medians or None,
             spent_parts={name: flops / 1e12 for name, flops in tally.spent.items()},
             map=tally.map(self.info.num_layers),
+            heads=tally.head_map(self.info.num_layers),
         )
 
 

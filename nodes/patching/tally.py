@@ -43,12 +43,16 @@ class Tally:
     backend: str = ""
     tokens: int = 0  # of the longest sparse sequence
     cells: dict[Cell, list[float]] = field(default_factory=dict)  # densities of a cell's calls
+    # Densities of each head, by layer, of the calls whose heads differed.
+    heads: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
 
     def sparse(self, cell: Cell, cost: AttentionCost, backend: str, tokens: int) -> None:
         """Count a sparse self-attention call."""
         self.sparse_calls += 1
         self.tokens = max(self.tokens, tokens)
         self.cells.setdefault(cell, []).append(cost.density)
+        if cost.heads:
+            self.heads.setdefault(cell.layer, []).append(cost.heads)
         self.backend = backend
         self.density += cost.density
         self.dense_flops += cost.dense
@@ -68,6 +72,10 @@ class Tally:
         self.dense_flops += flops
         self.spent[DENSE_CALLS] += flops  # type: ignore[assignment]
 
+    def learned(self, flops: float) -> None:
+        """Count what was spent on learning beside a dense call."""
+        self.spent[CALIBRATION] += flops  # type: ignore[assignment]
+
     def __iadd__(self, other: Tally) -> Tally:
         self.sparse_calls += other.sparse_calls
         self.dense_calls += other.dense_calls
@@ -83,6 +91,8 @@ class Tally:
         self.tokens = max(self.tokens, other.tokens)
         for cell, densities in other.cells.items():
             self.cells.setdefault(cell, []).extend(densities)
+        for layer, found in other.heads.items():
+            self.heads.setdefault(layer, []).extend(found)
         return self
 
     def map(self, num_layers: int) -> dict[str, object] | None:
@@ -95,6 +105,21 @@ class Tally:
             for step in steps
         ]
         return {"layers": num_layers, "steps": steps, "density": density}
+
+    def head_map(self, num_layers: int) -> dict[str, object] | None:
+        """Mean density by layer and head where heads differed; see `RunReport.heads`."""
+        if not self.heads:
+            return None
+        means = {
+            layer: [_mean(list(each)) for each in zip(*calls)]
+            for layer, calls in self.heads.items()
+        }
+        heads = range(max(map(len, means.values())))
+        density = [
+            [dict(enumerate(means.get(layer, ()))).get(head) for layer in range(num_layers)]
+            for head in heads
+        ]
+        return {"layers": num_layers, "heads": list(heads), "density": density}
 
 
 def _mean(densities: list[float] | None) -> float | None:

@@ -7,12 +7,14 @@ import { extraTokens, MODELS, tokenGrid } from "./models.js";
 
 /** @type {string[]} */
 const TRAINED = ["ropeslr", "rola", "sla"];
+/** @type {string[]} Methods whose heads find their own share of blocks. */
+const ALLOCATED = ["ropeslr", "top-k", "top-k plain"];
 const LONGEST_LAYERS = 1000; // characters of dense_layers, as in attention/plan.py
 
 /**
- * The method that runs, its block order and key block, its dense first steps, and whether it has trained weights. An
- * unknown adapter is taken to fit, and every adapter to have been trained with key blocks of 64.
- * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "dense_first_steps">} settings
+ * The method that runs, its block order and key block, its dense first steps, whether it has trained weights, and
+ * whether heads share the kept blocks. An unknown adapter is taken to fit, and every adapter to have been trained with key blocks of 64.
+ * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "allocation" | "dense_first_steps">} settings
  * @param {RoPeSLR.AdapterMethod} adapter
  * @returns {RoPeSLR.ResolvedPlan}
  */
@@ -26,7 +28,8 @@ export function resolve(settings, adapter) {
   const keyBlock = settings.key_block === "auto" ? BLOCK : Number(settings.key_block);
   let first = settings.dense_first_steps;
   if (first < 0) first = (released && trained) || method === "adaspa" ? 0 : 1;
-  return { method, trained, order, keyBlock, first };
+  const shared = settings.allocation === "auto" && !trained && ALLOCATED.includes(method);
+  return { method, trained, order, keyBlock, shared, first };
 }
 
 /**
@@ -134,6 +137,7 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     kept: Math.round(cost.kept), blocks: cost.keys, density: cost.density,
     saved: 1.0 - spent / dense, attention: dense / spent, step: (dense + linear) / (spent + linear),
     call: cost.dense / cost.total, denseLayers: denseLayers.count,
+    shared: plan.shared ? (settings.target === "error" ? "error" : "sparsity") : "",
     windowed: settings.start_percent > 0 || settings.end_percent < 1,
   };
   if (steps && own > 0) {

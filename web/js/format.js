@@ -88,7 +88,9 @@ export function estimateText(numbers) {
     return { figures: [], share: null, lines: [numbers.why, ...warnings] };
   }
   const sparse = /** @type {RoPeSLR.SparseEstimate} */ (numbers);
-  const lines = [`Keeps ${count(sparse.kept)} of ${count(sparse.blocks)} blocks`, ...warnings];
+  const mean = sparse.shared ? ", a mean: each head finds its own share" : "";
+  const lines = [`Keeps ${count(sparse.kept)} of ${count(sparse.blocks)} blocks${mean}`, ...warnings];
+  if (sparse.shared === "error") lines.push("The error target decides during the run; these figures are for sparsity");
   if (sparse.untrained) lines.push(untrained(sparse.method));
   if (sparse.denseLayers) lines.push(`${plural(sparse.denseLayers, "layer")} dense`);
   if (sparse.windowed) lines.push("Steps outside start and end percent stay dense");
@@ -131,11 +133,20 @@ export function reportText(report) {
 }
 
 /** @param {RoPeSLR.Report} report */
-function sparseText({ method, backend, density, recall }) {
+function sparseText({ method, backend, density, recall, heads }) {
   const how = [backend ? `${method ?? "sparse"} in ${backend}` : method ?? "sparse"];
-  how.push(`${percent(density ?? 1)} of blocks kept`);
+  how.push(`${percent(density ?? 1)} of blocks kept${headRange(heads)}`);
   if (typeof recall === "number") how.push(`recall ${THOUSANDTHS.format(recall)}`);
   return how.join(", ");
+}
+
+/**
+ * From the head that kept least to the one that kept most.
+ * @param {RoPeSLR.HeadMap | null | undefined} heads
+ */
+function headRange(heads) {
+  const each = (heads?.density ?? []).flat().flatMap((share) => (typeof share === "number" ? [share] : []));
+  return each.length ? ` (heads: ${percent(Math.min(...each))} to ${percent(Math.max(...each))})` : "";
 }
 
 /**

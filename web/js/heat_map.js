@@ -1,4 +1,4 @@
-// The map of a run, layers down and steps across: one cell for the share of blocks that a layer kept at a step.
+// Maps of a run, layers down, steps or heads across: one cell for the share of blocks that was kept there.
 // @ts-check
 
 import { count, percent, plural } from "./format.js";
@@ -17,6 +17,15 @@ const MOST = [31, 97, 141];
  */
 export function isMap(map) {
   return Boolean(map && map.layers > 0 && map.steps?.length && map.density?.length === map.steps.length);
+}
+
+/**
+ * A report's densities by head, as a map.
+ * @param {RoPeSLR.HeadMap | null | undefined} heads
+ * @returns {RoPeSLR.DensityMap | null}
+ */
+export function headMap(heads) {
+  return heads ? { layers: heads.layers, steps: heads.heads, density: heads.density, across: "head" } : null;
 }
 
 /**
@@ -44,13 +53,14 @@ export function sparseRange(map) {
 export function mapText(map) {
   const cells = ran(map.density.flat());
   const sparse = cells.filter((value) => value < 1);
-  const title = `Map of kept blocks, ${plural(map.steps.length, "step")} by ${plural(map.layers, "layer")}`;
+  const across = map.across ?? "step";
+  const title = `Map of kept blocks, ${plural(map.steps.length, across)} by ${plural(map.layers, "layer")}`;
   if (!sparse.length) return `${title}: every cell is dense.`;
   const [least, most] = sparseRange(map);
   const mean = sparse.reduce((sum, value) => sum + value, 0) / sparse.length;
   const dense = map.steps.filter((_, row) => isDense(map.density[row])).map((step) => count(step + 1));
   const range = `from ${percent(least)} to ${percent(most)}, mean ${percent(mean)}`;
-  const steps = dense.length ? ` Dense steps: ${dense.join(", ")}.` : "";
+  const steps = dense.length && across === "step" ? ` Dense steps: ${dense.join(", ")}.` : "";
   return `${title}: ${count(sparse.length)} of ${plural(cells.length, "cell")} sparse, ${range}.${steps}`;
 }
 
@@ -129,7 +139,8 @@ function swatch(document, background, text) {
 function legend(document, map) {
   const [least, most] = sparseRange(map);
   const element = make(document, "figcaption", "ropeslr-legend");
-  const steps = `steps ${map.steps[0] + 1}–${map.steps[map.steps.length - 1] + 1} →`;
+  const [first, last] = [map.steps[0], map.steps[map.steps.length - 1]];
+  const steps = map.across === "head" ? `heads ${first}–${last} →` : `steps ${first + 1}–${last + 1} →`;
   const keys = make(document, "span", "ropeslr-keys");
   if (most > 0) {
     const [low, high] = [percent(least), percent(most)];

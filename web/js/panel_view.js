@@ -2,7 +2,7 @@
 // @ts-check
 
 import { estimateText, reportText, sizeText, times } from "./format.js";
-import { draw, heatMap, isMap } from "./heat_map.js";
+import { draw, headMap, heatMap, isMap } from "./heat_map.js";
 
 const BOUND = "Upper bounds, from operation counts: kernels reach part of them, plain PyTorch less.";
 const UNKNOWN_SIZE = "The graph does not say how large the video is: choose a size here, or run once.";
@@ -112,13 +112,13 @@ export class PanelView {
     this.body.setAttribute("role", "group");
     this.body.setAttribute("aria-label", "RoPeSLR: estimate and last run");
     this.element.append(this.body);
-    /** The map now on the page. @type {{ canvas: HTMLCanvasElement, map: RoPeSLR.DensityMap } | null} */
-    this.shownMap = null;
+    /** The maps now on the page. @type {{ canvas: HTMLCanvasElement, map: RoPeSLR.DensityMap }[]} */
+    this.shownMaps = [];
   }
 
   /** @param {RoPeSLR.PanelState} state */
   render(state) {
-    this.shownMap = null;
+    this.shownMaps = [];
     const sections = [];
     if (!state.report || state.status !== "fresh") sections.push(this.estimateSection(state));
     if (state.report) sections.push(this.reportSection(state, state.report));
@@ -131,7 +131,7 @@ export class PanelView {
   }
 
   redraw() {
-    if (this.shownMap) draw(this.shownMap.canvas, this.shownMap.map);
+    for (const { canvas, map } of this.shownMaps) draw(canvas, map);
   }
 
   /** @param {RoPeSLR.PanelState} state */
@@ -163,9 +163,10 @@ export class PanelView {
     section.append(figures(text.figures), list(text.lines));
     const numbers = state.numbers;
     if (numbers && "call" in numbers) section.append(note(`The estimate was at most ${times(numbers.call)} per call.`));
-    if (isMap(report.map)) {
-      const { element, canvas } = heatMap(document, report.map);
-      this.shownMap = { canvas, map: report.map };
+    for (const map of [report.map, headMap(report.heads)]) {
+      if (!isMap(map)) continue;
+      const { element, canvas } = heatMap(document, map);
+      this.shownMaps.push({ canvas, map });
       section.append(element);
     }
     return section;

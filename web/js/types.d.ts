@@ -176,6 +176,9 @@ declare namespace RoPeSLR {
     keep_first_frame: boolean;
     sla_variant: string;
     key_block: string;
+    allocation: string;
+    target: string;
+    error: number;
   }
 
   /** Settings without an "auto". */
@@ -184,6 +187,7 @@ declare namespace RoPeSLR {
     trained: boolean;
     order: string;
     keyBlock: number;
+    shared: boolean;
     first: number;
   }
 
@@ -250,6 +254,8 @@ declare namespace RoPeSLR {
     step: number;
     call: number;
     denseLayers: number;
+    /** Heads share the kept blocks, and what the run aims at. */
+    shared: "" | "sparsity" | "error";
     windowed: boolean;
     run?: RunEstimate;
   }
@@ -264,10 +270,18 @@ declare namespace RoPeSLR {
     steps: Steps | null;
   }
 
-  /** Density by step and layer; 1 = dense, null = did not run. */
+  /** Density by step (or head) and layer; 1 = dense, null = did not run. */
   interface DensityMap {
     layers: number;
     steps: number[];
+    density: (number | null)[][];
+    across?: "head";
+  }
+
+  /** Mean density by head and layer of the calls whose heads differed; null = none in that layer. */
+  interface HeadMap {
+    layers: number;
+    heads: number[];
     density: (number | null)[][];
   }
 
@@ -297,6 +311,7 @@ declare namespace RoPeSLR {
     previous?: string;
     completed?: boolean;
     map?: DensityMap | null;
+    heads?: HeadMap | null;
   }
 
   /** new: not compared yet. fresh: of the settings now on the node. stale: of others. */

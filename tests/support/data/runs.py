@@ -9,5 +9,6 @@ Call = attention.AttentionCall
 
 
 def run_of(adapter=None, **plan):
-    """An `AttentionRun` by these settings."""
-    return attention.AttentionRun(attention.SparsePlan(**plan).resolve(adapter))
+    """An `AttentionRun` by these settings; where they do not say, blocks and heads are alike."""
+    alike = {"allocation": "uniform"} | ({"key_block": "64"} if adapter is None else {})
+    return attention.AttentionRun(attention.SparsePlan(**(alike | plan)).resolve(adapter))
