@@ -115,6 +115,27 @@ def deal(errors: Tensor, counts: Sequence[int], total: int) -> list[int]:
     return [fewest + each for each in given]
 
 
+def from_shares(shares: Sequence[float], mean: int, counts: Sequence[int]) -> list[int]:
+    """Shares of the mean `(n)` as numbers of blocks, from counts[0] to counts[-1].
+
+    Their sum is that of the shares, as far as the limits let it; what rounding leaves goes where
+    most is missing.
+    """
+    fewest, most = counts[0], counts[-1]
+    wanted = [max(0.0, share) * mean for share in shares]
+    given = [min(most, max(fewest, math.floor(each))) for each in wanted]
+    left = round(sum(wanted)) - sum(given)
+    line = [(kept - each, i) for i, (kept, each) in enumerate(zip(given, wanted)) if kept < most]
+    heapq.heapify(line)
+    while left > 0 and line:
+        missing, i = heapq.heappop(line)
+        given[i] += 1
+        left -= 1
+        if given[i] < most:
+            heapq.heappush(line, (missing + 1, i))
+    return given
+
+
 def by_error(errors: Tensor, counts: Sequence[int], energy: Tensor, share: float) -> list[int]:
     """As few blocks as keep the sum of errors within `share` of the energy, or all that may be.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from ..kernels import ops
 from ..kernels.types import BlockMask, blocks_needed
 from .accounting import AttentionCost, dense_flops
 from .call import AttentionCall, LayerInputs
+from .methods.calibration import Lesson
 from .plan import ResolvedPlan
 from .run import AttentionRun
 
 SAMPLED_QUERIES = 2048  # of the video, spread evenly
-STEPS = 8  # a run of so many steps is learned for once, in its first
+STEPS = 8  # AdaSpa searches once in a run of so many
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,21 @@ class MapSelection:
     head: int
 
 
+class Error(NamedTuple):
+    """How far a layer's attention is from dense attention."""
+
+    relative: float  # to the norm of dense attention
+    absolute: float  # root mean square
+
+
 class MethodComparison:
     """Stands in for an `AttentionRun` and returns dense attention, so that layers see no change.
 
     plans: the methods to try, by name. selection: whose kept blocks are drawn, or None; a head that
-    the model lacks means its last. After the calls: `errors[name][layer]` relative to dense
-    attention on some queries, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool of
-    the video's blocks that the first plan's method kept.
+    the model lacks means its last. Where `learns`, the model is called twice: with `learning` set,
+    in which methods see every layer, and without. After the calls: `errors[name][layer]` on some
+    queries, relative and absolute, `saved[name]` the share of FLOPs, `kept` the map `(Nq, Nk)` bool
+    of the video's blocks that the first plan's method kept.
     """
 
     def __init__(
@@ -45,7 +55,9 @@ class MethodComparison:
         self.needs_x = any(run.needs_x for run in self.runs.values())
         self.needs_rope = any(run.needs_rope for run in self.runs.values())
         self.selection = selection
-        self.errors: dict[str, dict[Hashable, float]] = {name: {} for name in plans}
+        self.learns = any(plan.probes for plan in plans.values())
+        self.learning = False
+        self.errors: dict[str, dict[Hashable, Error]] = {name: {} for name in plans}
         self.kept: Tensor | None = None
         self._costs: dict[str, list[AttentionCost]] = {name: [] for name in plans}
 
@@ -57,6 +69,11 @@ class MethodComparison:
             for name, costs in self._costs.items()
             if costs
         }
+
+    @property
+    def lessons(self) -> dict[Hashable, list[Lesson]]:
+        """None: what is learned here serves the comparison."""
+        return {}
 
     def dense_reason(self, step: int, num_steps: int) -> None:
         """Nothing: every step is compared."""
@@ -70,9 +87,15 @@ class MethodComparison:
         """As `AttentionRun.attend`, with dense attention of all queries as its result."""
         batch, heads, _, head_dim = q.shape
         first = next(iter(self.runs.values()))
+        call = replace(call, step=0, num_steps=STEPS)
         seen = first.method.seen_keys(call.layout, q.device)
         dense, _ = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=self.plan.backend)
         layout = call.layout
+        flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
+        if self.learning:
+            for run in self.runs.values():
+                run.observe(q, k, v, _own_order(run, call))
+            return dense, AttentionCost(1.0, flops, flops)
         count = min(SAMPLED_QUERIES, layout.video_tokens)
         positions = torch.arange(count, device=q.device) * layout.video_tokens // count
         tokens = layout.before + positions
@@ -82,11 +105,12 @@ class MethodComparison:
             if run.missing(call.inputs):
                 continue
             out, cost = self._tried(run, q, k, v, call)
-            off = (out.index_select(2, tokens).float() - exact).norm() / exact.norm()
-            self.errors[name][call.layer] = off.item()
+            off = (out.index_select(2, tokens).float() - exact).norm().item()
+            self.errors[name][call.layer] = Error(
+                off / exact.norm().item(), off / exact.numel() ** 0.5
+            )
             self._costs[name].append(cost)
         first.on_mask = None
-        flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
         return dense, AttentionCost(1.0, flops, flops)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
@@ -109,12 +133,13 @@ class MethodComparison:
     def _tried(
         self, run: AttentionRun, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, AttentionCost]:
-        call = _own_order(run, replace(call, step=0, num_steps=STEPS))
+        # What was seen of all layers counts from the next step on.
+        call = _own_order(run, replace(call, step=1) if run.plan.probes else call)
         out, cost = run.attend(q, k, v, call)
         # It has just learned, which costs more, or is dense; this is how it goes on.
         if cost.calibration:
             del out
-            out, cost = run.attend(q, k, v, replace(call, step=1))
+            out, cost = run.attend(q, k, v, call)
         return out, cost
 
 

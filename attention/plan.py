@@ -23,6 +23,7 @@ MAX_SPARSITY = 0.98
 MAX_RANK = 128
 MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
+FEW_STEPS = 8  # a step of a run this short is a large one
 BLOCK = 64
 KEY_BLOCKS = ("auto", "16", "32", "64")
 ALLOCATIONS = ("auto", "uniform")
@@ -134,7 +135,7 @@ class SparsePlan(_Settings):
             "block_order": self._order(method, adapter),
             "key_block": self._key_block(adapter),
         }
-        if adapter is not None or method not in ALLOCATED:
+        if method not in ALLOCATED or not (adapter is None or adapter.has("allocation")):
             values["allocation"] = "uniform"  # AdaSpa has a rule of its own; weights know no other
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
@@ -182,6 +183,11 @@ class ResolvedPlan(_Settings):
         return self.allocation == "auto"
 
     @property
+    def probes(self) -> bool:
+        """Whether the run measures what heads need; else an adapter's table says it."""
+        return self.allocates and (self.adapter is None or self.calibrates)
+
+    @property
     def probe_interval(self) -> int | None:
         """Steps after which that number is found anew; None: never."""
         return None if self.calibrate == "first step" else CALIBRATE_EVERY
@@ -195,9 +201,10 @@ class ResolvedPlan(_Settings):
     def calibrates(self) -> bool:
         return self.calibrate != "off"
 
-    @property
-    def calibration_interval(self) -> int | None:
-        """Steps after which a calibration is made anew; None: never."""
+    def calibration_interval(self, num_steps: int) -> int | None:
+        """Steps after which a calibration is made anew, in a run of so many; None: never."""
+        if self.calibrate == "periodic" and num_steps <= FEW_STEPS:
+            return 1
         every = {"every step": 1, "periodic": CALIBRATE_EVERY, "refine": CALIBRATE_EVERY}
         return every.get(self.calibrate)
 

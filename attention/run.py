@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from .accounting import AttentionCost, dense_flops, sparse_flops
 from .call import AttentionCall, LayerInputs
 from .methods import Method, MethodOutput, create
 from .methods.base import routing_cost
+from .methods.calibration import Lesson
 from .plan import ResolvedPlan
 
 
@@ -31,6 +32,11 @@ class Attention(Protocol):
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""
+        ...
+
+    @property
+    def lessons(self) -> Mapping[Hashable, Sequence[Lesson]]:
+        """What has been learned so far, by layer."""
         ...
 
     def missing(self, inputs: LayerInputs) -> str | None:
@@ -63,6 +69,10 @@ class AttentionRun:
     @property
     def needs_rope(self) -> bool:
         return self.method.needs_rope
+
+    @property
+    def lessons(self) -> Mapping[Hashable, Sequence[Lesson]]:
+        return self.method.lessons
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """See `Attention.dense_reason`."""

@@ -141,7 +141,8 @@ def prefix_attention(
             values = torch.cat((v, pooled.v.to(v.dtype)), dim=2)
         dropped = (block_scores + sizes).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
         parts.append((*_softmax_read(near, values), dropped))
-    return Prefixes(*(torch.stack(each) for each in zip(*parts)), exact_out, exact_lse)
+    out, lse, dropped_lse = (torch.stack(each) for each in zip(*parts))
+    return Prefixes(out, lse, dropped_lse, exact_out, exact_lse)
 
 
 def block_pool_state(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -11,9 +12,23 @@ from comfy_api.latest import io, ui
 from ..attention.adapters import Adapter, read_adapter, write_adapter
 from ..attention.plan import MAX_RANK
 from . import folders
+from .patching import last_learned
 
 NONE = "none (training-free)"
 AdapterType = io.Custom("ROPESLR_ADAPTER")
+NO_ADAPTER = (
+    "There is no adapter to save: the adapter input is not connected, or is 'none "
+    "(training-free)'. Connect Load Sparse Checkpoint, choose a file in Load RoPeSLR Adapter, or "
+    "connect model and latent to save what a run has learned."
+)
+NOTHING_LEARNED = (
+    "The last run of this MODEL has learned nothing to save. Connect the MODEL that goes into the "
+    "sampler, and the sampler's LATENT; set method to ropeslr, and calibrate not to off."
+)
+BOTH = (
+    "Both adapter and model are connected. Disconnect adapter to save what the last run of MODEL "
+    "has learned, or model to save the adapter."
+)
 
 
 class RoPeSLRLoadAdapter(io.ComfyNode):
@@ -74,7 +89,7 @@ class RoPeSLRLoadAdapter(io.ComfyNode):
 
 
 class RoPeSLRSaveAdapter(io.ComfyNode):
-    """ROPESLR_ADAPTER -> a file of models/ropeslr."""
+    """ROPESLR_ADAPTER, or what the last run of a MODEL learned -> a file of models/ropeslr."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -83,15 +98,18 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
             display_name="Save RoPeSLR Adapter",
             category="RoPeSLR",
             description=(
-                "Writes an adapter to models/ropeslr, where Load RoPeSLR Adapter finds it. Never "
-                "overwrites a file: if the name is taken, the new file gets a number."
+                "Writes an adapter to models/ropeslr, where Load RoPeSLR Adapter finds it: that of "
+                "Load Sparse Checkpoint, or what a run has learned, so that the next one starts "
+                "with it. Never overwrites a file: if the name is taken, the new file gets a "
+                "number."
             ),
             inputs=[
                 AdapterType.Input(
                     "adapter",
+                    optional=True,
                     tooltip=(
                         "The adapter from Load Sparse Checkpoint, to use it later without reading "
-                        "the whole checkpoint."
+                        "the whole checkpoint. Or connect model and latent."
                     ),
                 ),
                 io.String.Input(
@@ -101,6 +119,20 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
                         "File name in models/ropeslr, without extension. Subfolders are allowed: "
                         "wan/my-adapter."
                     ),
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "The MODEL that went into the sampler, after RoPeSLR Sparse Attention: "
+                        "saves what its last run learned, which is how its heads are calibrated "
+                        "and how many blocks each one keeps. For the method ropeslr."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="From the sampler, so that this node runs after it.",
                 ),
             ],
             outputs=[],
@@ -117,12 +149,19 @@ class RoPeSLRSaveAdapter(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, adapter: Adapter | None, name: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        name: str,
+        adapter: Adapter | None = None,
+        model: Any = None,
+        latent: dict | None = None,
+    ) -> io.NodeOutput:
         """Write the file whole or not at all."""
+        if adapter is not None and model is not None:
+            raise ValueError(BOTH)
+        if model is not None:
+            adapter = last_learned(model)
         if adapter is None:
-            raise ValueError(
-                "There is no adapter to save: the adapter input is 'none (training-free)'. "
-                "Connect Load Sparse Checkpoint, or choose a file in Load RoPeSLR Adapter."
-            )
+            raise ValueError(NO_ADAPTER if model is None else NOTHING_LEARNED)
         path = write_adapter(adapter, folders.free_path(folders.ADAPTERS, name))
         return io.NodeOutput(ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 import numpy
 import torch
@@ -19,12 +21,17 @@ COLOURS = dict(
     zip(COMPONENTS, (SPARSE, "#5dade2", "#58a55c", "#8f6bb8", DENSE, "#a93226"), strict=True)
 )
 NOT_RUN = "#d9d9d9"
+PANELS: list[Any] = [["density", "cost"], ["lower", "blocks"]]
+WITH_HEADS: list[Any] = [["density", "heads", "cost"], ["lower", "lower", "blocks"]]
 
 
 def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor:
     """-> IMAGE `(1, H, W, 3)` float32 in 0..1."""
-    figure = Figure(figsize=(13, 8.5), dpi=100, layout="constrained")
-    (density, cost), (lower, blocks) = figure.subplots(2, 2)
+    figure = Figure(
+        figsize=(13 if report.heads is None else 17, 8.5), dpi=100, layout="constrained"
+    )
+    axes = figure.subplot_mosaic(PANELS if report.heads is None else WITH_HEADS)
+    lower, blocks = axes["lower"], axes["blocks"]
     done = "" if report.completed else ", not finished"
     figure.suptitle(
         f"{report.model}: {report.method}, sparsity {report.sparsity:.2f}, {report.sparse_calls:,} "
@@ -32,8 +39,10 @@ def draw(report: RunReport, comparison: MethodComparison | None) -> torch.Tensor
         f"s{_in_attention(report)}{done}",
         fontsize=13,
     )
-    _density(density, report)
-    _cost(cost, report)
+    _density(axes["density"], report)
+    _cost(axes["cost"], report)
+    if report.heads is not None:
+        _heads(axes["heads"], report.heads)
     if comparison is None:
         _reasons(lower, report)
         _note(blocks, "Connect positive and choose a comparison\nto see errors and kept blocks.")
@@ -59,8 +68,19 @@ def _density(axes: Axes, report: RunReport) -> None:
     if report.map is None:
         _note(axes, "No self-attention calls.")
         return
-    values = numpy.array(report.map["density"], dtype=float).T  # None becomes NaN
-    steps, layers = report.map["steps"], report.map["layers"]
+    _shares(axes, report.map["density"], [step + 1 for step in report.map["steps"]])
+    axes.set(xlabel="step of this sampler", ylabel="layer")
+
+
+def _heads(axes: Axes, heads: dict[str, Any]) -> None:
+    axes.set_title("Density by layer and head, mean of the run")
+    _shares(axes, heads["density"], heads["heads"])
+    axes.set(xlabel="head", ylabel="layer")
+
+
+def _shares(axes: Axes, columns: list[list[float | None]], names: list[int]) -> None:
+    """Shares of kept blocks, a column for each name and a row for each layer."""
+    values = numpy.array(columns, dtype=float).T  # None becomes NaN
     axes.set_facecolor(NOT_RUN)
     sparse = values[values < 1]
     most = min(1.0, max(0.05, 1.5 * float(sparse.max()))) if sparse.size else 0.05
@@ -71,12 +91,11 @@ def _density(axes: Axes, report: RunReport) -> None:
         vmin=0,
         vmax=most - 1e-6,
         interpolation="nearest",
-        extent=(-0.5, len(steps) - 0.5, layers - 0.5, -0.5),
+        extent=(-0.5, len(names) - 0.5, len(values) - 0.5, -0.5),
     )
-    every = max(1, -(-len(steps) // 12))
-    axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
+    every = max(1, -(-len(names) // 12))
+    axes.set_xticks(range(0, len(names), every), [str(name) for name in names[::every]])
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set(xlabel="step of this sampler", ylabel="layer")
     axes.figure.colorbar(drawn, ax=axes, extend="max", label="share of blocks kept; orange: dense")
 
 
@@ -135,7 +154,11 @@ def _errors(axes: Axes, comparison: MethodComparison) -> None:
     for name, errors in comparison.errors.items():
         if errors:
             axes.plot(
-                range(len(errors)), list(errors.values()), marker="o", markersize=3, label=name
+                range(len(errors)),
+                [each.relative for each in errors.values()],
+                marker="o",
+                markersize=3,
+                label=name,
             )
     axes.set(xlabel="layer", ylabel="relative error of the output")
     axes.set_ylim(bottom=0)

@@ -217,18 +217,28 @@ def _table(found: MethodComparison | None) -> str:
     """The methods with their errors, best first."""
     if found is None:
         return ""
-    rows = sorted(
-        (sum(errors.values()) / len(errors), max(errors.values()), name)
-        for name, errors in found.errors.items()
-        if errors
-    )
-    lines = ["Error against dense attention: mean over layers, worst layer; FLOPs saved:"]
+    rows = []
+    for name, errors in found.errors.items():
+        if errors:
+            relative = [each.relative for each in errors.values()]
+            absolute = sum(each.absolute for each in errors.values()) / len(errors)
+            rows.append((sum(relative) / len(errors), max(relative), absolute, name))
+    rows.sort()
+    lines = [
+        "Error against dense attention, as a share of it: mean over layers, worst layer; mean in "
+        "the units of the outputs; FLOPs saved:"
+    ]
     lines += [
-        f"  {name:12} {mean:.3f}  {worst:.3f}  {100 * found.saved[name]:.1f} %"
-        for mean, worst, name in rows
+        f"  {name:12} {mean:.3f}  {worst:.3f}  {absolute:.4g}  {100 * found.saved[name]:.1f} %"
+        for mean, worst, absolute, name in rows
     ]
     if len(rows) > 1:
-        lines.append(f"Closest to dense on this model at this sparsity: {rows[0][2]}.")
+        lines.append(f"Closest to dense on this model at this sparsity: {rows[0][-1]}.")
+    if found.learns:
+        lines.append(
+            "Heads kept as many blocks as was measured at this point of the schedule. The finished "
+            "latent (at = 1) is the worst place to judge that."
+        )
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ and `single_blocks.{i}`) and one of these endings. H heads of head_dim D, rank r
               ropeslr.proj_q, .proj_k       (H, r, D)     a lower rank uses the first rows
               ropeslr.pe_q, .pe_k           (H, r, D) fourier, or (H, T + height + width, r) table
               ropeslr.low_rank_scale        (H)
+              ropeslr.allocation            (H) or (N, H)   kept blocks as shares of their mean
               each may be absent: the method then uses its initial value
     rola      proj_q.weight, proj_k.weight (r, D)   gate_proj.weight (1, D)   gate_bias (1, H, 1, 1)
     sla       attn_op.local_attn.proj_l.weight (D, D)   attn_op.local_attn.proj_l.bias (D)
@@ -43,6 +44,7 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
         "ropeslr.pe_q": "pe_q",
         "ropeslr.pe_k": "pe_k",
         "ropeslr.low_rank_scale": "low_rank_scale",
+        "ropeslr.allocation": "allocation",
     },
     "rola": {
         "proj_q.weight": "proj_q",

@@ -38,9 +38,9 @@ FIXED: Mapping[str, Mapping[str, str]] = {
 }
 REQUIRED = ("method", "num_layers", "num_heads", "head_dim", "rank")
 
-INTEGERS = ("num_layers", "num_heads", "head_dim", "rank", "block_q", "block_k")
+INTEGERS = ("num_layers", "num_heads", "head_dim", "rank", "block_q", "block_k", "steps")
 REALS = ("sparsity",)
-INTEGER_LISTS = ("pe_grid", "rope_axes")
+INTEGER_LISTS = ("pe_grid", "rope_axes", "grid")
 REAL_LISTS = ("noise_levels",)
 
 
@@ -55,6 +55,8 @@ class AdapterInfo:
     sparsity: the sparsity that the weights were trained at.
     noise_levels: the flow-matching noise (1 = noise) of each noise bin, ascending.
     pe_grid: the sides (T, height, width) of `table` positions.
+    grid, steps: the video (T, height, width in tokens) and the length of the run that they were
+        learned in; () and 0 for weights of a training.
     fusion: "mass" weighs the low-rank branch by softmax mass; "rms" is RoLA's additive form with
         SiLU features.
 
@@ -79,6 +81,8 @@ class AdapterInfo:
     fusion: str = "mass"
     created_by: str = "ComfyUI-RoPeSLR"
     source: str = ""
+    grid: tuple[int, ...] = ()
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -135,6 +139,12 @@ class AdapterInfo:
                 raise AdapterError(
                     f"pe_grid is {shown(sides)}; pe 'table' needs three sides (T, height, width)"
                 )
+        if self.grid and (len(self.grid) != 3 or not all(1 <= side for side in self.grid)):
+            raise AdapterError(
+                f"grid is {shown(self.grid)}; expected three sides (T, height, width) or none"
+            )
+        if self.steps < 0:
+            raise AdapterError(f"steps is {shown(self.steps)}; expected 0 or more")
         levels = self.noise_levels
         rising = all(low < high for low, high in zip(levels, levels[1:]))
         if not rising or not all(0.0 <= level <= 1.0 for level in levels):

@@ -135,6 +135,7 @@ def _expected_shapes(info: AdapterInfo) -> Mapping[str, Sequence[Shape]]:
         "pe_q": [positions],
         "pe_k": [positions],
         "low_rank_scale": [(heads,)],
+        "allocation": _with_bins(info, (heads,)),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,13 @@ from ...kernels.types import (
     TokenBlocks,
 )
 from ..accounting import probe_flops, routing_flops
-from ..allocation import Allocation, Curve, probe_counts
+from ..adapters.adapter import layer_identity
+from ..allocation import Allocation, Curve, from_shares, probe_counts
 from ..block_layout import TokenLayout
 from ..call import AttentionCall
 from ..plan import ResolvedPlan
+from .adapter_terms import at_noise
+from .calibration import Lesson
 
 
 class MethodOutput(NamedTuple):
@@ -82,6 +86,9 @@ class Method:
     def __init__(self, plan: ResolvedPlan) -> None:
         self.plan = plan
         self._blocks: dict[tuple[TokenLayout, torch.device], BlockLayout] = {}
+        # What an adapter says that heads keep, for the last noise that was asked for.
+        self._start: tuple[Hashable, Mapping[Hashable, list[int]]] | None = None
+        self.lessons: dict[Hashable, list[Lesson]] = {}  # by layer, what is worth keeping
         self.allocation: Allocation | None = None
         if plan.allocates:
             self.allocation = Allocation(plan.probe_interval, plan.error_target)
@@ -148,21 +155,48 @@ class Method:
         if self.allocation is None:
             return mean
         batch, heads = q.shape[:2]
-        parts = call.conditionings(batch)
-        rows = self.allocation.kept(call.layer, call.step, parts, self._probed(blocks))
-        if all(row is None for row in rows):
+        parts, probed = call.conditionings(batch), self._probed(blocks)
+        rows = self.allocation.kept(call.layer, call.step, parts, probed)
+        start = self._start_table(call, mean, probed)
+        if start is None and all(row is None for row in rows):
             return mean
-        return [count for row in rows for count in (row or [mean] * heads)]
+        first = (start or {}).get(call.layer, [mean] * heads)
+        return [count for row in rows for count in (row or first)]
+
+    def _start_table(
+        self, call: AttentionCall, mean: int, probed: tuple[int, ...]
+    ) -> Mapping[Hashable, list[int]] | None:
+        """What an adapter says that heads keep, by layer, at a call's noise; None without one."""
+        adapter = self.plan.adapter
+        if adapter is None or not adapter.knows(call.layer):
+            return None
+        key = (mean, probed, call.sigma)
+        if self._start is None or self._start[0] != key:
+            levels = adapter.info.noise_levels
+            shares = {
+                layer: at_noise(weights["allocation"].detach(), 1, levels, call.sigma)
+                for layer, weights in adapter.layers.items()
+                if "allocation" in weights
+            }
+            dealt = from_shares(torch.stack(list(shares.values())).flatten().tolist(), mean, probed)
+            heads = adapter.info.num_heads
+            table = {
+                layer_identity(layer): dealt[i * heads : (i + 1) * heads]
+                for i, layer in enumerate(shares)
+            }
+            self._start = key, table
+        return self._start[1]
 
     def _probed(self, blocks: BlockLayout) -> tuple[int, ...]:
         return probe_counts(self.plan.topk(blocks.num_ranked), blocks.num_ranked, self.fewest)
 
     def probe_due(self, q: Tensor, call: AttentionCall) -> bool:
         """Whether this call has to be probed."""
-        if self.allocation is None or self.plan.drops_nothing(call.layout.video_tokens):
+        allocation = self.allocation if self.plan.probes else None
+        if allocation is None or self.plan.drops_nothing(call.layout.video_tokens):
             return False
         parts, blocks = call.conditionings(q.shape[0]), self.blocks(call.layout, q.device)
-        return self.allocation.due(call.layer, call.step, parts, self._probed(blocks))
+        return allocation.due(call.layer, call.step, parts, self._probed(blocks))
 
     def probe(
         self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None

@@ -61,6 +61,17 @@ class Calibration(NamedTuple):
         return Calibration(*(None if xs[0] is None else torch.cat(xs) for xs in columns))  # type: ignore[arg-type]
 
 
+class Lesson(NamedTuple):
+    """A calibration as one call made it."""
+
+    sigma: float | None  # 1 = pure noise
+    grid: tuple[int, int, int]  # of the video, in tokens
+    values: Calibration
+    kept: Tensor | None  # (B, H): blocks that each head kept; None where all kept as many
+    blocks: int  # how many there were to keep
+    scale: float  # of the attention, which channels have that no calibration chose
+
+
 class State(NamedTuple):
     """The first-order background's state, and the scale of the attention."""
 

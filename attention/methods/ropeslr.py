@@ -32,7 +32,16 @@ from ..call import AttentionCall
 from ..plan import ResolvedPlan
 from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
 from .base import QKV, Method, MethodOutput, Probe, Routing
-from .calibration import Calibration, ExactQueries, State, calibrate, mixed, strongest, untrained
+from .calibration import (
+    Calibration,
+    ExactQueries,
+    Lesson,
+    State,
+    calibrate,
+    mixed,
+    strongest,
+    untrained,
+)
 
 EPS = 1e-5  # beside the MEAN of phi(k)
 
@@ -300,7 +309,7 @@ class RoPeSLR(Method):
         if len(known) < len(found) or [x.values.gate_slope.shape[0] for x in known] != counts:
             return None, self.plan.calibrates
         values = Calibration.joined([each.values for each in known])
-        interval = self.plan.calibration_interval
+        interval = self.plan.calibration_interval(call.num_steps)
         # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
         old = interval is not None and any(abs(call.step - x.step) >= interval for x in known)
         moved = any(x.kept != kept for x, (_, _, kept) in zip(known, parts))
@@ -314,6 +323,16 @@ class RoPeSLR(Method):
             if before is not None and not made_now:
                 step, kept = before.step, before.kept
             self.memory[call.layer, key] = Remembered(step, known.of_batch(own), kept)
+        if made_now:
+            self.lessons.setdefault(call.layer, []).append(self._lesson(q, call, known))
+
+    def _lesson(self, q: Tensor, call: AttentionCall, known: Calibration) -> Lesson:
+        kept, blocks = self.kept(q, call), self.blocks(call.layout, q.device).num_ranked
+        counts = None
+        if not isinstance(kept, int):
+            counts = torch.tensor(kept, dtype=torch.float32).view(q.shape[:2])
+        scale = call.softmax_scale(q.shape[3])
+        return Lesson(call.sigma, call.layout.grid, known, counts, blocks, scale)
 
     def _by_conditioning(
         self, q: Tensor, call: AttentionCall

@@ -65,12 +65,15 @@ def block_select(
         pooled_q, pooled_k = pooled_q.detach(), pooled_k.detach()
         if is_compiling():
             counts = [topk] if isinstance(topk, int) else topk
-            *lists, dropped_lse = block_select_op(
+            indices, kept, dropped_lse = block_select_op(
                 pooled_q, pooled_k, *_pieces(layout), counts, layout.widths(counts), scale, backend
             )
         else:
-            *lists, dropped_lse = _run_select(pooled_q, pooled_k, layout, topk, scale, backend)
-    return BlockMask(q_blocks, kv_blocks, *lists, packing, trusted=True), dropped_lse
+            indices, kept, dropped_lse = _run_select(
+                pooled_q, pooled_k, layout, topk, scale, backend
+            )
+    mask = BlockMask(q_blocks, kv_blocks, indices, kept, packing, trusted=True)
+    return mask, dropped_lse
 
 
 def _run_select(
@@ -185,10 +188,10 @@ def mask_from_bits(
         )
     list_width = whole_number("list_width", list_width, 1, blocks)
     if is_compiling():
-        lists = lists_from_bits_op(bits, blocks, list_width, backend)
+        indices, kept = lists_from_bits_op(bits, blocks, list_width, backend)
     else:
-        lists = _run_bits(bits, blocks, list_width, backend)
-    return BlockMask(layout.q_blocks, layout.kv_blocks, *lists, trusted=True)
+        indices, kept = _run_bits(bits, blocks, list_width, backend)
+    return BlockMask(layout.q_blocks, layout.kv_blocks, indices, kept, trusted=True)
 
 
 def _run_bits(bits: Tensor, blocks: int, list_width: int, backend: str) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class SilentPatch(SparsePatch):
 def compare(
     model: Any, latent: Tensor, positive: list, request: Request
 ) -> MethodComparison | None:
-    """Put noise on the first of some latents `(B, C, ...)` and denoise it once.
+    """Put noise on the first of some latents `(B, C, ...)` and denoise it once, or once to learn.
 
     Uses the plan and the adapter of the RoPeSLR node on MODEL, default settings without one; steps,
     layers and lengths that the plan leaves dense are tried too. None where the model cannot run
@@ -54,6 +54,10 @@ def compare(
     comparison = MethodComparison(plans, selection)
     compared = model.clone()
     put_on(compared, SilentPatch(comparison.plan, None, lambda _: comparison))
+    if comparison.learns:
+        comparison.learning = True
+        _denoise_once(compared, latent[:1], positive, request.at)
+        comparison.learning = False
     _denoise_once(compared, latent[:1], positive, request.at)
     return comparison if any(comparison.errors.values()) else None
 

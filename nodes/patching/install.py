@@ -11,7 +11,7 @@ import torch
 from ...attention import ResolvedPlan, SparsePlan
 from ...attention.adapters import Adapter, check_model
 from ...attention.backend import check_triton
-from ...attention.plan import NEED_WEIGHTS
+from ...attention.plan import ALLOCATED, NEED_WEIGHTS
 from .adapter_weights import as_comfy_weights
 from .dense_reason import SparseNotPossible
 from .model_info import ModelInfo, model_info
@@ -25,6 +25,9 @@ CONNECT_ADAPTER = (
 )
 ADAPTER_IGNORED = "{method} takes no adapter; '{adapter}' is ignored"
 PROJECTION_ZERO = "the projection in '{adapter}' is zero: only block-sparse attention runs"
+NO_ERROR_TARGET = (
+    "target is error, but {why}: sparsity decides. Set allocation to auto with ropeslr or top-k"
+)
 NO_SUCH_LAYERS = "dense_layers has {beyond}; {model} has {count} layers, counted 0-{last}"
 EMPTY_WINDOW = "start_percent {start:g} is not below end_percent {end:g}, so no step runs sparse"
 NOT_AN_ADAPTER = (
@@ -102,6 +105,15 @@ def warn(text: str) -> None:
 
 def _log_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
     """Where a run does less than the settings seem to say."""
+    if plan.error_target is not None and not plan.probes:
+        why = "heads are not measured"
+        if plan.method not in ALLOCATED:
+            why = f"{plan.method} does not measure what its heads need"
+        elif plan.adapter is not None:
+            why = f"'{plan.adapter.name}' says what its heads keep, and calibrate is not refine"
+        elif not plan.allocates:
+            why = "allocation is uniform"
+        warn(NO_ERROR_TARGET.format(why=why))
     if plan.start_percent >= plan.end_percent:
         warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
     if adapter is None and plan.method in NEED_WEIGHTS:

@@ -15,6 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from torch import Tensor
 
 from ...attention import AttentionRun, ResolvedPlan
+from ...attention.adapters import Adapter
 from ...attention.run import Attention
 from .apply_model import ApplyArguments, apply_model
 from .full_schedule import adds_noise, step_schedule
@@ -48,7 +49,8 @@ class Runs:
 
 
 class SparsePatch:
-    """A plan on one model, shared by the model's clones; remembers the report of the last run."""
+    """A plan on one model, shared by the model's clones; remembers what the last run did
+    and learned."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class SparsePatch:
         self.node_id = node_id
         self.make_attention = make_attention
         self.last_report: RunReport | None = None
+        self.last_learned: Adapter | None = None
         self.notices = Notices(plan.strict)
         # Layers that stay silent when compiled.
         self.known_missing: set[frozenset[Hashable]] = set()
@@ -121,6 +124,7 @@ class SparsePatch:
 
     def _begin(self, patcher: Any, sigmas: Tensor, starts: bool) -> SamplingRun:
         """A run with a MODEL. starts: its sampler begins a schedule with noise of its own."""
+        self.last_learned = None
         self.last_report = None  # a run that strict refuses must not show the report before
         models = [patcher, *patcher.get_additional_models_with_key("multigpu")]
         sampling = patcher.get_model_object("model_sampling")
@@ -137,6 +141,7 @@ class SparsePatch:
 
     def _end(self, run: SamplingRun, completed: bool) -> None:
         self.last_report = run.report(completed)
+        self.last_learned = run.learned() if completed else None
         self.publish(self.last_report)
 
     def publish(self, report: RunReport) -> None:
@@ -192,6 +197,12 @@ def put_on(model: Any, patch: SparsePatch) -> None:
         model.remove_callbacks_with_key(kind, KEY)
         model.add_callback_with_key(kind, KEY, callback)
     model.set_attachments(KEY, patch)
+
+
+def last_learned(model: Any) -> Adapter | None:
+    """What the last sampling run of a patched MODEL or its clones learned; None for nothing."""
+    patch: SparsePatch | None = model.get_attachment(KEY)
+    return None if patch is None else patch.last_learned
 
 
 def last_report(model: Any) -> RunReport | None:

@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...attention import AttentionRun, ResolvedPlan
+from ...attention.adapters import Adapter, AdapterInfo
 from ...attention.backend import backend_of, shape_reason
+from ...attention.learned import Lesson, learned_adapter
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
 from .dense_reason import BACKEND_DENSE, TRAINING, DenseReason, SparseNotPossible, too_short
@@ -37,7 +40,8 @@ MAKE_LONGER = "Lower min_tokens, make the video larger or longer, or switch stri
 
 
 class SamplingRun:
-    """Made when a sampler starts and dropped when it ends; nothing outlives it but its report.
+    """Made when a sampler starts and dropped when it ends; nothing outlives it but its report and
+    what it has learned.
 
     Clones on several GPUs share a run, each in a thread of its own.
     """
@@ -146,6 +150,33 @@ class SamplingRun:
             logger.warning(
                 "RoPeSLR: %s; recomputing this model call with dense attention", NOT_FINITE_HERE
             )
+
+    def learned(self) -> Adapter | None:
+        """What the run has learned, on all devices, as an adapter on the CPU; None for nothing."""
+        lessons: dict[Hashable, list[Lesson]] = {}
+        for attention in self._attentions.values():
+            for layer, found in attention.lessons.items():
+                lessons.setdefault(layer, []).extend(found)
+        if not lessons:
+            return None
+        plan, info = self.plan, self.info
+        facts = AdapterInfo(
+            plan.method,
+            info.num_layers,
+            info.num_heads,
+            info.head_dim,
+            plan.adapter.info.rank if plan.adapter else 0,
+            base_model=info.name,
+            block_k=plan.key_tokens,
+            block_order=plan.block_order,
+            sparsity=plan.sparsity,
+            source="learned in a run",
+            steps=self.schedule.full_steps,
+        )
+        if plan.adapter is not None:  # what it says of its own tensors
+            own = plan.adapter.info
+            facts = replace(facts, act=own.act, pe=own.pe, pe_grid=own.pe_grid, fusion=own.fusion)
+        return learned_adapter(lessons, info.layer_identities(), facts, plan.adapter)
 
     def report(self, completed: bool) -> RunReport:
         """The run in numbers."""

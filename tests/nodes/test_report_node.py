@@ -65,7 +65,9 @@ def test_the_errors_are_those_of_the_methods():
     )
     for name in low.errors:
         assert set(low.errors[name]) == {0, 1}
-        assert all(low.errors[name][layer] < high.errors[name][layer] for layer in (0, 1)), name
+        for part in ("relative", "absolute"):
+            errors = [[getattr(x.errors[name][i], part) for i in (0, 1)] for x in (low, high)]
+            assert errors[0][0] < errors[1][0] and errors[0][1] < errors[1][1], (name, part)
         assert low.saved[name] < high.saved[name]
     last = module.Request(layer=999, head=999)
     far = module.compare(sparse(model, sparsity=0.3), latent, conditioning(1), last)

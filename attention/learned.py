@@ -1,0 +1,107 @@
+"""What a run has learned, as an adapter that starts the next one: calibrations and allocation.
+
+A lesson is what one layer knew at one step. Lessons become noise bins, at most MOST_LEVELS of them:
+at each level every layer's lessons of the nearest noise, a mean over conditionings and batch rows.
+Kept blocks become shares of their mean over layers and heads, so that they can start a run at
+another size or sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, AdapterInfo, layer_name
+from .methods.calibration import Lesson
+
+__all__ = ["Lesson", "learned_adapter"]
+
+MOST_LEVELS = 16
+
+
+Lessons = Mapping[Hashable, Sequence[Lesson]]  # by layer
+
+
+def learned_adapter(
+    lessons: Lessons, layers: Sequence[Hashable], facts: AdapterInfo, start: Adapter | None = None
+) -> Adapter | None:
+    """An adapter of what was learned; None where nothing was.
+
+    layers: all of the model, in order; one without lessons gets initial values. facts: grid and
+    noise levels are filled in, and with an allocation the sparsity that it had. start: the adapter
+    that the run began with, whose other tensors stay.
+    """
+    known = {layer: list(lessons.get(layer, ())) for layer in layers}
+    if not any(known.values()):
+        return None
+    levels = _levels([each.sigma for found in known.values() for each in found])
+    tensors = {
+        layer: _layer(found, levels, facts) if found else {} for layer, found in known.items()
+    }
+    kept = [each["allocation"] for each in tensors.values() if "allocation" in each]
+    if kept:
+        # Of each level: what the layers kept together is the mean that shares are relative to.
+        mean = torch.stack(kept).mean(dim=(0, -1)).clamp(min=1e-6)[..., None]
+        for each in tensors.values():
+            each["allocation"] = each.get("allocation", mean.expand_as(kept[0])) / mean
+        facts = replace(facts, sparsity=round(1.0 - float(mean.mean()), 4))
+    before = {} if start is None else start.layers
+    named = {}
+    for layer, found in tensors.items():
+        name = layer_name(layer)
+        own = {key: value.detach().cpu() for key, value in before.get(name, {}).items()} | found
+        named[name] = own or _initial(facts, levels)
+    grid = next(each.grid for found in known.values() for each in found)
+    return Adapter(replace(facts, noise_levels=levels, grid=grid), named, "learned")
+
+
+def _levels(sigmas: Sequence[float | None]) -> tuple[float, ...]:
+    """Rising noise levels; none where a sampler did not tell them."""
+    found = sorted({round(min(1.0, max(0.0, x)), 4) for x in sigmas if x is not None})
+    if len(found) > MOST_LEVELS:
+        step = (len(found) - 1) / (MOST_LEVELS - 1)
+        found = [found[round(step * i)] for i in range(MOST_LEVELS)]
+    return tuple(found)
+
+
+def _layer(found: Sequence[Lesson], levels: Sequence[float], facts: AdapterInfo) -> dict:
+    """One layer's tensors, with a bin for each level where there are any."""
+    bins = [_mean(_nearest(found, level), facts) for level in levels] or [_mean(found, facts)]
+    return {
+        name: torch.stack([each[name] for each in bins]) if levels else bins[0][name]
+        for name in bins[0]
+    }
+
+
+def _nearest(found: Sequence[Lesson], level: float) -> list[Lesson]:
+    """The lessons of the noise that is nearest to a level."""
+    gaps = [abs((1.0 if each.sigma is None else each.sigma) - level) for each in found]
+    return [each for each, gap in zip(found, gaps) if gap <= min(gaps) + 1e-4]
+
+
+def _mean(found: Sequence[Lesson], facts: AdapterInfo) -> dict[str, Tensor]:
+    """What lessons say on average, of all channels."""
+    rows = {
+        "channel_scale": [_all_channels(each, facts.head_dim)[..., ::2] for each in found],
+        "gate_slope": [each.values.gate_slope for each in found],
+        "gate_bias": [each.values.gate_bias for each in found],
+    }
+    if all(each.kept is not None for each in found):
+        rows["allocation"] = [each.kept / each.blocks for each in found if each.kept is not None]
+    return {name: torch.cat(each).float().mean(dim=0).cpu() for name, each in rows.items()}
+
+
+def _all_channels(lesson: Lesson, head_dim: int) -> Tensor:
+    """channel_scale of all channels `(B, H, D)`: what was not chosen is as it begins."""
+    scale, ids = lesson.values.channel_scale, lesson.values.channel_ids
+    if ids is None:
+        return scale
+    return scale.new_full((*scale.shape[:2], head_dim), lesson.scale).scatter(-1, ids, scale)
+
+
+def _initial(facts: AdapterInfo, levels: Sequence[float]) -> dict[str, Tensor]:
+    """A layer of which nothing is known: the slope that every head begins with."""
+    return {"gate_slope": torch.ones(*([len(levels)] if levels else []), facts.num_heads)}
