@@ -5,7 +5,7 @@ keeping K blocks would leave, at K = 0, m/4, m/2, m, 2m and 4m, where m is the m
 asks for. Once a step has probed its layers, the next one spends the same sum where it helps most:
 
     E made falling in K; log E linear in log K between the probed numbers, 0 blocks counting as half
-    a block
+    a block; towards all the blocks that there are, where nothing is lost, E itself linear in K
     again and again the largest fall of E per block, by whatever number of blocks gives it, until
     layers x heads x m blocks are dealt out; 0 <= K <= 4m
     equal falls: the head that has the fewest; then the smallest step, then the first
@@ -48,6 +48,7 @@ class Curve(NamedTuple):
 
     counts: tuple[int, ...]  # P numbers of kept blocks, see `probe_counts`
     mean: int  # of them, what `sparsity` asks for
+    blocks: int  # how many there are; keeping all of them loses nothing
     errors: Tensor  # (B, H, P): squared error of all queries' outputs
     energy: Tensor  # (B, H): squared deviation of the exact outputs from their mean
 
@@ -56,10 +57,10 @@ class Curve(NamedTuple):
         return self._replace(errors=self.errors[own], energy=self.energy[own])
 
 
-def interpolated(errors: Tensor, counts: Sequence[int]) -> Tensor:
+def interpolated(errors: Tensor, counts: Sequence[int], blocks: int) -> Tensor:
     """Falling errors `(n, P)` at `counts` -> at every number from counts[0] to counts[-1].
 
-    `(n, counts[-1] - counts[0] + 1)` float64.
+    blocks: how many there are. `(n, counts[-1] - counts[0] + 1)` float64.
     """
     logs = errors.double().cummin(dim=-1).values.clamp(min=TINY).log()
     known = torch.tensor(counts, dtype=torch.float64).clamp(min=HALF_A_BLOCK).log()
@@ -68,15 +69,21 @@ def interpolated(errors: Tensor, counts: Sequence[int]) -> Tensor:
         return logs.exp()
     right = torch.searchsorted(known, wanted).clamp(1, len(counts) - 1)
     share = (wanted - known[right - 1]) / (known[right] - known[right - 1])
-    return torch.lerp(logs[:, right - 1], logs[:, right], share).exp()
+    table = torch.lerp(logs[:, right - 1], logs[:, right], share).exp()
+    if counts[-1] == blocks:
+        left = counts[-2] - counts[0]
+        fall = torch.linspace(1.0, 0.0, blocks - counts[-2] + 1, dtype=torch.float64)
+        table[:, left:] = table[:, left : left + 1] * fall
+    return table
 
 
-def deal(errors: Tensor, counts: Sequence[int], total: int) -> list[int]:
+def deal(errors: Tensor, counts: Sequence[int], blocks: int, total: int) -> list[int]:
     """So many blocks in all, where they take away most error: errors `(n, P)` -> n numbers.
 
-    See the file's head for the rule. Raises ValueError where the sum cannot be reached.
+    blocks: how many each head could keep. See the file's head for the rule. Raises ValueError where
+    the sum cannot be reached.
     """
-    table, fewest = interpolated(errors, counts), counts[0]
+    table, fewest = interpolated(errors, counts, blocks), counts[0]
     heads, options = table.shape
     if not heads * fewest <= total <= heads * counts[-1]:
         raise ValueError(
@@ -136,12 +143,14 @@ def from_shares(shares: Sequence[float], mean: int, counts: Sequence[int]) -> li
     return given
 
 
-def by_error(errors: Tensor, counts: Sequence[int], energy: Tensor, share: float) -> list[int]:
+def by_error(
+    errors: Tensor, counts: Sequence[int], blocks: int, energy: Tensor, share: float
+) -> list[int]:
     """As few blocks as keep the sum of errors within `share` of the energy, or all that may be.
 
     errors `(n, P)`, energy `(n,)` -> n numbers, all at one price of a block.
     """
-    table, allowed = interpolated(errors, counts), share * float(energy.double().sum())
+    table, allowed = interpolated(errors, counts, blocks), share * float(energy.double().sum())
     found = _dearest(table, lambda taken: float(table.gather(1, taken[:, None]).sum()) <= allowed)
     return [counts[0] + each for each in found.tolist()]
 
@@ -206,14 +215,14 @@ class _Group:
         # One transfer for all layers.
         errors = torch.cat([each.errors for each in probed], dim=1).double().cpu()
         energy = torch.cat([each.energy for each in probed], dim=1).double().cpu()
-        rows = []
+        rows, known = [], (first.counts, first.blocks)
         for row in range(errors.shape[0]):
             if not bool(torch.isfinite(errors[row]).all()):
                 rows.append([first.mean] * sum(heads))
             elif error is None:
-                rows.append(deal(errors[row], first.counts, first.mean * sum(heads)))
+                rows.append(deal(errors[row], *known, first.mean * sum(heads)))
             else:
-                rows.append(by_error(errors[row], first.counts, energy[row], error))
+                rows.append(by_error(errors[row], *known, energy[row], error))
         start = 0
         for layer, count in zip(layers, heads):
             self.table[layer] = [row[start : start + count] for row in rows]

@@ -37,6 +37,12 @@ def learned_adapter(
     known = {layer: list(lessons.get(layer, ())) for layer in layers}
     if not any(known.values()):
         return None
+    if any(each.kept is not None for found in known.values() for each in found):
+        # Calibrations of a first step, when all heads still kept as many, would not fit the table.
+        known = {
+            layer: [each for each in found if each.kept is not None]
+            for layer, found in known.items()
+        }
     levels = _levels([each.sigma for found in known.values() for each in found])
     tensors = {
         layer: _layer(found, levels, facts) if found else {} for layer, found in known.items()
@@ -89,8 +95,9 @@ def _mean(found: Sequence[Lesson], facts: AdapterInfo) -> dict[str, Tensor]:
         "gate_slope": [each.values.gate_slope for each in found],
         "gate_bias": [each.values.gate_bias for each in found],
     }
-    if all(each.kept is not None for each in found):
-        rows["allocation"] = [each.kept / each.blocks for each in found if each.kept is not None]
+    shares = [each.kept / each.blocks for each in found if each.kept is not None]
+    if shares:
+        rows["allocation"] = shares
     return {name: torch.cat(each).float().mean(dim=0).cpu() for name, each in rows.items()}
 
 

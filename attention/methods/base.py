@@ -53,6 +53,7 @@ class Probe(NamedTuple):
     q: Tensor  # (B, H, R, D)
     counts: tuple[int, ...]  # the P numbers of kept blocks, see `probe_counts`
     mean: int  # what sparsity asks for, one of them
+    blocks: int  # how many there are to keep
     found: Prefixes
 
 
@@ -87,7 +88,7 @@ class Method:
         self.plan = plan
         self._blocks: dict[tuple[TokenLayout, torch.device], BlockLayout] = {}
         # What an adapter says that heads keep, for the last noise that was asked for.
-        self._start: tuple[Hashable, Mapping[Hashable, list[int]]] | None = None
+        self._from_adapter: tuple[Hashable, Mapping[Hashable, list[int]]] | None = None
         self.lessons: dict[Hashable, list[Lesson]] = {}  # by layer, what is worth keeping
         self.allocation: Allocation | None = None
         if plan.allocates:
@@ -171,7 +172,7 @@ class Method:
         if adapter is None or not adapter.knows(call.layer):
             return None
         key = (mean, probed, call.sigma)
-        if self._start is None or self._start[0] != key:
+        if self._from_adapter is None or self._from_adapter[0] != key:
             levels = adapter.info.noise_levels
             shares = {
                 layer: at_noise(weights["allocation"].detach(), 1, levels, call.sigma)
@@ -184,8 +185,8 @@ class Method:
                 layer_identity(layer): dealt[i * heads : (i + 1) * heads]
                 for i, layer in enumerate(shares)
             }
-            self._start = key, table
-        return self._start[1]
+            self._from_adapter = key, table
+        return self._from_adapter[1]
 
     def _probed(self, blocks: BlockLayout) -> tuple[int, ...]:
         return probe_counts(self.plan.topk(blocks.num_ranked), blocks.num_ranked, self.fewest)
@@ -219,7 +220,8 @@ class Method:
         ranked = RankedBlocks(blocks.kv_blocks, scores, required, pooled)
         counts = self._probed(blocks)
         found = ops.prefix_attention(some_q, k, v, ranked, counts, scale=call.scale)
-        return Probe(queries, some_q, counts, self.plan.topk(blocks.num_ranked), found)
+        there = blocks.num_ranked
+        return Probe(queries, some_q, counts, self.plan.topk(there), there, found)
 
     def look(
         self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None
@@ -236,7 +238,8 @@ class Method:
         each = call.layout.video_tokens / count
         errors = each * (outputs - exact).square().sum(dim=(-2, -1))
         energy = each * (exact - exact.mean(dim=2, keepdim=True)).square().sum(dim=(-2, -1))
-        curve = Curve(probe.counts, probe.mean, errors.movedim(0, -1), energy)
+        errors = errors.movedim(0, -1)
+        curve = Curve(probe.counts, probe.mean, probe.blocks, errors, energy)
         self.allocation.add(call.layer, call.step, call.conditionings(batch), curve)
         tokens = call.layout.attended_tokens
         return batch * probe_flops(tokens, head_dim, heads, count, len(probe.counts))

@@ -1,39 +1,13 @@
 """How many blocks each layer and head keeps: the rule against its slow transcription, and its memory."""
 
-import math
-
 import pytest
 import torch
 
 from pack_loader import load
+from support.oracle.allocation import written_out
 
 allocation = load(".attention.allocation")
 COUNTS = (0, 2, 4, 8, 16, 32)
-
-
-def written_out(errors, counts, total):
-    """The rule as the file's head states it, one step at a time, in Python's own floats."""
-    options, curves = range(counts[0], counts[-1] + 1), []
-    for row in errors.tolist():
-        falling = [max(min(row[: i + 1]), 1e-30) for i in range(len(row))]
-        place = [math.log(max(count, 0.5)) for count in counts]
-        curve = []
-        for kept in options if len(counts) > 1 else ():
-            j = max(i for i in range(len(counts) - 1) if counts[i] <= kept)
-            share = (math.log(max(kept, 0.5)) - place[j]) / (place[j + 1] - place[j])
-            curve.append(falling[j] ** (1 - share) * falling[j + 1] ** share)
-        curves.append(curve or falling)
-    kept = [0] * len(curves)
-    left = total - counts[0] * len(curves)
-    while left:
-        best = max(
-            ((curve[now] - curve[now + step]) / step, -now, -step, -head)
-            for head, (curve, now) in enumerate(zip(curves, kept))
-            for step in range(1, min(left, len(curve) - 1 - now) + 1)
-        )
-        kept[-best[3]] -= best[2]
-        left += best[2]
-    return [counts[0] + each for each in kept]
 
 
 def curves(seed, heads=7, counts=COUNTS):
@@ -47,46 +21,47 @@ def curves(seed, heads=7, counts=COUNTS):
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (1, 2, 4, 8), (0, 1, 4), (1,)])
+@pytest.mark.parametrize("left_over", [0, 9])
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_are_dealt_out_as_the_rule_says(seed, counts):
-    errors = curves(seed, counts=counts)
+def test_blocks_are_dealt_out_as_the_rule_says(seed, left_over, counts):
+    errors, blocks = curves(seed, counts=counts), counts[-1] + left_over
     fewest, most = counts[0], counts[-1]
     for total in sorted(
         {7 * fewest, 7 * fewest + 1, 7 * ((fewest + most) // 3), 7 * most - 1, 7 * most}
     ):
         if 7 * fewest <= total <= 7 * most:
-            found = allocation.deal(errors, counts, total)
+            found = allocation.deal(errors, counts, blocks, total)
             assert sum(found) == total and fewest <= min(found) and max(found) <= most
-            assert found == written_out(errors, counts, total)
+            assert found == written_out(errors, counts, blocks, total)
 
 
 def test_heads_that_are_alike_keep_the_mean():
     power_law = torch.tensor([max(count, 0.5) ** -1.5 for count in COUNTS]).repeat(9, 1)
     for errors in (power_law, torch.ones(9, 6), torch.zeros(9, 6)):
-        assert allocation.deal(errors, COUNTS, 9 * 8) == [8] * 9
+        assert allocation.deal(errors, COUNTS, 99, 9 * 8) == [8] * 9
 
 
 def test_a_head_without_error_keeps_nothing_and_one_with_much_keeps_most():
     flat, steep = torch.full((1, 6), 1e-9), torch.tensor([[1e3, 1e2, 1e2, 1e1, 1.0, 0.1]])
-    assert allocation.deal(torch.cat((flat, steep)), COUNTS, 2 * 8) == [0, 16]
+    assert allocation.deal(torch.cat((flat, steep)), COUNTS, 99, 2 * 8) == [0, 16]
 
 
 def test_a_sum_that_no_heads_can_have_is_refused():
     with pytest.raises(ValueError, match="total is 300; 7 heads keep from 0 to 224"):
-        allocation.deal(curves(0), COUNTS, 300)
+        allocation.deal(curves(0), COUNTS, 99, 300)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_an_error_target_is_met_with_no_more_than_it_takes(seed):
     errors = curves(seed)
     energy = torch.full((7,), float(errors[:, 0].sum()))
-    table = allocation.interpolated(errors, COUNTS)
+    table = allocation.interpolated(errors, COUNTS, 99)
     for share in (0.05, 0.01, 0.002):
-        kept = allocation.by_error(errors, COUNTS, energy, share)
+        kept = allocation.by_error(errors, COUNTS, 99, energy, share)
         left = sum(float(table[head, each]) for head, each in enumerate(kept))
         least = float(table[:, -1].sum())
         assert left <= share * float(energy.sum()) or left <= least * (1 + 1e-9)
-    assert allocation.by_error(errors, COUNTS, energy, 1.0) == [0] * 7
+    assert allocation.by_error(errors, COUNTS, 99, energy, 1.0) == [0] * 7
 
 
 @pytest.mark.parametrize("mean, blocks, fewest, expected", [
@@ -98,7 +73,7 @@ def test_what_is_probed(mean, blocks, fewest, expected):
 
 
 def curve_of(errors, mean=8):
-    return allocation.Curve(COUNTS, mean, errors, torch.ones(errors.shape[:2]))
+    return allocation.Curve(COUNTS, mean, 99, errors, torch.ones(errors.shape[:2]))
 
 
 def test_a_table_counts_from_the_next_step_on_for_all_layers_together():
@@ -112,7 +87,7 @@ def test_a_table_counts_from_the_next_step_on_for_all_layers_together():
             assert not memory.due(layer, 5, parts, COUNTS)
             assert memory.kept(layer, 5, parts, COUNTS) == [None]
         kept = [memory.kept(layer, following, parts, COUNTS)[0] for layer in range(2)]
-        assert kept[0] + kept[1] == allocation.deal(errors.view(6, 6), COUNTS, 6 * 8)
+        assert kept[0] + kept[1] == allocation.deal(errors.view(6, 6), COUNTS, 99, 6 * 8)
         assert memory.kept(7, following, parts, COUNTS) == [None]  # a layer that nobody probed
         assert not memory.due(0, following, parts, COUNTS)
         assert memory.due(0, 10, parts, COUNTS) and memory.due(0, 0, parts, COUNTS)
@@ -123,7 +98,7 @@ def test_conditionings_and_batch_rows_have_tables_of_their_own():
     memory = allocation.Allocation(interval=None)
     both = [("text", slice(0, 2)), ("none", slice(2, 3))]
     memory.add(0, 0, both, curve_of(errors))
-    expected = [allocation.deal(errors[row], COUNTS, 3 * 8) for row in range(3)]
+    expected = [allocation.deal(errors[row], COUNTS, 99, 3 * 8) for row in range(3)]
     assert memory.kept(0, 1, both, COUNTS) == expected
     assert memory.kept(0, 1, [("none", slice(0, 1))], COUNTS) == [expected[2]]
     assert memory.kept(0, 1, [("text", slice(0, 1))], COUNTS) == [None]  # another batch size
@@ -138,3 +113,20 @@ def test_errors_that_are_no_numbers_leave_the_heads_alike():
     memory, parts = allocation.Allocation(interval=5), [("text", slice(0, 1))]
     memory.add(0, 0, parts, curve_of(errors))
     assert memory.kept(0, 1, parts, COUNTS) == [[8] * 7]
+
+
+@pytest.mark.parametrize("mean", [1, 7, 30])
+def test_shares_become_whole_numbers_with_their_sum(mean):
+    generator = torch.Generator().manual_seed(mean)
+    shares = torch.rand(60, generator=generator, dtype=torch.float64)
+    shares = (shares / shares.mean()).tolist()
+    counts = allocation.probe_counts(mean, 500)
+    found = allocation.from_shares(shares, mean, counts)
+    assert sum(found) == 60 * mean
+    assert max(abs(kept - share * mean) for kept, share in zip(found, shares)) < 1
+
+
+def test_shares_beyond_the_limits_go_where_room_is():
+    assert allocation.from_shares([6.0, 0.0, 0.0], 4, (0, 16)) == [16, 4, 4]
+    assert allocation.from_shares([9.0, 9.0], 4, (1, 16)) == [16, 16]
+    assert allocation.from_shares([-1.0, 2.0, 2.0], 4, (1, 16)) == [1, 8, 8]

@@ -277,7 +277,8 @@ def test_calibration_follows_its_schedule(mode, expected):
     made = []
     for step in range(12):
         for layer in (0, 1):
-            _, cost = session.attend(q, k, v, Call(attention.TokenLayout((4, 8, 8)), layer, step))
+            call = Call(attention.TokenLayout((4, 8, 8)), layer, step, num_steps=12)
+            _, cost = session.attend(q, k, v, call)
             if cost.calibration and layer == 0:
                 made.append(step)
     assert made == expected

@@ -112,11 +112,36 @@ def test_an_adapters_own_key_block_counts_where_the_plan_names_none(asked, expec
     assert found.by_method("top-k").key_tokens == expected, "a comparison is at equal settings"
 
 
-def an_adapter(method, use_rank=0, block_k=64):
+def an_adapter(method, use_rank=0, block_k=64, tensors=()):
     """What a plan asks of an adapter; None for no method."""
     order = "raster" if method in ("rola", "sla") else "cube"
     info = SimpleNamespace(method=method, block_order=order, block_k=block_k)
-    return method and SimpleNamespace(info=info, use_rank=use_rank)
+    return method and SimpleNamespace(
+        info=info, use_rank=use_rank, has=lambda name: name in tensors
+    )
+
+
+@pytest.mark.parametrize(
+    "asked, trained, tensors, expected",
+    [
+        (dict(), None, (), (True, True)),
+        (dict(method="top-k"), None, (), (True, True)),
+        (dict(method="top-k plain", calibrate="off"), None, (), (True, True)),
+        (dict(method="adaspa"), None, (), (False, False)),
+        (dict(method="rola"), None, (), (False, False)),
+        (dict(allocation="uniform"), None, (), (False, False)),
+        (dict(), "rola", (), (False, False)),
+        (dict(), "ropeslr", (), (False, False)),
+        (dict(calibrate="refine"), "ropeslr", (), (False, False)),
+        (dict(), "ropeslr", ("allocation",), (True, False)),
+        (dict(calibrate="refine"), "ropeslr", ("allocation",), (True, True)),
+        (dict(allocation="uniform"), "ropeslr", ("allocation",), (False, False)),
+        (dict(method="top-k"), "ropeslr", ("allocation",), (True, True)),
+    ],
+)
+def test_who_shares_blocks_between_heads_and_who_measures_for_it(asked, trained, tensors, expected):
+    found = plan.SparsePlan(**asked).resolve(an_adapter(trained, tensors=tensors))
+    assert (found.allocates, found.probes) == expected
 
 
 def test_an_adapters_own_rank_counts_where_the_plan_names_none():
