@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .adapters import Adapter, AdapterInfo, layer_name
 from .methods.calibration import Lesson
+from .plan import MAX_SPARSITY
 
 __all__ = ["Lesson", "learned_adapter"]
 
@@ -50,10 +51,13 @@ def learned_adapter(
     kept = [each["allocation"] for each in tensors.values() if "allocation" in each]
     if kept:
         # Of each level: what the layers kept together is the mean that shares are relative to.
-        mean = torch.stack(kept).mean(dim=(0, -1)).clamp(min=1e-6)[..., None]
+        mean = torch.stack(kept).mean(dim=(0, -1))[..., None]
+        even = torch.ones_like(kept[0])
         for each in tensors.values():
-            each["allocation"] = each.get("allocation", mean.expand_as(kept[0])) / mean
-        facts = replace(facts, sparsity=round(1.0 - float(mean.mean()), 4))
+            own = each.get("allocation")
+            # An error target may be met without any block; that is no measure of who needs them.
+            each["allocation"] = even if own is None else torch.where(mean > 0, own / mean, even)
+        facts = replace(facts, sparsity=min(MAX_SPARSITY, round(1.0 - float(mean.mean()), 4)))
     before = {} if start is None else start.layers
     named = {}
     for layer, found in tensors.items():

@@ -32,6 +32,7 @@ KEY = "ropeslr"
 RUNS = "ropeslr_runs"
 OWN_STEPS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}
 
+NOT_LEARNED = "what this run has learned cannot be saved"
 LAST_STEPS_UNKNOWN = "dense_last_steps has no effect with {sampler}, which makes its own steps"
 
 
@@ -141,7 +142,12 @@ class SparsePatch:
 
     def _end(self, run: SamplingRun, completed: bool) -> None:
         self.last_report = run.report(completed)
-        self.last_learned = run.learned() if completed else None
+        try:
+            self.last_learned = run.learned() if completed else None
+        except (
+            Exception
+        ):  # the video is finished: what the next run may start from must not cost it
+            logger.warning("RoPeSLR: %s", NOT_LEARNED, exc_info=True)
         self.publish(self.last_report)
 
     def publish(self, report: RunReport) -> None:

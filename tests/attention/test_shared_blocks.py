@@ -327,3 +327,9 @@ def test_a_lower_rank_is_handed_on_too():
     assert adapter.layer(0)["channel_scale"].shape == (1, 4, 32)
     found = step(sharing(rank=16, adapter=adapter), 0, sigma=0.95)
     assert all(torch.isfinite(out).all() for out, _ in found.values())
+
+
+def test_a_target_that_no_block_is_needed_for_says_nothing_of_heads():
+    adapter = taught(sharing(target="error", error=1.0))
+    torch.testing.assert_close(adapter.layer(0)["allocation"], torch.ones(1, 4))
+    assert adapter.info.sparsity == 0.98

@@ -1,5 +1,7 @@
 """The tests of this folder run inside a real ComfyUI."""
 
+import importlib
+
 import pytest
 
 
@@ -9,3 +11,17 @@ def _comfyui():
     import comfy_host
 
     comfy_host.boot()
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, monkeypatch):
+    """models/ropeslr, empty and in a place of its own."""
+    import comfy_host
+
+    comfy_host.pack()
+    paths = importlib.import_module("folder_paths")
+    folder = tmp_path / "models" / "ropeslr"
+    folder.mkdir(parents=True)
+    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", ([str(folder)], {".safetensors"}))
+    monkeypatch.setattr(paths, "filename_list_cache", {})
+    return folder

@@ -31,17 +31,6 @@ def folder_paths():
     return importlib.import_module("folder_paths")
 
 
-@pytest.fixture
-def adapter_folder(tmp_path, monkeypatch):
-    """models/ropeslr, empty and in a place of its own."""
-    paths = folder_paths()
-    folder = tmp_path / "models" / "ropeslr"
-    folder.mkdir(parents=True)
-    monkeypatch.setitem(paths.folder_names_and_paths, "ropeslr", ([str(folder)], {".safetensors"}))
-    monkeypatch.setattr(paths, "filename_list_cache", {})
-    return folder
-
-
 def load_sparkwan(name=SPARKWAN, **widgets):
     checkpoints.save(checkpoints.sparkwan(), MODELS / "diffusion_models" / name, "net.")
     return comfy_host.run_node("RoPeSLRLoadSparseCheckpoint", checkpoint=name, **widgets)

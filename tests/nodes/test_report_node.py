@@ -29,7 +29,7 @@ def test_it_passes_the_latent_on_and_tells_of_the_run(finished):
     model, latent = finished
     passed, image, text = run_report(model, latent)
     assert passed["samples"] is latent
-    assert image.shape == (1, 850, 1300, 3) and 0 <= image.min() < image.max() <= 1
+    assert image.shape == (1, 850, 1700, 3) and 0 <= image.min() < image.max() <= 1
     assert text.startswith(report(model).summary()) and "Time in self-attention" in text
 
 
@@ -116,6 +116,23 @@ def test_comparing_leaves_the_random_state_alone(finished):
     assert torch.equal(torch.randn(3), expected)
 
 
+def test_heads_that_keep_as_many_need_no_picture_of_their_own():
+    model = sparse(load_model("tiny_wan21_t2v"), allocation="uniform")
+    latent = sample(model)
+    assert report(model).heads is None
+    assert run_report(model, latent)[1].shape == (1, 850, 1300, 3)
+
+
+def test_allocation_is_compared_as_it_would_be_at_that_place(finished):
+    model, latent = finished
+    _, _, text = run_report(model, latent, positive=conditioning(1), compare="this method", at=0.3)
+    assert "measured at this point of the schedule" in text
+    alike = sparse(load_model("tiny_wan21_t2v"), allocation="uniform")
+    latent = sample(alike)
+    _, _, text = run_report(alike, latent, positive=conditioning(1), compare="this method")
+    assert "measured at" not in text and "Error against dense" in text
+
+
 def test_comparing_leaves_the_random_state_of_every_gpu_alone(finished, monkeypatch):
     """Making noise seeds them all; this machine has none, so what is saved is looked at."""
     saved, fork = [], torch.random.fork_rng
@@ -128,7 +145,7 @@ def test_comparing_leaves_the_random_state_of_every_gpu_alone(finished, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     model, latent = finished
     run_report(model, latent, positive=conditioning(1), compare="this method")
-    assert saved == [[0, 1]]
+    assert saved == 2 * [[0, 1]]  # once to measure what heads need
 
 
 @pytest.mark.slow  # matplotlib is the same in every ComfyUI
@@ -205,7 +222,7 @@ def test_comparing_leaves_the_model_as_it_was(finished):
 def test_a_comparison_that_cannot_be_made_does_not_cost_the_run(finished, widgets, says):
     model, latent = finished
     _, image, text = run_report(model, latent, **widgets)
-    assert says in text and image.shape[1:] == (850, 1300, 3)
+    assert says in text and image.shape[1:] == (850, 1700, 3)
 
 
 def test_a_model_that_cannot_be_sparse_and_one_that_never_ran():

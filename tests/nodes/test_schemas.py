@@ -40,7 +40,10 @@ FROZEN = {
         ],
         ["LATENT", "IMAGE", "STRING"],
     ),
-    "RoPeSLRSaveAdapter": (["adapter: ROPESLR_ADAPTER", "name: STRING"], []),
+    "RoPeSLRSaveAdapter": (
+        ["adapter: ROPESLR_ADAPTER", "name: STRING", "model: MODEL", "latent: LATENT"],
+        [],
+    ),
     "RoPeSLRSparseAttention": (
         [
             "model: MODEL",
@@ -64,6 +67,9 @@ FROZEN = {
             "verbose: BOOLEAN",
             "sla_variant: COMBO",
             "key_block: COMBO",
+            "allocation: COMBO",
+            "target: COMBO",
+            "error: FLOAT",
         ],
         ["MODEL"],
     ),
