@@ -25,6 +25,7 @@ MAX_CALIBRATE_ROWS = 4096
 CALIBRATE_EVERY = 5
 FEW_STEPS = 8  # a step of a run this short is a large one
 BLOCK = 64
+FINE = 16  # tokens of a key block where nothing asks for BLOCK
 KEY_BLOCKS = ("auto", "16", "32", "64")
 ALLOCATIONS = ("auto", "uniform")
 TARGETS = ("sparsity", "error")
@@ -133,7 +134,7 @@ class SparsePlan(_Settings):
         values |= {
             "method": method,
             "block_order": self._order(method, adapter),
-            "key_block": self._key_block(adapter),
+            "key_block": self._key_block(method, adapter),
         }
         if method not in ALLOCATED or not (adapter is None or adapter.has("allocation")):
             values["allocation"] = "uniform"  # AdaSpa has a rule of its own; weights know no other
@@ -156,11 +157,13 @@ class SparsePlan(_Settings):
             return adapter.info.block_order
         return "raster" if method in NEED_WEIGHTS else "cube"
 
-    def _key_block(self, adapter: Adapter | None) -> str:
-        """Weights know what they were trained with."""
+    def _key_block(self, method: str, adapter: Adapter | None) -> str:
+        """Small key blocks choose better; weights know what they were trained with."""
         if self.key_block != "auto":
             return self.key_block
-        return str(BLOCK if adapter is None else adapter.info.block_k)
+        if adapter is not None:
+            return str(adapter.info.block_k)
+        return str(FINE if method in ALLOCATED else BLOCK)
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,8 @@ def new_model(features: dict[str, Tensor]) -> Any:
             kind.reset_parameters(module)
         if isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm) and module.weight is not None:
             torch.nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                torch.nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                torch.nn.init.zeros_(bias)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("modulation"):

@@ -86,7 +86,7 @@ class RoPeSLRReport(io.ComfyNode):
                     step=0.05,
                     tooltip=(
                         "Point of the schedule to compare at: 0 is pure noise, 1 the finished "
-                        "video."
+                        "video, which is the worst place to judge how heads share the blocks."
                     ),
                 ),
                 io.Int.Input(

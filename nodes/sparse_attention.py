@@ -161,9 +161,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "ropeslr: when to compute a few queries exactly and fit the background to "
-                        "them. auto: at the first sparse step and every 5 steps; never with an "
-                        "adapter. refine: like auto, but with an adapter too, starting from its "
-                        "values."
+                        "them. auto: at the first sparse step and every 5 steps, in runs of up to "
+                        "8 steps at every one; never with an adapter. refine: every 5 steps, with "
+                        "an adapter too, starting from its values."
                     ),
                 ),
                 io.Int.Input(
@@ -260,8 +260,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip=(
                         "Tokens in a key block, which is kept or dropped as a whole. Smaller "
                         "blocks are chosen more precisely at the same sparsity, but choosing takes "
-                        "longer; with top-k, so do the averaged keys. auto: 64, or what the "
-                        "adapter was trained with."
+                        "longer; with top-k, so do the averaged keys. auto: 16 for ropeslr and "
+                        "both top-k, 64 for the rest, or what the adapter was trained with."
                     ),
                 ),
                 io.Combo.Input(
@@ -273,8 +273,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip=(
                         "How layers and heads share the kept blocks. auto: a few queries, computed "
                         "exactly, show which heads need many blocks and which need few or none; "
-                        "the mean stays what sparsity says. For ropeslr and both top-k, without an "
-                        "adapter. uniform: every head keeps the same."
+                        "the mean stays what sparsity says. For ropeslr and both top-k, and for "
+                        "adapters that a run has learned. uniform: every head keeps the same."
                     ),
                 ),
                 io.Combo.Input(

@@ -108,7 +108,9 @@ def test_what_auto_means(asked, trained, expected):
 def test_an_adapters_own_key_block_counts_where_the_plan_names_none(asked, expected):
     found = plan.SparsePlan(key_block=asked).resolve(an_adapter("ropeslr", block_k=16))
     assert found.key_tokens == expected
-    assert plan.SparsePlan(key_block=asked).resolve().key_tokens == 64
+    for method in plan.METHODS[1:]:
+        own = 16 if asked == "auto" and method in plan.ALLOCATED else 64
+        assert plan.SparsePlan(method=method, key_block=asked).resolve().key_tokens == own
     assert found.by_method("top-k").key_tokens == expected, "a comparison is at equal settings"
 
 

@@ -9,7 +9,7 @@ import { MODELS, tokenGrid } from "../../web/js/models.js";
 const SETTINGS = {
   method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
   dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
-  keep_first_frame: false, sla_variant: "released", key_block: "auto",
+  keep_first_frame: false, sla_variant: "released", key_block: "auto", allocation: "auto", target: "sparsity", error: 0.05,
 };
 const SIZE_480 = { width: 832, height: 480, length: 81 };
 const SIZE_720 = { width: 1280, height: 720, length: 81 };
@@ -52,11 +52,16 @@ test("the first frame of a raster fills its blocks; in cube order it touches tho
 
 test("auto follows the adapter, and released weights start sparse", () => {
   const auto = (adapter) => resolve(SETTINGS, adapter);
-  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", keyBlock: 64, first: 1 });
-  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", keyBlock: 64, first: 0 });
+  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", keyBlock: 16, shared: true, first: 1 });
+  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", keyBlock: 64, shared: false, first: 0 });
   assert.equal(resolve({ ...SETTINGS, method: "sla" }, "").first, 1);
   assert.equal(resolve({ ...SETTINGS, method: "adaspa" }, "").first, 0);
-  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", keyBlock: 64, first: 1 });
+  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", keyBlock: 64, shared: false, first: 1 });
+  for (const [method, keyBlock, shared] of [["top-k", 16, true], ["top-k plain", 16, true], ["adaspa", 64, false]]) {
+    const found = resolve({ ...SETTINGS, method }, "rola");
+    assert.deepEqual([found.keyBlock, found.shared], [keyBlock, shared], method);
+  }
+  assert.equal(resolve({ ...SETTINGS, allocation: "uniform" }, "").shared, false);
   assert.equal(resolve({ ...SETTINGS, key_block: "32" }, "rola").keyBlock, 32);
   assert.ok(resolve({ ...SETTINGS, method: "sla" }, "unknown").trained);
 });

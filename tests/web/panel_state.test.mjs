@@ -28,13 +28,13 @@ const UNKNOWN_LOADER = ["UNETLoader", {}, [MODEL], { unet_name: "mine.safetensor
 test("a plain graph is estimated, and nothing is asked", () => {
   const state = plain().state();
   assert.deepEqual(state.found, { model: true, size: true });
-  assert.deepEqual([state.model, state.numbers.blocks, state.status, state.report], ["wan-1.3b", 512, "new", null]);
+  assert.deepEqual([state.model, state.numbers.blocks, state.status, state.report], ["wan-1.3b", 2048, "new", null]);
 });
 
 test("a size that the graph does not say is that of the last run, and said as such", () => {
   assert.equal(unknownSize().state().numbers, null);
   const state = unknownSize().state(report());
-  assert.deepEqual([state.size, state.found.size, state.numbers.blocks], [{ tokens: 32760 }, false, 512]);
+  assert.deepEqual([state.size, state.found.size, state.numbers.blocks], [{ tokens: 32760 }, false, 2048]);
   assert.equal(unknownSize().state(report({ tokens: 0 })).size, null, "the run was dense");
 });
 
@@ -73,7 +73,7 @@ test("a setting that another node computes is assumed, and said to be", () => {
   const state = set(["Anything", { image: "IMAGE" }, ["FLOAT"]]);
   assert.deepEqual(state.assumptions, ["Another node sets sparsity: the estimate assumes 0.9"]);
   const known = set(["PrimitiveFloat", {}, ["FLOAT"], { value: 0.5 }]);
-  assert.deepEqual([known.assumptions, known.numbers.kept], [[], 256]);
+  assert.deepEqual([known.assumptions, known.numbers.kept], [[], 1024]);
 });
 
 test("a report is fresh until a setting moves", () => {

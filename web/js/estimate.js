@@ -7,13 +7,15 @@ import { extraTokens, MODELS, tokenGrid } from "./models.js";
 
 /** @type {string[]} */
 const TRAINED = ["ropeslr", "rola", "sla"];
-/** @type {string[]} Methods whose heads find their own share of blocks. */
+/** @type {string[]} Methods whose heads find their own share of blocks, and whose key blocks are FINE. */
 const ALLOCATED = ["ropeslr", "top-k", "top-k plain"];
+const FINE = 16; // tokens of a key block where nothing asks for BLOCK
 const LONGEST_LAYERS = 1000; // characters of dense_layers, as in attention/plan.py
 
 /**
  * The method that runs, its block order and key block, its dense first steps, whether it has trained weights, and
- * whether heads share the kept blocks. An unknown adapter is taken to fit, and every adapter to have been trained with key blocks of 64.
+ * whether heads share the kept blocks. An unknown adapter is taken to fit, and every adapter to have been trained with
+ * key blocks of 64.
  * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "allocation" | "dense_first_steps">} settings
  * @param {RoPeSLR.AdapterMethod} adapter
  * @returns {RoPeSLR.ResolvedPlan}
@@ -25,10 +27,11 @@ export function resolve(settings, adapter) {
   const trained = Boolean(known) && method === known;
   const released = method === "rola" || method === "sla";
   const order = settings.block_order === "auto" ? (released ? "raster" : "cube") : settings.block_order;
-  const keyBlock = settings.key_block === "auto" ? BLOCK : Number(settings.key_block);
+  const free = !trained && ALLOCATED.includes(method);
+  const keyBlock = settings.key_block === "auto" ? (free ? FINE : BLOCK) : Number(settings.key_block);
   let first = settings.dense_first_steps;
   if (first < 0) first = (released && trained) || method === "adaspa" ? 0 : 1;
-  const shared = settings.allocation === "auto" && !trained && ALLOCATED.includes(method);
+  const shared = free && settings.allocation === "auto";
   return { method, trained, order, keyBlock, shared, first };
 }
 
