@@ -128,7 +128,8 @@ def parse(arguments: list[str]) -> Namespace:
 def demo(options: Namespace) -> int:
     """Start a real ComfyUI with the pack, queue the shipped workflow sparse and dense, compare.
 
-    --width, --height, --length, --steps, --sparsity and --min-tokens go to tools/demo.py.
+    --prompt, --width, --height, --length, --steps, --cfg, --seed, --sparsity and --min-tokens go to
+    tools/demo.py.
     """
     python, tree = environment(), comfyui(NEWEST)
     return run_in(python, tree, [str(TOOLS / "demo.py"), *options.rest])

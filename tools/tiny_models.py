@@ -191,6 +191,58 @@ def _taehv(seed: int, latent_channels: int, dtype: torch.dtype) -> Callable[[Pat
     return write
 
 
+def _unfolding_vae(path: Path) -> None:
+    """A decoder with weights set by hand, for latents whose pixels hold four frames of one pixel.
+
+    Those of benchmarks/moving_shapes.py, which the trained tiny Wan makes: a decoder that takes
+    ComfyUI's scaling and its soft clamp off again, unfolds the frames and enlarges them 8 times.
+    Half precision is what tells ComfyUI which scaling this kind of decoder expects.
+    """
+    import comfy.latent_formats
+    import comfy.taesd.taehv
+
+    wan, scaling = comfy.latent_formats.Wan21(), comfy.latent_formats.HunyuanVideo().scale_factor
+    weights = {
+        name: torch.zeros_like(weight)
+        for name, weight in comfy.taesd.taehv.TAEHV(latent_channels=16).state_dict().items()
+    }
+    # The hidden units of the first layer are the corners of a line that undoes the clamp.
+    corners = torch.linspace(-3.2, 3.2, 20)
+    first, bias, second = (
+        weights[f"decoder.{name}"] for name in ("1.weight", "1.bias", "8.weight")
+    )
+    constant = first.shape[0] - 1
+    bias[constant] = 1.0
+    for channel in range(12):
+        mean, std = (float(x.flatten()[channel]) for x in (wan.latents_mean, wan.latents_std))
+        clamped = 3 * torch.tanh(scaling * (corners * std + mean) / 3)
+        slopes = corners.diff() / clamped.diff()
+        units = slice(channel * len(corners), channel * len(corners) + len(slopes))
+        first[units, channel, 1, 1] = 1.0
+        bias[units] = -clamped[:-1]
+        turns = torch.cat((slopes[:1], slopes.diff()))
+        second[channel, units] = 0.25 * turns[:, None, None] * _binomial()
+        second[channel, constant] = (0.5 + 0.25 * corners[0]) * _binomial()
+    same = torch.eye(256)
+    weights["decoder.7.conv.weight"][:, :, 0, 0] = same
+    for i, (width, held) in {13: (128, 6), 19: (64, 3)}.items():
+        for part in range(2):  # frames that come apart
+            own = slice(part * width, part * width + held)
+            kept = slice(part * held, part * held + held)
+            weights[f"decoder.{i}.conv.weight"][own, kept, 0, 0] = torch.eye(held)
+    for i, held in {14: 6, 20: 3}.items():
+        weights[f"decoder.{i}.weight"][:held, :held] = (
+            torch.eye(held)[..., None, None] * _binomial()
+        )
+    weights["decoder.22.weight"][:, :3, 1, 1] = torch.eye(3)
+    save_file({name: weight.half().contiguous() for name, weight in weights.items()}, path)
+
+
+def _binomial() -> torch.Tensor:
+    line = torch.tensor([0.25, 0.5, 0.25])
+    return torch.outer(line, line)
+
+
 def _clip_l(path: Path) -> None:
     """CLIP-L's sizes are fixed (124 M parameters): every matrix is a view of one small storage."""
     base = torch.randn(60000, generator=torch.Generator().manual_seed(0)).half()
@@ -312,6 +364,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "vae/tiny_taehv_hunyuan.safetensors": _taehv(14, 16, torch.float16),
     "vae/tiny_taew22.safetensors": _taehv(15, 48, torch.float32),
     "vae/tiny_lighttae_hv15.safetensors": _taehv(16, 32, torch.float32),
+    "vae/unfolding.safetensors": _unfolding_vae,
     "text_encoders/tiny_clip_l.pt": _clip_l,
 }
 
