@@ -101,7 +101,8 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     blocks = layout(tokens, key_block)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
-    lists, counts = (empty(1, heads, count, *width, of=torch.int32) for width in ((kept,), ()))
+    lists = empty(1, heads, count, kept, of=types.list_dtype(blocks.kv_blocks.num_blocks))
+    counts = empty(1, heads, count, of=torch.int32)
     mask = types.BlockMask(blocks.q_blocks, blocks.kv_blocks, lists, counts)
     pooled_q, pooled_k = (
         empty(1, heads, each.num_blocks, head_dim) for each in (blocks.q_blocks, blocks.kv_blocks)

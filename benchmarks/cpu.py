@@ -1,9 +1,11 @@
 """The PyTorch path against dense SDPA on this CPU: `python -m benchmarks.cpu [--out FILE.json]`.
 
-Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and calibration as
-often as a run makes it (once in five calls); adaspa between its searches; rola and sla with random
-weights; "ropeslr, 16" with key blocks of 16 tokens. "kernel" is the sparse kernel alone. Times are
-medians of interleaved runs, ratios within one run; random inputs, which cost what any inputs cost.
+Every row is the WHOLE replaced call: routing, kept blocks, background, mixing, and what a run
+learns as often as it does (a probe, the choice of each head's share and calibrations, once in five
+calls); adaspa between its searches; rola and sla with random weights. "ropeslr, uniform" keeps as
+many blocks of 64 in every head. "kernel" is the sparse kernel alone. Times are medians of
+interleaved runs, ratios within one run; random inputs whose heads are sharp or flat to different
+degrees, so that they keep different numbers of blocks.
 """
 
 from __future__ import annotations
@@ -26,11 +28,19 @@ attention = load_pack(".attention")
 ops = load_pack(".kernels.ops")
 
 GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
-SPARSITIES = (0.80, 0.90, 0.95)
+SPARSITIES = (0.80, 0.90, 0.95, 0.975)
 HEADS, WIDTH = 4, 128
-CALIBRATE_EVERY = load_pack(".attention.plan").CALIBRATE_EVERY
-FINE = "ropeslr, 16"  # key blocks of 16 tokens
-METHODS = ("ropeslr", FINE, "top-k", "top-k plain", "adaspa", "rola", "sla")
+SHARPNESS = (0.2, 1.0, 1.5, 2.5)  # of each head's queries
+EVERY = load_pack(".attention.plan").CALIBRATE_EVERY
+METHODS = {  # name -> settings
+    "ropeslr": dict(method="ropeslr"),
+    "ropeslr, uniform": dict(method="ropeslr", allocation="uniform", key_block="64"),
+    "top-k": dict(method="top-k"),
+    "top-k plain": dict(method="top-k plain"),
+    "adaspa": dict(method="adaspa"),
+    "rola": dict(method="rola"),
+    "sla": dict(method="sla"),
+}
 
 
 def main() -> None:
@@ -49,7 +59,7 @@ def main() -> None:
     print(f"{'':>9} {'':>7} {'dense':>9} {'':>9}   times faster than dense SDPA")
     print(
         f"{'dtype':>9} {'tokens':>7} {'ms':>9} {'sparsity':>9}",
-        *(f"{name:>11}" for name in ("kernel", *METHODS)),
+        *(f"{name:>16}" for name in ("kernel", *METHODS)),
     )
     for dtype in options.dtypes.split(","):
         for tokens in options.tokens:
@@ -79,19 +89,19 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
     )
     layout = attention.TokenLayout(GRIDS[tokens])
     rows = []
+    q = q * torch.tensor(SHARPNESS, dtype=dtype)[None, :, None, None]
     for sparsity in SPARSITIES:
+        runs = {name: Run(q, k, v, layout, name, sparsity) for name in METHODS}
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
-        for method in METHODS:
-            plan = plan_of(method, sparsity, "first step")
-            candidates[method] = whole_call(q, k, v, layout, plan)
+        candidates |= {name: run.steady for name, run in runs.items()}
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
+        candidates |= {f"{name} learning": runs[name].learning for name in LEARNING}
         seconds = interleaved(candidates, repeats)
-        calibrating = {
-            method: whole_call(q, k, v, layout, plan_of(method, sparsity, "every step"))
-            for method in ("ropeslr", FINE)
-        }
-        for method, own in interleaved(calibrating, repeats).items():
-            seconds[method] += (own - seconds[method]) / CALIBRATE_EVERY
+        learning = {}
+        for name in LEARNING:  # two calls in five
+            learning[name] = (seconds.pop(f"{name} learning") - 2 * seconds[name]) / EVERY
+            seconds[name] += learning[name]
+        kept, choice = runs["ropeslr"].heads, seconds_to_choose(runs["ropeslr"])
         ratios = {name: seconds["dense"] / value for name, value in seconds.items()}
         rows.append(
             {
@@ -100,37 +110,70 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
                 "sparsity": sparsity,
                 "ms": {name: round(1e3 * value, 2) for name, value in seconds.items()},
                 "times_dense": {name: round(value, 2) for name, value in ratios.items()},
+                "learning_ms": {name: round(1e3 * value, 2) for name, value in learning.items()},
+                "choice_ms": round(1e3 * choice / EVERY, 3),
+                "kept_by_head": [round(share, 4) for share in kept],
             }
         )
         print(
             f"{rows[-1]['dtype']:>9} {tokens:>7} {1e3 * seconds['dense']:>9.0f} {sparsity:>9.2f}",
-            *(f"{ratios[name]:>10.2f}x" for name in ("kernel", *METHODS)),
+            *(f"{ratios[name]:>15.2f}x" for name in ("kernel", *METHODS)),
             flush=True,
         )
+        own = {"learning": learning["ropeslr"], "choice alone": choice / EVERY}
+        shares = (f"{name} {100 * each / seconds['ropeslr']:.2f} %" for name, each in own.items())
+        by_head = (f"{share:.3f}" for share in kept)
+        print(f"{'':>38} ropeslr:", *shares, "kept by head", *by_head, flush=True)
     return rows
 
 
-def plan_of(method: str, sparsity: float, calibrate: str):
-    """The plan of one of METHODS."""
-    method, _, key_block = method.partition(", ")
-    return attention.SparsePlan(
-        method=method, sparsity=sparsity, calibrate=calibrate, key_block=key_block or "auto"
-    )
+LEARNING = ("ropeslr", "ropeslr, uniform", "top-k", "top-k plain")
 
 
-def whole_call(q, k, v, layout, plan) -> Callable:
-    """Everything that replaces one dense call; a plan has calibrated before the clock starts."""
-    trained = plan.method in ("rola", "sla")
-    adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
-    given = (
-        layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype)
-        if trained
-        else attention.LayerInputs()
-    )
-    run = attention.AttentionRun(plan.resolve(adapter))
-    own_layout = attention.TokenLayout(layout.grid, order=run.plan.block_order)
-    steps, call = iter(range(1_000_000)), attention.AttentionCall
-    return lambda: run.attend(q, k, v, call(own_layout, step=next(steps), inputs=given))
+class Run:
+    """Everything that replaces dense calls of one layer, after it has learned."""
+
+    def __init__(self, q, k, v, layout, name: str, sparsity: float) -> None:
+        plan = attention.SparsePlan(sparsity=sparsity, **METHODS[name])
+        trained = plan.method in ("rola", "sla")
+        adapter = random_adapter(plan.method, HEADS, WIDTH) if trained else None
+        self.given = (
+            layer_inputs(layout.grid, q.shape[2], HEADS, WIDTH, q.dtype)
+            if trained
+            else attention.LayerInputs()
+        )
+        self.qkv = q, k, v
+        self.run = attention.AttentionRun(plan.resolve(adapter))
+        self.layout = attention.TokenLayout(layout.grid, order=self.run.plan.block_order)
+        self.step = 0
+        for _ in range(2):
+            self.learning()
+
+    def learning(self) -> None:
+        """The two calls of a period in which a run learns."""
+        self._attend(self.step)
+        self._attend(self.step + 1)
+        self.step += EVERY
+
+    def steady(self) -> None:
+        """Any other."""
+        self.heads = self._attend(self.step - 1).heads
+
+    def _attend(self, step: int):
+        call = attention.AttentionCall(self.layout, 0, step, 50, inputs=self.given)
+        return self.run.attend(*self.qkv, call)[1]
+
+
+def seconds_to_choose(run: Run) -> float:
+    """How long it takes to deal the blocks out anew."""
+    (group,) = run.run.method.allocation._groups.values()
+    return statistics.median(timed(lambda: group.solve(None)) for _ in range(5))
+
+
+def timed(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def kernel(q, k, v, layout, sparsity: float) -> Callable:
@@ -148,10 +191,9 @@ def interleaved(candidates: dict[str, Callable], repeats: int) -> dict[str, floa
     with torch.inference_mode():
         for turn in range(repeats + 1):
             for name, function in candidates.items():
-                started = time.perf_counter()
-                function()
+                seconds = timed(function)
                 if turn:  # the first turn warms up
-                    samples[name].append(time.perf_counter() - started)
+                    samples[name].append(seconds)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

@@ -23,17 +23,18 @@ SHOWN = {  # case of the compile table -> what a reader calls it
 def cpu_table(record: dict) -> str:
     """The record of `benchmarks.cpu` as a Markdown table."""
     lines = [
-        "| | tokens | sparsity | dense | kernel alone | ropeslr | ropeslr, key blocks of 16 | "
-        "top-k | top-k plain | adaspa | rola | sla |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | tokens | sparsity | dense | kernel alone | ropeslr | ropeslr, uniform, key blocks of "
+        "64 | top-k | top-k plain | adaspa | rola | sla | learning, share of ropeslr |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        names = ("kernel", "ropeslr", "ropeslr, 16", "top-k", "top-k plain", "adaspa")
+        names = ("kernel", "ropeslr", "ropeslr, uniform", "top-k", "top-k plain", "adaspa")
         names += ("rola", "sla")
         ratios = " | ".join(f"{row['times_dense'][name]:.1f}x" for name in names)
         lines.append(
             f"| {row['dtype']} | {row['tokens']:,} | {row['sparsity']:.2f} | "
-            f"{row['ms']['dense']:.0f} ms | {ratios} |"
+            f"{row['ms']['dense']:.0f} ms | {ratios} | "
+            f"{100 * row['learning_ms']['ropeslr'] / row['ms']['ropeslr']:.0f} % |"
         )
     lines.append(
         f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "

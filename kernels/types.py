@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INDEX_DTYPES = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:
@@ -204,6 +204,11 @@ class BlockLayout:
         return (kept.double().mean() / blocks).item()
 
 
+def list_dtype(blocks: int) -> torch.dtype:
+    """Of lists that name so many blocks; a row's unused entries hold that number itself."""
+    return torch.int16 if blocks <= torch.iinfo(torch.int16).max else torch.int32
+
+
 class Packing(NamedTuple):
     """Lists of a width per head behind each other in one tensor: head by head, row by row."""
 
@@ -230,11 +235,12 @@ class Packing(NamedTuple):
 class BlockMask:
     """Which key blocks each query block keeps, in FlexAttention's terms.
 
-    kv_indices `(B, H, Nq, K)` int32: the kept key blocks of each row, ascending, each once; entries
-    beyond a row's number may hold anything. kv_num_blocks `(B, H, Nq)` int32: how many it keeps.
-    packing: for heads that keep differently many; kv_indices is then flat, each head's lists as
-    wide as its own longest. Raises ValueError when the lists do not fit the blocks. Looking at
-    every entry makes a GPU wait, so masks that this package's own selection made are trusted.
+    kv_indices `(B, H, Nq, K)` int32, or int16 where its numbers fit: the kept key blocks of each
+    row, ascending, each once; entries beyond a row's number may hold anything. kv_num_blocks
+    `(B, H, Nq)` int32: how many it keeps. packing: for heads that keep differently many; kv_indices
+    is then flat, each head's lists as wide as its own longest. Raises ValueError when the lists do
+    not fit the blocks. Looking at every entry makes a GPU wait, so masks that this package's own
+    selection made are trusted.
     """
 
     q_blocks: TokenBlocks
@@ -266,7 +272,7 @@ class BlockMask:
             )
         for name, x in (("kv_indices", lists), ("kv_num_blocks", counts)):
             if x.dtype not in INDEX_DTYPES:
-                raise ValueError(f"{name} must be int32 or int64; found {x.dtype}")
+                raise ValueError(f"{name} must be int16, int32 or int64; found {x.dtype}")
         if not (trusted or torch.compiler.is_compiling() or lists.device.type == "meta"):
             _check_entries(lists, counts, self.kv_blocks.num_blocks)
 
@@ -327,7 +333,8 @@ class BlockMask:
         if list_width and counts.device.type == "cpu" and (most := int(counts.max())) > width:
             raise ValueError(f"a row keeps {most} blocks; list_width is {width}")
         counts = counts.clamp(max=width)
-        return cls(q_blocks, kv_blocks, lists[..., :width].int(), counts.int(), trusted=True)
+        lists = lists[..., :width].to(list_dtype(blocks))
+        return cls(q_blocks, kv_blocks, lists, counts.int(), trusted=True)
 
     def to_dense(self) -> Tensor:
         """`(B, H, Nq, Nk)` bool: whether a row keeps a block."""

@@ -91,6 +91,6 @@ def fake_sums(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=acc_dtype(x.dtype))
 
 
-def fake_lists(x: Tensor, *shape: int) -> Tensor:
-    """For fakes: an int32 tensor."""
-    return x.new_empty(shape, dtype=torch.int32)
+def fake_numbers(x: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """For fakes: a tensor of whole numbers."""
+    return x.new_empty(shape, dtype=dtype)

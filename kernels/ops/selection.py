@@ -10,8 +10,8 @@ from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..triton_support import Operands
-from ..types import BlockLayout, BlockMask, Packing, RequiredBlocks, TokenBlocks
-from .register import fake_lists, fake_sums, operands, operation
+from ..types import BlockLayout, BlockMask, Packing, RequiredBlocks, TokenBlocks, list_dtype
+from .register import fake_numbers, fake_sums, operands, operation
 from .validate import (
     check_attention,
     check_backend,
@@ -111,8 +111,8 @@ def _(pooled_q, pooled_k, blocks, listed, required, topk, widths, *_):
     rows = pooled_q.shape[:3]
     shape = (*rows, widths[0]) if len(widths) == 1 else (rows[2] * sum(widths),)
     return (
-        fake_lists(pooled_q, *shape),
-        fake_lists(pooled_q, *rows),
+        fake_numbers(pooled_q, *shape, dtype=list_dtype(pooled_k.shape[2])),
+        fake_numbers(pooled_q, *rows),
         fake_sums(pooled_q, *rows),
     )
 
@@ -169,7 +169,7 @@ def _(q, k, lse, blocks, listed, required, topks, *_):
     q_tokens, kv_tokens = blocks
     words = (kv_tokens.shape[0] + 31) // 32
     rows = (*q.shape[:2], len(topks))
-    return fake_lists(q, *rows, q_tokens.shape[0], words), fake_sums(q, *rows)
+    return fake_numbers(q, *rows, q_tokens.shape[0], words), fake_sums(q, *rows)
 
 
 def mask_from_bits(
@@ -208,7 +208,10 @@ def lists_from_bits_op(
 
 @lists_from_bits_op.register_fake
 def _(bits, blocks, list_width, backend):
-    return fake_lists(bits, *bits.shape[:-1], list_width), fake_lists(bits, *bits.shape[:-1])
+    rows = bits.shape[:-1]
+    return fake_numbers(bits, *rows, list_width, dtype=list_dtype(blocks)), fake_numbers(
+        bits, *rows
+    )
 
 
 def _pieces(layout: BlockLayout) -> tuple[list[Tensor], list[int], list[Tensor]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import BlockLayout
+from ..types import BlockLayout, list_dtype
 from .common import acc_dtype, gather, head_chunks, per_head
 
 BLOCKS_PER_STEP = 8
@@ -63,7 +63,7 @@ def _select(
     indices = indices.sort(dim=-1).values[..., : layout.list_width(topk)]
     sizes = layout.kv_blocks.sizes.to(scores.dtype)
     dropped_lse = (scores + sizes.log()).masked_fill(kept, -torch.inf).logsumexp(dim=-1)
-    return indices.int(), counts, dropped_lse
+    return indices.to(list_dtype(blocks)), counts, dropped_lse
 
 
 def block_mass(
@@ -113,14 +113,13 @@ def pack_bits(kept: Tensor) -> Tensor:
 
 
 def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor, Tensor]:
-    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths; int32."""
+    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths."""
     place = torch.arange(32, dtype=torch.int32, device=bits.device)
     kept = ((bits[..., None] >> place) & 1).flatten(-2)[..., :blocks]
     place = (kept.cumsum(dim=-1, dtype=torch.int32) - 1).masked_fill(kept == 0, list_width)
-    lists = torch.full(
-        (*bits.shape[:-1], list_width + 1), blocks, dtype=torch.int32, device=bits.device
-    )
-    column = torch.arange(blocks, dtype=torch.int32, device=bits.device).expand(kept.shape)
+    dtype = list_dtype(blocks)
+    lists = torch.full((*bits.shape[:-1], list_width + 1), blocks, dtype=dtype, device=bits.device)
+    column = torch.arange(blocks, dtype=dtype, device=bits.device).expand(kept.shape)
     lists.scatter_(-1, place.clamp(max=list_width).long(), column)
     counts = kept.sum(dim=-1, dtype=torch.int32).clamp(max=list_width)
     return lists[..., :list_width].contiguous(), counts

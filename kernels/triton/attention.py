@@ -304,7 +304,7 @@ def _forward(
         for start in range(0, n_k, TILE_K):
             blocks = start + tl.arange(0, TILE_K)
             place = offset + tl.arange(0, TILE_K)
-            listed = tl.load(lists_ptr + place, mask=place < count, other=n_k)
+            listed = tl.load(lists_ptr + place, mask=place < count, other=n_k).to(tl.int32)
             kept = tl.max((listed[:, None] == blocks[None, :]).to(tl.int32), 0) > 0
             offset += tl.sum((listed < start + TILE_K).to(tl.int32), 0)
             dropped = (blocks < n_k) & (kept == 0)

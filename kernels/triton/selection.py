@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pytorch.common import head_chunks
-from ..types import BlockLayout, Packing
+from ..types import BlockLayout, Packing, list_dtype
 from .launch import aligned, kernel, launch_options, padded, strides, table
 from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, list_of, load_rows
 
@@ -42,10 +42,10 @@ def block_select(
     list_width, starts, topks = 0, None, None
     if isinstance(topk, int):
         list_width = layout.list_width(topk)
-        indices = q.new_empty(batch, heads, n_q, list_width, dtype=torch.int32)
+        indices = q.new_empty(batch, heads, n_q, list_width, dtype=list_dtype(n_k))
     else:
         packing = Packing.of(layout.widths(topk), n_q, q.device)
-        indices = q.new_empty(packing.num_entries, dtype=torch.int32)
+        indices = q.new_empty(packing.num_entries, dtype=list_dtype(n_k))
         starts = packing.starts
         topks = torch.tensor(topk, dtype=torch.int32).to(q.device, non_blocking=True)
         topk = 0
@@ -134,10 +134,10 @@ def block_mass(
 
 
 def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor, Tensor]:
-    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths; int32."""
+    """Bits `(..., words)` -> ascending lists `(..., list_width)` and their lengths."""
     bits = bits.contiguous()
     rows = bits.shape[:-1]
-    indices = bits.new_empty(*rows, list_width)
+    indices = bits.new_empty(*rows, list_width, dtype=list_dtype(blocks))
     counts = bits.new_empty(rows)
     _unpack[(counts.numel(),)](
         bits,

@@ -72,7 +72,7 @@ def kept_tokens(
     if TILE == BLOCK:
         block = first
         if lists_ptr is not None:
-            block = tl.load(lists_ptr + first)
+            block = tl.load(lists_ptr + first).to(tl.int32)
         rows = block_tokens(table_ptr, block, tokens, BLOCK)
     else:
         slots = tl.arange(0, TILE)
@@ -80,7 +80,7 @@ def kept_tokens(
         there = entries < count
         block = entries
         if lists_ptr is not None:
-            block = tl.load(lists_ptr + entries, mask=there, other=0)
+            block = tl.load(lists_ptr + entries, mask=there, other=0).to(tl.int32)
         rows = block * BLOCK + slots % BLOCK
         if table_ptr is None:
             rows = tl.where(there & (rows < tokens), rows, -1)

@@ -145,7 +145,7 @@ def test_routing_shapes():
     (lambda i, c: (i[..., :1].expand_as(i), c), "kv_indices must ascend within a row, each block once"),
     (lambda i, c: (i, c + 1), "kv_num_blocks must be from 0 to 2; found 3 to 3"),
     (lambda i, c: (i, c - 3), "kv_num_blocks must be from 0 to 2; found -1 to -1"),
-    (lambda i, c: (i.float(), c), "kv_indices must be int32 or int64; found torch.float32"),
+    (lambda i, c: (i.float(), c), "kv_indices must be int16, int32 or int64; found torch.float32"),
     (lambda i, c: (i.expand(1, 1, 4, 2)[:, :, :3], c), "must have 4 rows per head, one per query block"),
 ])  # fmt: skip
 def test_a_wrong_list_is_caught_when_the_mask_is_made(spoil, says):
