@@ -22,7 +22,10 @@ COLOURS = {
     "blue": (-1.2, -0.9, 1.8),
     "yellow": (1.6, 1.4, -1.3),
 }
-CAPTIONS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+GROUNDS = {"white": (1.3, 1.3, 1.2), "black": (-1.4, -1.4, -1.3), "brown": (0.1, -0.4, -0.9)}
+CAPTIONS = tuple(
+    f"{colour} {shape} on {ground}" for colour in COLOURS for shape in SHAPES for ground in GROUNDS
+)
 PERIOD = 64  # pixels after which a texture repeats
 
 
@@ -35,17 +38,17 @@ def video(caption: str, grid: tuple[int, int, int], generator: torch.Generator) 
     """A clip of 4 T frames: -> (4 T, 3, H, W). The pace is per latent frame, whatever the fold."""
     frames, height, width = grid
     time = torch.arange(FOLD * frames) / FOLD
-    colour, shape = caption.split()
+    colour, shape, _, ground = caption.split()
     draw = _Draw(generator, time, height, width)
     pan = 0.7 * draw.normal(2) * (draw.uniform(1) < 0.7)
     moved = pan * time[:, None] + PERIOD * draw.uniform(2)
-    picture = draw.texture(0.5 * draw.normal(3), moved, contrast=0.45)
-    for _ in range(1 + int(3 * draw.uniform(1))):
-        radius = 3.5 + 3.5 * float(draw.uniform(1))
+    picture = draw.texture(torch.tensor(GROUNDS[ground]), moved, contrast=0.25)
+    for _ in range(1 + int(2 * draw.uniform(1))):
+        radius = 4.5 + 2.5 * float(draw.uniform(1))
         centre = draw.path(radius)
         cover = draw.cover(shape, radius, centre)
-        tint = torch.tensor(COLOURS[colour]) + 0.15 * draw.normal(3)
-        picture = picture * (1 - cover) + cover * draw.texture(tint, centre, contrast=0.35)
+        tint = torch.tensor(COLOURS[colour]) + 0.1 * draw.normal(3)
+        picture = picture * (1 - cover) + cover * draw.texture(tint, centre, contrast=0.2)
     return picture
 
 

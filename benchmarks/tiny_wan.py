@@ -20,7 +20,12 @@ from .moving_shapes import CHANNELS, unfold
 FILE = "tiny_wan.safetensors"
 DATA = ROOT / "benchmarks" / "data"
 SHIFT = 3.0
-PROMPTS = ("red discs", "blue rings", "green squares", "yellow squares")
+PROMPTS = (
+    "red discs on white",
+    "blue rings on black",
+    "green squares on brown",
+    "yellow discs on black",
+)
 
 
 class Sampling(NamedTuple):

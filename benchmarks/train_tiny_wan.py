@@ -1,11 +1,11 @@
 """Train the tiny Wan of these benchmarks: `python -m benchmarks.train_tiny_wan [--out FOLDER]`.
 
 ComfyUI's own Wan class, 5 layers of 3 heads of 64 channels, 3.1 million weights, learns to make
-moving shapes (moving_shapes.py) from captions, by flow matching: first on crops, then on the whole
-grid. Needs a ComfyUI (COMFYUI_PATH, and ROPESLR_TEST_BASE for its models). An interrupted training
-goes on from its last checkpoint, FOLDER/training.pt; the same seed gives the same training, as far
-as the machine's arithmetic does. The result, half-precision weights that stock nodes load and a
-record of how they were made, replaces benchmarks/data/tiny_wan.{safetensors,json}.
+moving shapes (moving_shapes.py) from captions, by flow matching: first short clips, then long ones.
+Needs a ComfyUI (COMFYUI_PATH, and ROPESLR_TEST_BASE for its models). An interrupted training goes
+on from its last checkpoint, FOLDER/training.pt; the same seed gives the same training, as far as
+the machine's arithmetic does. The result, half-precision weights that stock nodes load and a record
+of how they were made, replaces benchmarks/data/tiny_wan.{safetensors,json}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .moving_shapes import CAPTIONS, CHANNELS, latents
 
 DATA = ROOT / "benchmarks" / "data"
 GRID = (8, 24, 32)  # latent frames, height, width: 8 x 12 x 16 = 1,536 tokens
-CROP = (8, 12, 16)
+SHORT = (2, 24, 32)
 MODEL: dict[str, Any] = dict(dim=192, ffn_dim=576, num_heads=3, num_layers=5, text_dim=768)
 # Mean and spread of the log-odds of the noise. Captions only count where nearly all is noise.
 NOISE = (0.9, 1.3)
@@ -45,16 +45,16 @@ class Settings:
     """What decides the weights."""
 
     seed: int = 0
-    crop_steps: int = 1500
-    full_steps: int = 2100
-    crop_batch: int = 8
+    short_steps: int = 1600
+    full_steps: int = 1900
+    short_batch: int = 8
     full_batch: int = 2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
 
     @property
     def steps(self) -> int:
-        return self.crop_steps + self.full_steps
+        return self.short_steps + self.full_steps
 
     def rate(self, step: int) -> float:
         """Warm-up, plateau, and a cosine over the last 45 %."""
@@ -69,10 +69,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the result")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--crop-steps", type=int, default=Settings.crop_steps)
+    parser.add_argument("--short-steps", type=int, default=Settings.short_steps)
     parser.add_argument("--full-steps", type=int, default=Settings.full_steps)
     options = parser.parse_args()
-    settings = Settings(options.seed, options.crop_steps, options.full_steps)
+    settings = Settings(options.seed, options.short_steps, options.full_steps)
     options.out.mkdir(parents=True, exist_ok=True)
     with comfy_in_training():
         training = Training(settings, captions_as_features())
@@ -152,9 +152,9 @@ class Training:
     def step(self) -> float:
         """One step; its clips, noise and times depend on the seed and its number only."""
         settings = self.settings
-        crop = self.done < settings.crop_steps
+        short = self.done < settings.short_steps
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + self.done)
-        clips, captions = draw_clips(settings, crop, generator)
+        clips, captions = draw_clips(settings, short, generator)
         context = torch.stack([self.features[caption] for caption in captions])
         sigma = torch.sigmoid(NOISE[0] + NOISE[1] * torch.randn(len(clips), generator=generator))
         noise = torch.randn(clips.shape, generator=generator)
@@ -253,26 +253,14 @@ def new_model(features: dict[str, Tensor]) -> Any:
 
 
 def draw_clips(
-    settings: Settings, crop: bool, generator: torch.Generator
+    settings: Settings, short: bool, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
     """Clips (B, 16, T, H, W) and their captions, some of them taken away."""
-    count = settings.crop_batch if crop else settings.full_batch
-
-    def number(below: int) -> int:
-        return int(torch.randint(below, (1,), generator=generator))
-
-    captions = [CAPTIONS[number(len(CAPTIONS))] for _ in range(count // 2 if crop else count)]
-    clips = latents(captions, GRID, generator)
-    if crop:  # two crops of each clip
-        _, height, width = CROP
-        captions = 2 * captions
-        parts = []
-        for clip in torch.cat((clips, clips)):
-            y, x = 2 * number((GRID[1] - height) // 2 + 1), 2 * number((GRID[2] - width) // 2 + 1)
-            parts.append(clip[..., y : y + height, x : x + width])
-        clips = torch.stack(parts)
-    captions = ["" if torch.rand(1, generator=generator) < NO_TEXT else text for text in captions]
-    return clips, captions
+    count, grid = (settings.short_batch, SHORT) if short else (settings.full_batch, GRID)
+    chosen = torch.randint(len(CAPTIONS), (count,), generator=generator).tolist()
+    clips = latents([CAPTIONS[each] for each in chosen], grid, generator)
+    told = (torch.rand(count, generator=generator) >= NO_TEXT).tolist()
+    return clips, [CAPTIONS[each] if tell else "" for each, tell in zip(chosen, told)]
 
 
 def flow_loss(

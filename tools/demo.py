@@ -17,22 +17,30 @@ import numpy as np
 from PIL import Image
 
 from comfy_server import ComfyServer, PromptResult
-from workflow import load, make_tiny, node_id, to_prompt
+from workflow import (
+    TRAINED,
+    TRAINED_CFG,
+    TRAINED_PROMPT,
+    TRAINED_SIZE,
+    TRAINED_VAE,
+    load,
+    make_tiny,
+    node_id,
+    to_prompt,
+)
 
 NODE = "RoPeSLRSparseAttention"
-TRAINED = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "tiny_wan.safetensors"
-MADE = ("text_encoders/tiny_clip_l.pt", "vae/unfolding.safetensors")
+MADE = ("text_encoders/tiny_clip_l.pt", f"vae/{TRAINED_VAE}")
 GAP = 8  # pixels between the two videos
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", default="red discs", help="a colour and discs, rings, squares")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--height", type=int, default=192)
-    parser.add_argument("--length", type=int, default=29)
+    parser.add_argument("--prompt", default=TRAINED_PROMPT, help="for example: blue rings on black")
+    for side, pixels in TRAINED_SIZE.items():
+        parser.add_argument(f"--{side}", type=int, default=pixels)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=2.0)
+    parser.add_argument("--cfg", type=float, default=TRAINED_CFG)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument(
@@ -69,7 +77,7 @@ def main() -> None:
             prompt = to_prompt(load("wan2.1_t2v"), info, bypass)
             prompt = make_tiny(prompt, options.width, options.height, options.length, options.steps)
             prompt[node_id(prompt, "UNETLoader")]["inputs"]["unet_name"] = TRAINED.name
-            prompt[node_id(prompt, "VAELoader")]["inputs"]["vae_name"] = Path(MADE[1]).name
+            prompt[node_id(prompt, "VAELoader")]["inputs"]["vae_name"] = TRAINED_VAE
             sampler = prompt[node_id(prompt, "KSampler")]["inputs"]
             sampler.update(cfg=options.cfg, seed=options.seed)
             for side, text in (("positive", options.prompt), ("negative", "")):

@@ -276,7 +276,6 @@ def _clip_l(path: Path) -> None:
 
 FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_wan21_t2v.safetensors": _wan(0),
-    "diffusion_models/tiny_wan21_t2v_8_layers.safetensors": _wan(28, num_layers=8),
     "diffusion_models/tiny_wan_smallest.safetensors": _wan(
         19, dim=128, ffn_dim=128, num_heads=1, num_layers=1
     ),

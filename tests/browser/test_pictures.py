@@ -5,15 +5,15 @@ looking at; `python dev.py pictures` sets both for the README's pictures.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from workflow import fresh, load, tiny_workflow
+from workflow import TRAINED, TRAINED_SIZE, fresh, load, tiny_workflow, use_trained
 
 NODE = "RoPeSLRSparseAttention"
 LARGE, SCREENSHOTS = "ROPESLR_LARGE" in os.environ, os.environ.get("ROPESLR_SCREENSHOTS")
-DEEPER = {"tiny_wan21_t2v.safetensors": "tiny_wan21_t2v_8_layers.safetensors"}
 # Every text of the panel with its box, its colour, and the colour that it stands on.
 LOOK = """() => {
     const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
@@ -90,17 +90,16 @@ def check(look, node):
 def runnable(server, name, steps):
     """A workflow with tiny checkpoints.
 
-    For pictures that are kept, long enough to be worth looking at.
+    For pictures that are kept, a trained one and a video that is worth looking at.
     """
-    width, height, length = (512, 288, 17) if LARGE else (128, 128, 9)
-    small = fresh(
-        tiny_workflow(
-            load(name), server.get("/object_info"), width, height, length, steps if LARGE else 2
-        )
+    size = TRAINED_SIZE if LARGE else dict(width=128, height=128, length=9)
+    small = tiny_workflow(
+        load(name), server.get("/object_info"), **size, steps=steps if LARGE else 2
     )
-    for node in small["nodes"] if LARGE else ():
-        node["widgets_values"] = [DEEPER.get(x, x) for x in node["widgets_values"]]
-    return small
+    if not LARGE:
+        return fresh(small)
+    shutil.copy(TRAINED, server.base / "models" / "diffusion_models")
+    return fresh(use_trained(small))
 
 
 def keep(name, png):

@@ -11,7 +11,6 @@ import tiny_models
 from support.host.sampling import load_model
 
 CLASSES = {
-    "tiny_wan21_t2v_8_layers": ("WAN21", "WanModel"),
     "tiny_wan21_t2v": ("WAN21", "WanModel"),
     "tiny_wan_smallest": ("WAN21", "WanModel"),
     "tiny_wan22_t2v_high_noise": ("WAN21", "WanModel"),

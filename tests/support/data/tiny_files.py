@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 import browser
 import tiny_models
 from support.data import checkpoints
-from workflow import TINY
+from workflow import TINY, TRAINED_VAE
 
 SPARKWAN, CLIP_VISION = (
     "diffusion_models/tiny_sparkwan.safetensors",
     "clip_vision/tiny_clip_vision_h.pt",
 )
-WANTED = {*TINY.values(), "tiny_wan21_t2v_8_layers.safetensors"}  # the last for pictures
+WANTED = {*TINY.values(), TRAINED_VAE}
 # CLIP-ViT-H as Wan 2.1 needs it: its sizes are fixed.
 WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 
