@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the mean, probed
-MOST = 4  # times the mean
 HALF_A_BLOCK = 0.5  # what 0 blocks count as on a logarithmic scale
 TINY = 1e-30  # an error that is none
 BISECTIONS = 50
@@ -213,8 +212,8 @@ class _Group:
         layers, probed = list(self.curves), [each.curve for each in self.curves.values()]
         first, heads = probed[0], [each.errors.shape[1] for each in probed]
         # One transfer for all layers.
-        errors = torch.cat([each.errors for each in probed], dim=1).double().cpu()
-        energy = torch.cat([each.energy for each in probed], dim=1).double().cpu()
+        errors = torch.cat([each.errors for each in probed], dim=1).cpu().double()
+        energy = torch.cat([each.energy for each in probed], dim=1).cpu().double()
         rows, known = [], (first.counts, first.blocks)
         for row in range(errors.shape[0]):
             if not bool(torch.isfinite(errors[row]).all()):

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, AdapterInfo, layer_name
+from .methods.adapter_terms import at_noise
 from .methods.calibration import Lesson
 from .plan import MAX_SPARSITY
 
 __all__ = ["Lesson", "learned_adapter"]
 
 MOST_LEVELS = 16
+# Tensors that may have a bin for each noise level, and their dimensions without.
+BINNED = {"channel_scale": 2, "gate_slope": 1, "gate_bias": 1, "allocation": 1}
 
 
 Lessons = Mapping[Hashable, Sequence[Lesson]]  # by layer
@@ -62,8 +65,10 @@ def learned_adapter(
     named = {}
     for layer, found in tensors.items():
         name = layer_name(layer)
-        own = {key: value.detach().cpu() for key, value in before.get(name, {}).items()} | found
-        named[name] = own or _initial(facts, levels)
+        own = {key: value.detach().cpu() for key, value in before.get(name, {}).items()}
+        if start is not None:
+            own = {key: _at_levels(key, x, start.info, levels) for key, x in own.items()}
+        named[name] = own | found or _initial(facts, levels)
     grid = next(each.grid for found in known.values() for each in found)
     return Adapter(replace(facts, noise_levels=levels, grid=grid), named, "learned")
 
@@ -102,7 +107,22 @@ def _mean(found: Sequence[Lesson], facts: AdapterInfo) -> dict[str, Tensor]:
     shares = [each.kept / each.blocks for each in found if each.kept is not None]
     if shares:
         rows["allocation"] = shares
-    return {name: torch.cat(each).float().mean(dim=0).cpu() for name, each in rows.items()}
+    # A lesson of a head that kept nothing does not say how to weigh what others keep.
+    counts = torch.cat(
+        [
+            (each.values.gate_slope > -1 if each.kept is None else each.kept > 0).cpu().double()
+            for each in found
+        ]
+    )
+    weights = torch.where(counts.sum(dim=0) > 0, counts, 1.0)
+    means = {}
+    for name, each in rows.items():
+        # Each device of a run has lessons of its own.
+        x = torch.cat([part.cpu().double() for part in each])
+        own = torch.ones_like(weights) if name == "allocation" else weights
+        own = own[..., None] if x.ndim > own.ndim else own
+        means[name] = ((x * own).sum(dim=0) / own.sum(dim=0)).float()
+    return means
 
 
 def _all_channels(lesson: Lesson, head_dim: int) -> Tensor:
@@ -111,6 +131,15 @@ def _all_channels(lesson: Lesson, head_dim: int) -> Tensor:
     if ids is None:
         return scale
     return scale.new_full((*scale.shape[:2], head_dim), lesson.scale).scatter(-1, ids, scale)
+
+
+def _at_levels(name: str, tensor: Tensor, info: AdapterInfo, levels: Sequence[float]) -> Tensor:
+    """What an adapter said, at the noise levels of the new one."""
+    dims = BINNED.get(name)
+    if dims is None or tensor.ndim == dims:
+        return tensor
+    found = [at_noise(tensor, dims, info.noise_levels, level) for level in levels or [None]]
+    return torch.stack(found) if levels else found[0]
 
 
 def _initial(facts: AdapterInfo, levels: Sequence[float]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class SparsePlan(_Settings):
             values["calibrate"] = "periodic" if adapter is None else "off"
         if adapter is not None:
             values["rank"] = self.rank or adapter.use_rank
-        return ResolvedPlan(**values, adapter=adapter)
+        return ResolvedPlan(**values, adapter=adapter, asked=self)
 
     def _order(self, method: str, adapter: Adapter | None) -> str:
         """Training-free methods gain from compact blocks; weights know their own order."""
@@ -170,10 +170,11 @@ class SparsePlan(_Settings):
 class ResolvedPlan(_Settings):
     """A plan as it runs: no "auto" but the backend's, and the adapter that its method uses.
 
-    calibrate: "off", "first step", "every step", "periodic" or "refine".
+    calibrate: "off", "first step", "every step", "periodic" or "refine". asked: what it was before.
     """
 
     adapter: Adapter | None = None
+    asked: SparsePlan = field(default_factory=SparsePlan)
 
     @property
     def key_tokens(self) -> int:
@@ -215,6 +216,7 @@ class ResolvedPlan(_Settings):
         """The same settings by another method, whose own choices replace those of this one."""
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
         values |= {"method": method, "block_order": "auto", "calibrate": "auto", "rank": 0}
+        values |= {"allocation": self.asked.allocation, "key_block": self.asked.key_block}
         adapter = self.adapter
         return SparsePlan(**values).resolve(
             adapter if adapter is not None and adapter.info.method == method else None

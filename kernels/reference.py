@@ -121,7 +121,8 @@ def prefix_attention(
     scale: float | None = None,
 ) -> Prefixes:
     """Attention of queries `(B, H, R, D)` over their best key blocks, for each of `counts`."""
-    scale, (kv_blocks, block_scores, required, pooled) = softmax_scale(q, scale), ranked
+    scale, (kv_blocks, pooled_q, pooled_k, required, pooled) = softmax_scale(q, scale), ranked
+    block_scores = torch.einsum("bhrd,bhnd->bhrn", pooled_q, pooled_k).to(q.dtype) * scale
     if required is None:
         required = torch.zeros_like(block_scores[0, 0], dtype=torch.bool)
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale

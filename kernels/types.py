@@ -251,13 +251,13 @@ class BlockMask:
     trusted: InitVar[bool] = False
 
     def __post_init__(self, trusted: bool) -> None:
+        if self.packing is not None and trusted:
+            return
         if self.packing is not None and self.kv_indices.shape != (self.packing.num_entries,):
             raise ValueError(
                 f"packed kv_indices must have {self.packing.num_entries} entries; "
                 f"found {tuple(self.kv_indices.shape)}"
             )
-        if self.packing is not None and trusted:
-            return
         lists, counts = self.padded().kv_indices, self.kv_num_blocks
         if not self.q_blocks.lists_every_token:
             raise ValueError(
@@ -384,7 +384,8 @@ class RankedBlocks(NamedTuple):
     """Key blocks in the order in which R queries would keep them."""
 
     blocks: TokenBlocks
-    scores: Tensor  # (B, H, R, Nk): of pooled queries and keys; the best are kept first
+    pooled_q: Tensor  # (B, H, R, D): what scores the blocks for a query, of its own block
+    pooled_k: Tensor  # (B, H, Nk, D); the best are kept first
     required: Tensor | None = None  # (R, Nk) bool: kept in addition
     pooled: PooledKV | None = None  # one pseudo-key for every block that is dropped
 

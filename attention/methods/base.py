@@ -173,13 +173,17 @@ class Method:
             return None
         key = (mean, probed, call.sigma)
         if self._from_adapter is None or self._from_adapter[0] != key:
-            levels = adapter.info.noise_levels
+            # ComfyUI may keep some of an adapter's tensors on the CPU.
+            levels, dense = adapter.info.noise_levels, self.plan.dense_layers
             shares = {
-                layer: at_noise(weights["allocation"].detach(), 1, levels, call.sigma)
-                for layer, weights in adapter.layers.items()
-                if "allocation" in weights
+                layer: at_noise(weights["allocation"].detach().cpu(), 1, levels, call.sigma)
+                for number, (layer, weights) in enumerate(adapter.layers.items())
+                if "allocation" in weights and number not in dense
             }
-            dealt = from_shares(torch.stack(list(shares.values())).flatten().tolist(), mean, probed)
+            each = torch.stack(list(shares.values()))
+            if dense:  # what those had is not there to be shared
+                each = each / each.mean().clamp(min=1e-6)
+            dealt = from_shares(each.flatten().tolist(), mean, probed)
             heads = adapter.info.num_heads
             table = {
                 layer_identity(layer): dealt[i * heads : (i + 1) * heads]
@@ -211,13 +215,13 @@ class Method:
             return None
         blocks = self.blocks(call.layout, q.device)
         queries = self.some_queries(q, call)
-        scores = routing.pooled_q.index_select(2, queries.blocks) @ routing.pooled_k.detach().mT
         required = None
         if blocks.required is not None:
             required = blocks.required.mask.index_select(0, queries.blocks)
         some_q = q.index_select(2, queries.tokens)
-        scores = scores * call.softmax_scale(q.shape[3])
-        ranked = RankedBlocks(blocks.kv_blocks, scores, required, pooled)
+        some_means = routing.pooled_q.index_select(2, queries.blocks)
+        means = some_means, routing.pooled_k.detach()
+        ranked = RankedBlocks(blocks.kv_blocks, *means, required, pooled)
         counts = self._probed(blocks)
         found = ops.prefix_attention(some_q, k, v, ranked, counts, scale=call.scale)
         there = blocks.num_ranked

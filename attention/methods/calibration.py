@@ -186,7 +186,12 @@ def _fit_gate(
     slope = (slope / (u_dev.square().mean(dim=-1) + SHRINK)).clamp(0.0, MAX_GATE_SLOPE)
     bias = y.mean(dim=-1) - slope * u.mean(dim=-1)
     bias = bias.clamp(-MAX_GATE_BIAS, MAX_GATE_BIAS)
-    gate = torch.sigmoid(slope[..., None] * u + bias[..., None] + own)
+    # A head that keeps nothing shows nothing of how to weigh what is kept.
+    nothing = exact.sparse_lse == -torch.inf
+    empty = nothing.all(dim=-1)
+    slope = torch.where(empty, start.gate_slope.to(dtype), slope)
+    bias = torch.where(empty, start.gate_bias.to(dtype), bias)
+    gate = torch.sigmoid(slope[..., None] * u + bias[..., None] + own).masked_fill(nothing, 1.0)
     return slope, bias, gate[..., None]
 
 

@@ -44,6 +44,7 @@ from .calibration import (
 )
 
 EPS = 1e-5  # beside the MEAN of phi(k)
+MOST_LESSONS = 64  # of a layer; beyond them every second one is forgotten
 
 
 class Trained(NamedTuple):
@@ -324,7 +325,10 @@ class RoPeSLR(Method):
                 step, kept = before.step, before.kept
             self.memory[call.layer, key] = Remembered(step, known.of_batch(own), kept)
         if made_now:
-            self.lessons.setdefault(call.layer, []).append(self._lesson(q, call, known))
+            lessons = self.lessons.setdefault(call.layer, [])
+            if len(lessons) == MOST_LESSONS:
+                del lessons[1::2]
+            lessons.append(self._lesson(q, call, known))
 
     def _lesson(self, q: Tensor, call: AttentionCall, known: Calibration) -> Lesson:
         kept, blocks = self.kept(q, call), self.blocks(call.layout, q.device).num_ranked
@@ -339,7 +343,9 @@ class RoPeSLR(Method):
     ) -> list[tuple[Hashable, slice, Kept]]:
         """Each conditioning with its rows of the batch, and what its heads keep."""
         (batch, heads), kept = q.shape[:2], self.kept(q, call)
-        parts = call.conditionings(batch)
+        # Windows of a longer video may differ in length.
+        blocks = self.blocks(call.layout, q.device).num_ranked
+        parts = [((key, blocks), own) for key, own in call.conditionings(batch)]
         if isinstance(kept, int):
             return [(key, own, kept) for key, own in parts]
         return [(key, own, tuple(kept[own.start * heads : own.stop * heads])) for key, own in parts]

@@ -32,11 +32,12 @@ def prefix_attention(
 
     k, v `(B, H, L, D)`. No gradients; plain PyTorch.
     """
-    kv_blocks, block_scores, required, pooled = ranked
+    kv_blocks, pooled_q, pooled_k, required, pooled = ranked
     check_attention(q, k, v)
     check_blocks("ranked.blocks", kv_blocks, k)
     blocks = kv_blocks.num_blocks
-    check_shape("ranked.scores", block_scores, (*q.shape[:3], blocks))
+    check_shape("ranked.pooled_q", pooled_q, q.shape)
+    check_shape("ranked.pooled_k", pooled_k, (*q.shape[:2], blocks, q.shape[3]))
     if required is not None:
         check_shape("ranked.required", required, (q.shape[2], blocks))
     if pooled is not None:

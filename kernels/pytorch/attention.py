@@ -67,7 +67,7 @@ def block_sparse_attention(
         if lists.shape[1] == 0 and pooled is None:
             return _nothing_kept(q[b, h], dtype)
         ragged = kv_blocks.has_empty_slots or _any_if_free(counts != lists.shape[1])
-        step = blocks_per_step(q, lists.shape[1] * kv_blocks.block_size, q_blocks.block_size)
+        step = blocks_per_step(q, keys_at_once(mask, lists, pooled), q_blocks.block_size)
         queries = gather(q[b, h], q_blocks, dtype)
         keys, values = (
             gather(x[b, h], kv_blocks, dtype, zero_empty=True).flatten(1) for x in (k, v)
@@ -131,6 +131,12 @@ def dropped_bias(kept: Tensor, kv_blocks: TokenBlocks, dtype: torch.dtype) -> Te
     listed = torch.zeros(kept.shape[0], blocks + 1, dtype=torch.bool, device=kept.device)
     listed.scatter_(1, kept, True)
     return kv_blocks.sizes.to(dtype).log().masked_fill(listed[:, :blocks], -torch.inf)[:, None]
+
+
+def keys_at_once(mask: BlockMask, lists: Tensor, pooled: PooledKV | None) -> int:
+    """Keys, and pseudo-keys, that a query block of these lists `(Nq, K)` attends to."""
+    blocks = mask.kv_blocks
+    return lists.shape[1] * blocks.block_size + (blocks.num_blocks if pooled is not None else 0)
 
 
 def blocks_per_step(q: Tensor, keys: int, block_size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import Forward, TokenBlocks
-from .attention import blocks_per_step, dropped_bias, empty_slot_bias
+from .attention import blocks_per_step, dropped_bias, empty_slot_bias, keys_at_once
 from .common import acc_dtype, gather, per_head, scatter
 
 
@@ -25,7 +25,7 @@ def block_sparse_attention_backward(
 
     def gradients(b: int, h: int) -> tuple[Tensor, ...]:
         lists = mask.head_lists(b, h, count)
-        step = blocks_per_step(q, lists.shape[1] * block_size, q_blocks.block_size)
+        step = blocks_per_step(q, keys_at_once(mask, lists, pooled), q_blocks.block_size)
         queries, d_outs = (gather(x[b, h], q_blocks, dtype, zero_empty=True) for x in (q, d_out))
         keys, values = (
             gather(x[b, h], kv_blocks, dtype, zero_empty=True).flatten(1) for x in (k, v)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..types import Prefixes, RankedBlocks
-from .attention import empty_slot_bias
+from .attention import STEP_BYTES, empty_slot_bias
 from .common import acc_dtype, gather, per_head
+
+QUERY_DIMS = (-2, -1, -1, -2, -1)  # of out, LSE, dropped LSE; of exact out and LSE
 
 
 def prefix_attention(
@@ -21,38 +23,52 @@ def prefix_attention(
     scale: float,
 ) -> Prefixes:
     """See `reference.prefix_attention`. Every weight is computed once, whatever the counts."""
-    kv_blocks, block_scores, required, pooled = ranked
-    dtype, rows = acc_dtype(q.dtype), q.shape[2]
+    kv_blocks, pooled_q, pooled_k, required, pooled = ranked
+    dtype = acc_dtype(q.dtype)
     bias = empty_slot_bias(kv_blocks, dtype)[:-1].flatten()
     log_sizes = kv_blocks.sizes.to(dtype).log()
-    best = block_scores if required is None else block_scores.masked_fill(required, -torch.inf)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, place)
+    step = max(1, STEP_BYTES // (4 * kv_blocks.tokens.numel()))
 
     def attend(b: int, h: int) -> tuple[Tensor, ...]:
-        queries = q[b, h].to(dtype)
         keys, values = (gather(x[b, h], kv_blocks, dtype, zero_empty=True) for x in (k, v))
-        values = values.flatten(0, 1)
-        scores = torch.addmm(bias, queries, keys.flatten(0, 1).T, alpha=scale)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        own_k = pooled_k[b, h].to(dtype)
+        far = None if pooled is None else [x[b, h].to(dtype) for x in pooled]
+        rows = []
+        for start in range(0, q.shape[2], step):
+            some = slice(start, start + step)
+            own = pooled_q[b, h, some].to(dtype) @ own_k.T * scale
+            needed = None if required is None else required[some]
+            rows.append(read(q[b, h, some].to(dtype), own, needed, keys, values, far))
+        return tuple(torch.cat(each, dim=at) for each, at in zip(zip(*rows), QUERY_DIMS))
+
+    def read(
+        queries: Tensor,
+        block_scores: Tensor,
+        needed: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        far: list[Tensor] | None,
+    ) -> tuple[Tensor, ...]:
+        """Some queries of a head: out, LSE and dropped LSE of every count, exact out and LSE."""
+        scores = torch.addmm(bias, queries, keys.T, alpha=scale)
         shift = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(shift).exp_()
         exact = _read(weights, values, shift)
-        far = None
-        if pooled is not None:
-            far_k, far_v = (x[b, h].to(dtype) for x in pooled)
-            far = (queries @ far_k.T * scale + log_sizes - shift).exp_(), far_v
-        weights = weights.view(rows, *kv_blocks.tokens.shape)
+        best = block_scores if needed is None else block_scores.masked_fill(needed, -torch.inf)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, place)
+        weights = weights.view(len(queries), *kv_blocks.tokens.shape)
+        far_weights = far and (queries @ far[0].T * scale + log_sizes - shift).exp_()
         found = []
         for count in counts:
-            kept = rank[b, h] < count
-            if required is not None:
-                kept = kept | required
+            kept = rank < count if needed is None else (rank < count) | needed
             near = (weights * kept[..., None]).flatten(1)
-            dropped = (block_scores[b, h] + log_sizes).masked_fill(kept, -torch.inf)
+            dropped = (block_scores + log_sizes).masked_fill(kept, -torch.inf)
             parts = [(near, values)]
             if far is not None:
-                parts.append((far[0] * ~kept, far[1]))
+                parts.append((far_weights * ~kept, far[1]))
             found.append((*_read_all(parts, shift), dropped.logsumexp(dim=-1)))
         return (*(torch.stack(each) for each in zip(*found)), *exact)
 

@@ -333,3 +333,74 @@ def test_a_target_that_no_block_is_needed_for_says_nothing_of_heads():
     adapter = taught(sharing(target="error", error=1.0))
     torch.testing.assert_close(adapter.layer(0)["allocation"], torch.ones(1, 4))
     assert adapter.info.sparsity == 0.98
+
+
+def test_a_head_that_keeps_nothing_teaches_no_gate():
+    """What one conditioning's empty head cannot know does not spoil what the other's has learned."""
+    found = sharing()
+    step(found, 0)
+    step(found, 1, sigma=0.95)
+    (full,) = found.lessons[1][-1:]
+    empty = full._replace(
+        kept=torch.zeros_like(full.kept),
+        values=full.values._replace(gate_bias=torch.full_like(full.values.gate_bias, 20.0)),
+    )
+    both = {0: found.lessons[0], 1: [full, empty]}
+    adapter = learned.learned_adapter(both, LAYERS, facts())
+    expected = torch.where(
+        full.kept[0] > 0, full.values.gate_bias[0], (full.values.gate_bias[0] + 20) / 2
+    )
+    torch.testing.assert_close(adapter.layer(1)["gate_bias"][0], expected)
+
+
+def test_an_empty_head_keeps_the_gate_it_began_with():
+    module = load(".attention.methods.calibration")
+    q, k, v = layer_inputs(0)
+    blocks = LAYOUT.blocks(key_block=16)
+    state = load(".kernels.ops").block_pool_state(k, v, blocks)
+    state = module.State(*state[1:], 0.125)
+    out, lse = reference.dense_attention(q, k, v)
+    start = module.untrained(state)._replace(gate_slope=torch.full((1, 4), 0.5))
+    nothing = torch.full_like(lse, -torch.inf)
+    found = module.calibrate(
+        module.ExactQueries(q, out, lse, torch.zeros_like(out), nothing, lse - 0.3), state, start
+    )
+    torch.testing.assert_close(found.gate_slope, start.gate_slope)
+    torch.testing.assert_close(found.gate_bias, start.gate_bias)
+
+
+def test_layers_that_stay_dense_take_no_blocks_with_them():
+    plan = attention.SparsePlan(sparsity=0.75, dense_layers=frozenset({1}))
+    run = attention.AttentionRun(plan.resolve(taught(sharing())))
+    _, cost = run.attend(*layer_inputs(0), Call(LAYOUT, 0, 0, 20, sigma=0.95))
+    assert cost.density == pytest.approx(MEAN / 48)
+
+
+@pytest.mark.parametrize("allocation", ["auto", "uniform"])
+def test_what_a_start_said_is_kept_at_the_new_noise_levels(allocation, tmp_path):
+    start = taught(sharing(calibrate="every step"), range(4))
+    assert len(start.info.noise_levels) > 1
+    run = sharing(adapter=start, calibrate="refine", allocation=allocation)
+    run.attend(*layer_inputs(0), Call(LAYOUT, 0, 0, 20, sigma=0.9))  # layer 1 stays dense
+    again = learned.learned_adapter(run.lessons, LAYERS, facts(), start)
+    adapters.write_adapter(again, tmp_path / "again.safetensors")
+    assert again.layer(1)["channel_scale"].shape == (1, 4, 32)
+
+
+def test_windows_of_two_lengths_do_not_learn_from_each_other_in_turn():
+    run = run_of(sparsity=0.75, key_block="16")
+    made = 0
+    for number in range(4):
+        for grid in (GRID, (4, 8, 12)):
+            call = Call(attention.TokenLayout(grid), 0, number, 20)
+            made += run.attend(*smooth_qkv(grid, heads=4), call)[1].calibration > 0
+    assert made == 2
+
+
+def test_methods_are_compared_as_each_would_run():
+    for asked in ("adaspa", "ropeslr"):
+        resolved = attention.SparsePlan(method=asked).resolve()
+        for method in ("ropeslr", "top-k", "adaspa"):
+            alone = attention.SparsePlan(method=method).resolve()
+            found = resolved.by_method(method)
+            assert (found.allocation, found.key_block) == (alone.allocation, alone.key_block)
