@@ -60,15 +60,17 @@ def prefix_attention(
         place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, place)
         weights = weights.view(len(queries), *kv_blocks.tokens.shape)
-        far_weights = far and (queries @ far[0].T * scale + log_sizes - shift).exp_()
+        beyond = None
+        if far is not None:
+            beyond = (queries @ far[0].T * scale + log_sizes - shift).exp_(), far[1]
         found = []
         for count in counts:
             kept = rank < count if needed is None else (rank < count) | needed
             near = (weights * kept[..., None]).flatten(1)
             dropped = (block_scores + log_sizes).masked_fill(kept, -torch.inf)
             parts = [(near, values)]
-            if far is not None:
-                parts.append((far_weights * ~kept, far[1]))
+            if beyond is not None:
+                parts.append((beyond[0] * ~kept, beyond[1]))
             found.append((*_read_all(parts, shift), dropped.logsumexp(dim=-1)))
         return (*(torch.stack(each) for each in zip(*found)), *exact)
 
