@@ -78,7 +78,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few samples; fails by their order")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw the record of --out to this SVG, no runs")
     options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(options.out.read_text(encoding="utf-8")), options.plot)
+        return
     started = time.perf_counter()
     bench = Bench(options.weights, options.seeds)
     if options.quick:
@@ -100,11 +104,19 @@ def main() -> None:
             "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__,
             "commit": commit(),
+            "comfyui": comfyui_version(),
             "seeds": bench.seeds,
+            "peak": PEAK,
             "minutes": round((time.perf_counter() - started) / 60, 1),
             "rows": rows,
         }
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def comfyui_version() -> str:
+    import comfyui_version
+
+    return comfyui_version.__version__
 
 
 def all_cases() -> list[Case]:
@@ -235,6 +247,40 @@ def beside_dense(attention_run: type) -> type:
             return dense, cost
 
     return BesideDense
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """PSNR by density of every method."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    usual = [
+        row
+        for row in record["rows"]
+        if (row["order"], row["steps"], row["cfg"]) == ("cube", 20, 1.0)
+        and row["grid"] == [8, 12, 16]
+    ]
+    for colour, name in zip(matplotlib.colormaps["tab10"].colors, METHODS):
+        for key_block, line in (("64", ":"), ("16", "-")):
+            rows = [row for row in usual if (row["method"], row["key_block"]) == (name, key_block)]
+            label = f"{name}, key blocks of {key_block}"
+            axes.errorbar(
+                [100 * row["density"] for row in rows],
+                [row["psnr"] for row in rows],
+                [row["spread"] for row in rows],
+                color=colour,
+                linestyle=line,
+                marker="o",
+                markersize=3,
+                label=label if rows else None,
+            )
+    axes.set(xlabel="blocks kept, %", ylabel="PSNR to dense attention, dB")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7)
+    with matplotlib.rc_context({"svg.hashsalt": "quality"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def ssim(x: Tensor, y: Tensor, window: int = 7) -> float:

@@ -80,6 +80,90 @@ def compile_table(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+CONDITIONS = {  # title of a column -> what a row of the quality record has there
+    "5 %": dict(asked=0.05),
+    "10 %": dict(asked=0.1),
+    "15 %": dict(asked=0.15),
+    "25 %": dict(asked=0.25),
+    "10 %, raster": dict(asked=0.1, order="raster"),
+    "10 %, 4 steps": dict(asked=0.1, steps=4),
+    "10 %, CFG 3": dict(asked=0.1, cfg=3.0),
+    "10 %, 4 steps, CFG 3": dict(asked=0.1, steps=4, cfg=3.0),
+    "10 %, 6,144 tokens": dict(asked=0.1, grid=[16, 16, 24]),
+}
+USUAL = dict(order="cube", steps=20, cfg=1.0, grid=[8, 12, 16])
+
+
+def quality_table(record: dict) -> str:
+    """The record of `benchmarks.quality`: PSNR of samples under every condition."""
+    lines = [
+        "| | key block | " + " | ".join(CONDITIONS) + " |",
+        "|---" * (len(CONDITIONS) + 2) + "|",
+    ]
+    for name, key_block in _each_method(record):
+        cells = []
+        for own in CONDITIONS.values():
+            row = _row(record, method=name, key_block=key_block, **(USUAL | own))
+            cells.append(f"{row['psnr']:.1f} ± {row['spread']:.1f}" if row else "")
+        lines.append(f"| {name} | {key_block} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nPSNR in dB of the whole clip to that of dense attention at the same seed, peak "
+        f"{record['peak']:g} (the clips' values go from about -2 to 2), mean and spread over "
+        f"{record['seeds']} seeds, from the raster column on {record['seeds'] // 2}. "
+        f"{record['date']}, {record['machine']}, torch {record['torch']}, ComfyUI "
+        f"{record['comfyui']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def attention_table(record: dict) -> str:
+    """The same at 10 %: the error of attention by layer, SSIM, and what was really kept."""
+    lines = [
+        "| | key block | error of attention | by layer | SSIM | kept | attention FLOPs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, key_block in _each_method(record):
+        row = _row(record, method=name, key_block=key_block, asked=0.1, **USUAL)
+        if row:
+            layers = ", ".join(f"{each:.2f}" for each in row["by_layer"])
+            lines.append(
+                f"| {name} | {key_block} | {row['error']:.3f} | {layers} | {row['ssim']:.3f} | "
+                f"{100 * row['density']:.1f} % | {100 * row['spent']:.0f} % |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _each_method(record: dict) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["method"], row["key_block"]) for row in record["rows"]))
+
+
+def _row(record: dict, **wanted: object) -> dict | None:
+    found = (
+        row for row in record["rows"] if all(row[name] == value for name, value in wanted.items())
+    )
+    return next(found, None)
+
+
+def routing_table(record: dict) -> str:
+    """The record of `benchmarks.routing`."""
+    lines = [
+        "| key blocks | scores and selection, per head | scores | list, per head | mass kept |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['key_block']} | {row['ms_per_head']:.0f} ms | "
+            f"{row['score_gflop_per_head']:.2f} GFLOP | {row['list_bytes_per_head'] / 1e6:.2f} MB "
+            f"| {row['recall']:.3f} |"
+        )
+    lines.append(
+        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "
+        f"{record['torch']}; {record['tokens']:,} tokens, head_dim {record['head_dim']}, "
+        f"{100 * record['density']:.0f} % kept."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def gpu_table(records: list[dict]) -> str:
     """The records of `benchmarks.kernels` on GPUs, or that there is none."""
     if not records:
@@ -145,6 +229,18 @@ def _share(cell: list[int] | str) -> str:
 
 def cpu() -> str:
     return cpu_table(_read("cpu.json"))
+
+
+def quality() -> str:
+    return quality_table(_read("quality.json"))
+
+
+def attention_errors() -> str:
+    return attention_table(_read("quality.json"))
+
+
+def routing() -> str:
+    return routing_table(_read("routing.json"))
 
 
 def compiled() -> str:

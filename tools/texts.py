@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TRANSLATED = ("zh", "ja")
 # Help pages in each language that has any: the frontend takes NODE.md for every other one.
 PAGES = {"en": "web/docs/{node}.md", "zh": "web/docs/{node}/zh.md"}
-RECORDS = ("benchmarks/README.md", "docs/models.md")  # their blocks need no ComfyUI
+RECORDS = (
+    "benchmarks/README.md",
+    "docs/methods.md",
+    "docs/models.md",
+)  # their blocks need no ComfyUI
 DEFAULT = {"en": " ({})", "zh": "（{}）"}
 COLON = {"en": ": ", "zh": "："}
 SWITCH = {"en": ("off", "on"), "zh": ("关", "开")}
