@@ -19,7 +19,7 @@ from .moving_shapes import CHANNELS, unfold
 
 FILE = "tiny_wan.safetensors"
 DATA = ROOT / "benchmarks" / "data"
-SHIFT = 3.0
+SHIFT = 5.0
 PROMPTS = (
     "red discs on white",
     "blue rings on black",
