@@ -193,7 +193,7 @@ class ResolvedPlan(_Settings):
 
     @property
     def probe_interval(self) -> int | None:
-        """Steps after which that number is found anew; None: never."""
+        """The most steps after which that number is found anew; None: never."""
         return None if self.calibrate == "first step" else CALIBRATE_EVERY
 
     @property

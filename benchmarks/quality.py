@@ -43,7 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ropeslr, calibrated and allocated": dict(method="ropeslr"),
 }
 KEY_BLOCKS = ("64", "16")
-ORDER = ("kept blocks alone", "pooled tail", "ropeslr, calibrated")  # and the default, at MAIN
+# From worst to best at MAIN, the first two about alike; and then the default.
+ORDER = ("kept blocks alone", "pooled tail", "ropeslr, calibrated")
 DEFAULT = "ropeslr, calibrated and allocated"
 SETTINGS = dict(min_tokens=0)
 LARGE = (16, 32, 48)  # 16 x 16 x 24 = 6,144 tokens
@@ -94,9 +95,9 @@ def main() -> None:
     for row in rows:
         print(line(row))
     if options.quick:
-        psnr = [row["psnr"] for row in rows]
-        if psnr != sorted(psnr):
-            raise SystemExit("The methods are not in their order, worst to best.")
+        *without, calibrated, default = (row["psnr"] for row in rows)
+        if not max(without) + 3 < calibrated < default - 3:
+            raise SystemExit("The methods are not in their order, worst to best, 3 dB apart.")
     if options.out:
         record = {
             "benchmark": "quality",

@@ -130,3 +130,16 @@ def test_shares_beyond_the_limits_go_where_room_is():
     assert allocation.from_shares([6.0, 0.0, 0.0], 4, (0, 16)) == [16, 4, 4]
     assert allocation.from_shares([9.0, 9.0], 4, (1, 16)) == [16, 16]
     assert allocation.from_shares([-1.0, 2.0, 2.0], 4, (1, 16)) == [1, 8, 8]
+
+
+def test_layers_are_probed_often_at_first_and_then_at_the_interval():
+    found = allocation.Allocation(5)
+    whole, made = [("all", slice(0, 1))], []
+    for step in range(30):
+        if found.due(0, step, whole, COUNTS):
+            made.append(step)
+            found.add(0, step, whole, curve_of(curves(0, heads=3)[None]))
+    assert made == [0, 1, 2, 4, 8, 13, 18, 23, 28]
+    late = allocation.Allocation(5)  # the second of two experts
+    late.add(0, 10, whole, curve_of(curves(0, heads=3)[None]))
+    assert not late.due(0, 14, whole, COUNTS) and late.due(0, 15, whole, COUNTS)

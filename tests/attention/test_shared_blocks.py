@@ -97,7 +97,7 @@ def test_the_choice_follows_the_rule_for_what_a_run_really_measured(monkeypatch)
     run = sharing()
     step(run, 0)
     chosen = kept(step(run, 1))
-    measured = torch.cat([curve.errors[0] for curve in seen]).double()
+    measured = torch.cat([curve.errors[0] for curve in seen[:2]]).double()  # of the first step
     assert chosen == written_out(measured, seen[0].counts, 48, 8 * MEAN)
 
 
@@ -155,10 +155,11 @@ def test_conditionings_and_batch_rows_have_tables_of_their_own():
         for layer in LAYERS:
             assert relative_error(found[layer][0][row], expected[layer][0][0]) < 1e-4
     # One that comes apart again keeps its own.
-    parted = run.attend(
-        *(x[1:] for x in layer_inputs(0, 2)), Call(LAYOUT, 0, 2, 20, conditioning=(("b", 1),))
+    call = Call(LAYOUT, 0, 2, 20, conditioning=(("b", 1),))
+    parted, own = (
+        each.attend(*(x[1:] for x in layer_inputs(0, 2)), call)[1] for each in (run, alone["b"])
     )
-    assert parted[1].heads == expected[0][1].heads
+    assert parted.heads == pytest.approx(own.heads, abs=1.5 / 48)  # sums in another order
 
 
 def test_a_batch_that_grows_is_measured_anew():
