@@ -233,7 +233,8 @@ class Allocation:
     """What one run has found out about how many blocks its layers and heads need.
 
     Per conditioning, as calibrations are. interval: the most steps after which a layer is probed
-    anew; None: never. error: the target, as a share of the output's energy; None: the mean that sparsity asks.
+    anew; None: never. error: the target, as a share of the output's energy; None: the mean that
+    sparsity asks.
     """
 
     def __init__(self, interval: int | None, error: float | None = None) -> None:

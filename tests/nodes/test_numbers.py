@@ -63,7 +63,7 @@ def test_what_was_learned_from_spoiled_numbers_is_forgotten(spoiled):
     assert torch.isfinite(sample(patched)).all()
     last = report(patched)
     assert len(calls) == 6 and last.dense_calls == {AGAIN: 2} and last.sparse_calls == 4
-    assert last.calibrations == 2  # both layers, in the step that followed
+    assert last.calibrations == 4  # both layers, in each step that followed
     assert "recomputed" in last.summary()
 
 

@@ -57,9 +57,10 @@ def test_the_errors_are_those_of_the_methods():
     """
     module = comfy_host.module(".nodes.patching.compare")
     model, latent = load_model("tiny_wan21_t2v"), torch.randn(1, 16, 9, 16, 16)
+    alike = dict(allocation="uniform", key_block="64")
     low, high = (
         module.compare(
-            sparse(model, sparsity=sparsity), latent, conditioning(1), module.Request(True)
+            sparse(model, sparsity=sparsity, **alike), latent, conditioning(1), module.Request(True)
         )
         for sparsity in (0.3, 0.8)
     )
@@ -70,12 +71,12 @@ def test_the_errors_are_those_of_the_methods():
             assert errors[0][0] < errors[1][0] and errors[0][1] < errors[1][1], (name, part)
         assert low.saved[name] < high.saved[name]
     last = module.Request(layer=999, head=999)
-    far = module.compare(sparse(model, sparsity=0.3), latent, conditioning(1), last)
+    far = module.compare(sparse(model, sparsity=0.3, **alike), latent, conditioning(1), last)
     assert (far.selection.number, far.selection.head) == (1, 1)  # the last of both, and said so
     assert far.kept is not None
     assert low.kept.sum(dim=1).tolist() == [6] * 9 and high.kept.sum(dim=1).tolist() == [1] * 9
     fine = module.compare(
-        sparse(model, sparsity=0.8, key_block="16"), latent, conditioning(1), module.Request()
+        sparse(model, sparsity=0.8, allocation="uniform"), latent, conditioning(1), module.Request()
     )
     assert fine.kept.shape == (9, 36) and fine.kept.sum(dim=1).tolist() == [7] * 9
     patched = sparse(model, adapter=own_adapter("rola"), sparsity=0.8)
