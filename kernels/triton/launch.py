@@ -95,6 +95,7 @@ TABLE: dict[str, dict[str, Launch]] = {
     },
     "100": {
         "forward": Launch(8, 3),
+        "fine_linear": Launch(8, 2),  # a third stage spills
         "features": Launch(8, 2),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
