@@ -144,7 +144,9 @@ class SparsePlan(_Settings):
             first = 0 if method == "adaspa" or (adapter and method in NEED_WEIGHTS) else 1
             values["dense_first_steps"] = first
         if self.calibrate == "auto":
-            values["calibrate"] = "periodic" if adapter is None else "off"
+            # What a run has learned is a start: measured, it suits no other prompt as it stands.
+            known = "refine" if adapter is not None and adapter.has("allocation") else "off"
+            values["calibrate"] = "periodic" if adapter is None else known
         if adapter is not None:
             values["rank"] = self.rank or adapter.use_rank
         return ResolvedPlan(**values, adapter=adapter, asked=self)

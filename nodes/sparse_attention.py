@@ -162,8 +162,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip=(
                         "ropeslr: when to compute a few queries exactly and fit the background to "
                         "them. auto: at the first sparse step and every 5 steps, in runs of up to "
-                        "8 steps at every one; never with an adapter. refine: every 5 steps, with "
-                        "an adapter too, starting from its values."
+                        "8 steps at every one; never with a trained adapter, and like refine with "
+                        "one that a run has learned. refine: every 5 steps, with an adapter too, "
+                        "starting from its values."
                     ),
                 ),
                 io.Int.Input(

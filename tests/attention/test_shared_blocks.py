@@ -263,7 +263,7 @@ def test_a_run_that_starts_from_another_needs_neither_probe_nor_calibration(tmp_
         torch.testing.assert_close(
             read.layer(layer)["allocation"], adapter.layer(layer)["allocation"]
         )
-    before, run = sharing(), sharing(adapter=read)
+    before, run = sharing(), sharing(adapter=read, calibrate="off")
     step(before, 0)
     own = step(before, 1, sigma=0.95)
     found = step(run, 0, sigma=0.95)
@@ -275,7 +275,7 @@ def test_a_run_that_starts_from_another_needs_neither_probe_nor_calibration(tmp_
 
 
 def test_refine_goes_on_from_what_was_learned():
-    run = sharing(adapter=taught(sharing()), calibrate="refine")
+    run = sharing(adapter=taught(sharing()))  # refine is what auto means then
     found = step(run, 0, sigma=0.95)
     assert all(cost.calibration and cost.heads for _, cost in found.values())
     again = taught(run, (1, 2))

@@ -126,7 +126,8 @@ def test_what_a_run_learned_starts_the_next(adapter_folder):
     assert (info.base_model, info.grid, info.steps) == ("WanModel", (9, 8, 8), 4)
     assert info.block_k == 16 and info.sparsity == pytest.approx(0.75, abs=1e-4)
     assert set(adapter.layer(0)) == {"channel_scale", "gate_slope", "gate_bias", "allocation"}
-    again = sparse(load_model("tiny_wan21_t2v"), adapter=adapter, dense_first_steps=1, **PLAN)
+    start = dict(adapter=adapter, dense_first_steps=1, calibrate="off") | PLAN
+    again = sparse(load_model("tiny_wan21_t2v"), **start)
     same = sample(again, steps=4)
     found = report(again)
     assert found.calibrations == 0 and found.heads is not None
@@ -141,7 +142,7 @@ def test_what_a_run_learned_starts_the_next(adapter_folder):
 
 def test_refine_learns_on_and_can_be_saved_again(adapter_folder):
     learn(adapter_folder)
-    learn(adapter_folder, "again", adapter=loaded(), calibrate="refine")
+    learn(adapter_folder, "again", adapter=loaded())
     assert loaded("again").has("allocation")
 
 
