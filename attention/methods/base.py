@@ -26,6 +26,8 @@ from ..plan import ResolvedPlan
 from .adapter_terms import at_noise
 from .calibration import Lesson
 
+PROBED_ROWS = 64  # queries that a probe computes exactly; more change nothing that was measured
+
 
 class MethodOutput(NamedTuple):
     """What a method returns for the video's queries."""
@@ -214,7 +216,7 @@ class Method:
         if not self.probe_due(q, call):
             return None
         blocks = self.blocks(call.layout, q.device)
-        queries = self.some_queries(q, call)
+        queries = self.some_queries(q, call, min(PROBED_ROWS, self.plan.calibrate_rows))
         required = None
         if blocks.required is not None:
             required = blocks.required.mask.index_select(0, queries.blocks)
@@ -248,11 +250,11 @@ class Method:
         tokens = call.layout.attended_tokens
         return batch * probe_flops(tokens, head_dim, heads, count, len(probe.counts))
 
-    def some_queries(self, q: Tensor, call: AttentionCall) -> Queries:
-        """`calibrate_rows` of the video's queries, one drawn from each even part."""
+    def some_queries(self, q: Tensor, call: AttentionCall, count: int) -> Queries:
+        """So many of the video's queries at most, one drawn from each even part."""
         q_blocks = self.blocks(call.layout, q.device).q_blocks
         listed = q_blocks.num_listed
-        count = min(self.plan.calibrate_rows, listed)
+        count = min(count, listed)
         generator = torch.Generator().manual_seed(call.step)
         inside = torch.rand(count, generator=generator, dtype=torch.float64)
         slots = ((torch.arange(count) + inside) * (listed / count)).long()

@@ -123,10 +123,7 @@ class RoPeSLR(Method):
             background += batch * low_rank_flops(tokens, head_dim, heads, rank)
         probe = self.probe(qkv, call, routing)
         if probe is not None:
-            own, cost = self._learn_calibrating(call, parts, probe)
-            if due and isinstance(self.kept(q, call), int):  # the probe has calibrated for that
-                parts, due = parts._replace(known=own), False
-                self._remember(q, call, own, made_now=True)
+            cost = self._learn_calibrating(call, parts, probe)
         if due:
             found, more = self._calibrating(qkv, call, parts, out)
             cost += more
@@ -147,7 +144,7 @@ class RoPeSLR(Method):
         qkv = QKV(q, k, v)
         parts = self._parts(qkv, call, known, due)
         probe = self.probe(qkv, call, parts.routing)
-        return 0.0 if probe is None else self._learn_calibrating(call, parts, probe)[1]
+        return 0.0 if probe is None else self._learn_calibrating(call, parts, probe)
 
     def _parts(self, qkv: QKV, call: AttentionCall, known: Calibration | None, due: bool) -> Parts:
         """Routing, state, and the values that hold before this call's calibration."""
@@ -161,14 +158,9 @@ class RoPeSLR(Method):
         known, state = self._start(known, state, trained, due)
         return Parts(routing, state, known, trained)
 
-    def _learn_calibrating(
-        self, call: AttentionCall, parts: Parts, probe: Probe
-    ) -> tuple[Calibration, float]:
-        """Learn from a probe: -> the calibration for the mean number of blocks, and FLOPs.
-
-        Each number of blocks is judged with a calibration of its own.
-        """
-        found, known, outputs = probe.found, [], []
+    def _learn_calibrating(self, call: AttentionCall, parts: Parts, probe: Probe) -> float:
+        """Learn from a probe: -> FLOPs. Each number of blocks has a calibration of its own."""
+        found, outputs = probe.found, []
         with torch.no_grad():
             for out, lse, dropped_lse in zip(found.out, found.lse, found.dropped_lse):
                 exact = ExactQueries(
@@ -183,10 +175,8 @@ class RoPeSLR(Method):
                 own = parts.known
                 if self.plan.calibrates:
                     own = calibrate(exact, parts.state, own)
-                known.append(own)
                 outputs.append(mixed(exact, parts.state, own))
-        cost = self.learn(call, probe, torch.stack(outputs))
-        return known[probe.counts.index(probe.mean)], cost
+        return self.learn(call, probe, torch.stack(outputs))
 
     def _start(
         self, known: Calibration | None, state: State, trained: Trained | None, due: bool
@@ -220,7 +210,7 @@ class RoPeSLR(Method):
         self, qkv: QKV, call: AttentionCall, parts: Parts, sparse: tuple[Tensor, Tensor]
     ) -> ExactQueries:
         """Exact attention of queries spread evenly over the blocks, the same for every head."""
-        (q, k, v), (tokens, blocks) = qkv, self.some_queries(qkv.q, call)
+        (q, k, v), (tokens, blocks) = qkv, self.some_queries(qkv.q, call, self.plan.calibrate_rows)
         some_q = q.index_select(2, tokens)
         seen = self.seen_keys(call.layout, q.device)
         out, lse = ops.dense_attention(

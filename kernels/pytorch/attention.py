@@ -13,9 +13,10 @@ from ..types import BlockMask, PooledKV, TokenBlocks
 from .common import acc_dtype, gather, per_head, scatter
 
 # Query blocks per step. On a CPU the gathered keys should stay in the cache (measured: 4 to 16
-# blocks are best); elsewhere a step should be large enough to hide its launches, and small enough
+# blocks are best, fewer where a head keeps many keys); elsewhere a step should be large enough to hide its launches, and small enough
 # for any card.
 CPU_BLOCKS_PER_STEP = 8
+CPU_STEP_BYTES = 3 << 20
 STEP_BYTES = 256 << 20
 
 
@@ -142,7 +143,7 @@ def keys_at_once(mask: BlockMask, lists: Tensor, pooled: PooledKV | None) -> int
 def blocks_per_step(q: Tensor, keys: int, block_size: int) -> int:
     """Query blocks that are attended to together."""
     if q.device.type == "cpu":
-        return CPU_BLOCKS_PER_STEP
+        return min(CPU_BLOCKS_PER_STEP, max(1, CPU_STEP_BYTES // max(1, 4 * keys * q.shape[-1])))
     per_block = 4 * keys * (2 * block_size + 2 * q.shape[-1])
     return max(1, STEP_BYTES // max(1, per_block))
 

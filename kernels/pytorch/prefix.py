@@ -27,7 +27,8 @@ def prefix_attention(
     dtype = acc_dtype(q.dtype)
     bias = empty_slot_bias(kv_blocks, dtype)[:-1].flatten()
     log_sizes = kv_blocks.sizes.to(dtype).log()
-    step = max(1, STEP_BYTES // (4 * kv_blocks.tokens.numel()))
+    wanted = torch.tensor(list(counts), device=q.device)[:, None, None]
+    step = max(1, STEP_BYTES // (4 * (len(counts) + 2) * kv_blocks.tokens.numel()))
 
     def attend(b: int, h: int) -> tuple[Tensor, ...]:
         keys, values = (gather(x[b, h], kv_blocks, dtype, zero_empty=True) for x in (k, v))
@@ -54,38 +55,29 @@ def prefix_attention(
         scores = torch.addmm(bias, queries, keys.T, alpha=scale)
         shift = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(shift).exp_()
-        exact = _read(weights, values, shift)
+        exact_sum, exact_out = weights.sum(dim=-1), weights @ values
         best = block_scores if needed is None else block_scores.masked_fill(needed, -torch.inf)
         order = best.argsort(dim=-1, descending=True, stable=True)
         place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, place)
-        weights = weights.view(len(queries), *kv_blocks.tokens.shape)
-        beyond = None
+        kept = rank < wanted
+        if needed is not None:
+            kept = kept | needed
+        # All counts in one product.
+        near = (weights.view(len(queries), *kv_blocks.tokens.shape) * kept[..., None]).flatten(-2)
+        total, out = near.sum(dim=-1), near @ values
         if far is not None:
-            beyond = (queries @ far[0].T * scale + log_sizes - shift).exp_(), far[1]
-        found = []
-        for count in counts:
-            kept = rank < count if needed is None else (rank < count) | needed
-            near = (weights * kept[..., None]).flatten(1)
-            dropped = (block_scores + log_sizes).masked_fill(kept, -torch.inf)
-            parts = [(near, values)]
-            if beyond is not None:
-                parts.append((beyond[0] * ~kept, beyond[1]))
-            found.append((*_read_all(parts, shift), dropped.logsumexp(dim=-1)))
-        return (*(torch.stack(each) for each in zip(*found)), *exact)
+            beyond = (queries @ far[0].T * scale + log_sizes - shift).exp_() * ~kept
+            total, out = total + beyond.sum(dim=-1), out + beyond @ far[1]
+        dropped = (block_scores + log_sizes).masked_fill(kept, -torch.inf)
+        found = _normalised(out, total, shift), dropped.logsumexp(dim=-1)
+        return (*found[0], found[1], *_normalised(exact_out, exact_sum, shift))
 
     out, lse, dropped_lse, *exact = per_head(q, attend)
     return Prefixes(*(x.movedim(2, 0) for x in (out, lse, dropped_lse)), *exact)
 
 
-def _read(weights: Tensor, values: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return _read_all([(weights, values)], shift)
-
-
-def _read_all(parts: list[tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over several sets of keys whose weights are exp(score - shift): -> out, LSE."""
-    total = sum(weights.sum(dim=-1, keepdim=True) for weights, _ in parts)
-    out = sum(weights @ values for weights, values in parts)
-    assert isinstance(total, Tensor) and isinstance(out, Tensor)
-    out = out / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return out, (shift + total.log()).squeeze(-1)
+def _normalised(out: Tensor, total: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of values and weights `(..., R)`, weights being exp(score - shift): -> out, LSE."""
+    smallest = torch.finfo(total.dtype).tiny
+    return out / total.clamp(min=smallest)[..., None], shift.squeeze(-1) + total.log()
