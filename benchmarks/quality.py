@@ -263,7 +263,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         if (row["order"], row["steps"], row["cfg"]) == ("cube", 20, 1.0)
         and row["grid"] == [8, 12, 16]
     ]
-    for colour, name in zip(matplotlib.colormaps["tab10"].colors, METHODS):
+    for i, name in enumerate(METHODS):
         for key_block, line in (("64", ":"), ("16", "-")):
             rows = [row for row in usual if (row["method"], row["key_block"]) == (name, key_block)]
             label = f"{name}, key blocks of {key_block}"
@@ -271,7 +271,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 [100 * row["density"] for row in rows],
                 [row["psnr"] for row in rows],
                 [row["spread"] for row in rows],
-                color=colour,
+                color=f"C{i}",
                 linestyle=line,
                 marker="o",
                 markersize=3,

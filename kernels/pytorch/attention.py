@@ -13,8 +13,8 @@ from ..types import BlockMask, PooledKV, TokenBlocks
 from .common import acc_dtype, gather, per_head, scatter
 
 # Query blocks per step. On a CPU the gathered keys should stay in the cache (measured: 4 to 16
-# blocks are best, fewer where a head keeps many keys); elsewhere a step should be large enough to hide its launches, and small enough
-# for any card.
+# blocks are best, fewer where a head keeps many keys); elsewhere a step should be large enough to
+# hide its launches, and small enough for any card.
 CPU_BLOCKS_PER_STEP = 8
 CPU_STEP_BYTES = 3 << 20
 STEP_BYTES = 256 << 20
