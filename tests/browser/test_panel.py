@@ -48,11 +48,11 @@ REPORT = """async (detail) => {
 def test_it_follows_the_slider_and_asks_nobody(shown):
     shown.drop("wan2.1_t2v", load("wan2.1_t2v"))
     first = shown.page.evaluate(PANEL)
-    assert "Keeps 51 of 512 blocks" in first and "attention FLOPs saved" in first
+    assert "Keeps 204 of 2,048 blocks" in first and "attention FLOPs saved" in first
     asked = []
     shown.page.on("request", lambda request: asked.append(request.url))
     text, changed = shown.page.evaluate(MOVE, ["sparsity", 0.5])
-    assert changed and "Keeps 256 of 512 blocks" in text
+    assert changed and "Keeps 1,024 of 2,048 blocks" in text
     text, changed = shown.page.evaluate(MOVE, ["sparsity", 0.0])
     assert changed and "FLOPs saved" not in text
     assert shown.page.evaluate(MOVE, ["sparsity", 0.9])[0] == first
@@ -115,7 +115,7 @@ def test_an_unknown_size_is_asked_for_then_that_of_the_last_run(shown):
     assert asked in shown.page.evaluate(LINK, ["GetImageSize", {}, "width", "width", asked])
     assert "Last run" in shown.page.evaluate(REPORT, {"workflow": workflow["id"], "tokens": 32760})
     text, _ = shown.page.evaluate(MOVE, ["sparsity", 0.5])
-    assert "32,760 tokens, as in the last run" in text and "Keeps 256 of 512 blocks" in text
+    assert "32,760 tokens, as in the last run" in text and "Keeps 1,024 of 2,048 blocks" in text
 
 
 def test_a_report_of_nobody_or_of_a_workflow_elsewhere_is_not_shown(shown):

@@ -137,7 +137,7 @@ def test_the_report_is_a_picture_on_its_node(shown, server):
     (report,) = (node["id"] for node in shown.nodes() if node["type"] == "RoPeSLRReport")
     (saved,) = outputs[str(report)]["images"]
     path = server.base / "temp" / saved["subfolder"] / saved["filename"]
-    assert Image.open(path).size == (1300, 850)
+    assert Image.open(path).size == (1700, 850)
     keep("report", path.read_bytes())
     assert any(text.startswith("Last run") for text in looked_at(shown, "_compared"))
     shown.fit()

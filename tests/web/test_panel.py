@@ -200,7 +200,12 @@ def test_costs_are_those_of_a_real_call(method):
     """A call between two calibrations, counted by AttentionRun itself."""
     grid, before, heads, width = (3, 10, 12), 70, 2, 32
     plan = planning.SparsePlan(
-        method=method, sparsity=0.5, rank=9, calibrate="off", backend="pytorch"
+        method=method,
+        sparsity=0.5,
+        rank=9,
+        calibrate="off",
+        allocation="uniform",
+        backend="pytorch",
     )
     run = running.AttentionRun(plan.resolve())
     layout = layouts.TokenLayout(grid, before, 0, run.plan.block_order)
@@ -236,7 +241,7 @@ def test_costs_are_those_of_a_real_call(method):
 def an_adapter(method, block_order):
     """What a plan asks of an adapter."""
     info = SimpleNamespace(method=method, block_order=block_order, block_k=64)
-    return SimpleNamespace(info=info, use_rank=0)
+    return SimpleNamespace(info=info, use_rank=0, has=lambda name: False)
 
 
 @needs_node
@@ -258,6 +263,7 @@ def test_auto_means_what_it_means_in_the_plan():
                     "method": method,
                     "block_order": order,
                     "key_block": key_block,
+                    "allocation": "auto",
                     "dense_first_steps": first,
                 },
                 adapter,
@@ -276,6 +282,7 @@ def test_auto_means_what_it_means_in_the_plan():
             "order": plan.block_order,
             "keyBlock": plan.key_tokens,
             "first": plan.dense_first_steps,
+            "shared": plan.allocates,
         }
         assert answer == {**expected, "trained": plan.method == adapter}, (method, adapter)
 
