@@ -184,8 +184,8 @@ class Window:
         return self.page.evaluate(SEEN)
 
     def saved(self) -> dict:
-        """What saving would write."""
-        return self.page.evaluate("() => app.graph.serialize()")
+        """What saving would write: as JSON, which leaves out what is undefined."""
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def dialogs(self) -> str:
         """The text of dialogs and messages over the canvas."""
