@@ -108,13 +108,13 @@ def _mean(found: Sequence[Lesson], facts: AdapterInfo) -> dict[str, Tensor]:
     if shares:
         rows["allocation"] = shares
     # A lesson of a head that kept nothing does not say how to weigh what others keep.
-    counts = torch.cat(
+    teaches = torch.cat(
         [
-            (each.values.gate_slope > -1 if each.kept is None else each.kept > 0).cpu().double()
+            torch.ones(each.values.gate_slope.shape) if each.kept is None else each.kept.cpu() > 0
             for each in found
         ]
     )
-    weights = torch.where(counts.sum(dim=0) > 0, counts, 1.0)
+    weights = torch.where(teaches.sum(dim=0) > 0, teaches.double(), 1.0)
     means = {}
     for name, each in rows.items():
         # Each device of a run has lessons of its own.

@@ -106,13 +106,11 @@ def warn(text: str) -> None:
 def _log_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:
     """Where a run does less than the settings seem to say."""
     if plan.error_target is not None and not plan.probes:
-        why = "heads are not measured"
+        why = "allocation is uniform"
         if plan.method not in ALLOCATED:
             why = f"{plan.method} does not measure what its heads need"
-        elif plan.adapter is not None:
-            why = f"'{plan.adapter.name}' says what its heads keep, and calibrate is not refine"
-        elif not plan.allocates:
-            why = "allocation is uniform"
+        elif plan.allocates and plan.adapter is not None:
+            why = f"'{plan.adapter.name}' says what its heads keep, and calibrate is off"
         warn(NO_ERROR_TARGET.format(why=why))
     if plan.start_percent >= plan.end_percent:
         warn(EMPTY_WINDOW.format(start=plan.start_percent, end=plan.end_percent))
