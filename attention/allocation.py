@@ -206,6 +206,7 @@ class _Group:
         self.curves: dict[Hashable, _Probed] = {}
         self.table: dict[Hashable, list[list[int]]] = {}  # layer -> batch row -> head -> kept
         self.probed_at: int | None = None  # the step whose curves no table has used yet
+        self.lost = 0.0  # error that the table leaves by the curves, beyond a target
 
     def solve(self, error: float | None) -> None:
         """Deal the blocks out anew, for each batch row by itself."""
@@ -214,7 +215,7 @@ class _Group:
         # One transfer for all layers.
         errors = torch.cat([each.errors for each in probed], dim=1).cpu().double()
         energy = torch.cat([each.energy for each in probed], dim=1).cpu().double()
-        rows, known = [], (first.counts, first.blocks)
+        rows, known, self.lost = [], (first.counts, first.blocks), 0.0
         for row in range(errors.shape[0]):
             if not bool(torch.isfinite(errors[row]).all()):
                 rows.append([first.mean] * sum(heads))
@@ -222,6 +223,10 @@ class _Group:
                 rows.append(deal(errors[row], *known, first.mean * sum(heads)))
             else:
                 rows.append(by_error(errors[row], *known, energy[row], error))
+            table = interpolated(errors[row], *known)
+            chosen = torch.tensor(rows[-1])[:, None] - first.counts[0]
+            left = float(table.gather(1, chosen).sum())
+            self.lost += max(0.0, left - (error or 0.0) * float(energy[row].sum()))
         start = 0
         for layer, count in zip(layers, heads):
             self.table[layer] = [row[start : start + count] for row in rows]
@@ -275,3 +280,16 @@ class Allocation:
             rows = None if group is None else group.table.get(layer)
             found += [None] * batch if rows is None or len(rows) != batch else rows
         return found
+
+    def outcome(self, step: int) -> tuple[float, int] | None:
+        """The error that is left, or missing to the target, and all kept blocks; by the curves.
+
+        Of what earlier steps probed; None where they did not.
+        """
+        groups = [each for each in self._groups.values() if each.probed_at not in (None, step)]
+        for group in groups:
+            group.solve(self.error)
+        if not groups:
+            return None
+        tables = [rows for group in groups for rows in group.table.values()]
+        return sum(x.lost for x in groups), sum(sum(row) for rows in tables for row in rows)

@@ -21,15 +21,14 @@ class TokenLayout:
 
     order: "raster" cuts the video into blocks as it lies in memory; "cube" cuts a tile order that
     keeps each block compact in time and space. Either way only the video's last block may be short,
-    and no token is added. block_size: tokens of a query block. hidden: spans (start, stop) of
-    tokens beside the video that no query may attend to, ascending.
+    and no token is added. hidden: spans (start, stop) of tokens beside the video that no query may
+    attend to, ascending.
     """
 
     grid: tuple[int, int, int]
     before: int = 0
     after: int = 0
     order: str = "cube"
-    block_size: int = BLOCK
     hidden: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,23 +80,24 @@ class TokenLayout:
         keep_first_frame: bool = False,
         device: torch.device | str = "cpu",
         key_block: int = BLOCK,
+        query_block: int = BLOCK,
     ) -> BlockLayout:
         """The video's queries and all keys in blocks.
 
         Text and reference tokens get blocks of their own, which every query keeps. Query blocks
-        name tokens within the video, key blocks tokens of the whole sequence. key_block: tokens of
-        a key block; must divide a query block's.
+        name tokens within the video, key blocks tokens of the whole sequence. key_block,
+        query_block: tokens of a block; the former must divide the latter.
         """
-        if key_block < 1 or self.block_size % key_block:
-            raise ValueError(f"key_block must divide {self.block_size}; found {key_block}")
+        if key_block < 1 or query_block % key_block:
+            raise ValueError(f"key_block must divide {query_block}; found {key_block}")
         order = self.token_order()
-        q_blocks, own = (TokenBlocks.cut(order, size) for size in (self.block_size, key_block))
+        q_blocks, own = (TokenBlocks.cut(order, size) for size in (query_block, key_block))
         kv_blocks = self._kv_blocks(own)
         n_q, n_own = q_blocks.num_blocks, own.num_blocks
         required = torch.zeros(n_q, kv_blocks.num_blocks, dtype=torch.bool)
         required[:, n_own:] = True
         if keep_diagonal:
-            block_of_own = torch.arange(n_own) // (self.block_size // key_block)
+            block_of_own = torch.arange(n_own) // (query_block // key_block)
             required[:, :n_own] |= block_of_own == torch.arange(n_q)[:, None]
         if keep_first_frame:
             first = ~own.empty & (own.tokens < self.grid[1] * self.grid[2])

@@ -27,6 +27,7 @@ FEW_STEPS = 8  # a step of a run this short is a large one
 BLOCK = 64
 FINE = 16  # tokens of a key block where nothing asks for BLOCK
 KEY_BLOCKS = ("auto", "16", "32", "64")
+QUERY_BLOCKS = ("auto", "64", "128")
 ALLOCATIONS = ("auto", "uniform")
 TARGETS = ("sparsity", "error")
 ALLOCATED = ("ropeslr", "top-k", "top-k plain")  # methods whose heads find their own share
@@ -59,6 +60,7 @@ class _Settings:
     allocation: str = "auto"
     target: str = "sparsity"
     error: float = 0.05
+    query_block: str = "auto"
 
 
 CHOICES = {
@@ -68,6 +70,7 @@ CHOICES = {
     "block_order": BLOCK_ORDERS,
     "sla_variant": SLA_VARIANTS,
     "key_block": KEY_BLOCKS,
+    "query_block": QUERY_BLOCKS,
     "allocation": ALLOCATIONS,
     "target": TARGETS,
 }
@@ -91,10 +94,10 @@ class SparsePlan(_Settings):
     sparsity: share of key blocks that is not computed. rank: channels of the background per head, 0
     = all that there are. start_percent, end_percent: the part of the sampling schedule that runs
     sparse, which may be empty. dense_first_steps (-1 = auto), dense_last_steps: steps of the whole
-    schedule that stay dense. dense_layers: layers that stay dense. key_block: tokens of a
-    key block; query blocks hold BLOCK. allocation: "auto" lets layers and heads share what sparsity
-    leaves, "uniform" gives all the same. target "error": as many blocks as keep the outputs' lost
-    energy at `error` of theirs.
+    schedule that stay dense. dense_layers: layers that stay dense. key_block: tokens of a key
+    block. query_block: queries that keep the same key blocks. allocation: "auto" lets layers and
+    heads share what sparsity leaves, "uniform" gives all the same. target "error": as many blocks
+    as keep the outputs' lost energy at `error` of theirs.
 
     Every field is checked on construction; a ValueError names the field, what was found and what
     was expected. `resolve` replaces every "auto" by what it means.
@@ -135,9 +138,12 @@ class SparsePlan(_Settings):
             "method": method,
             "block_order": self._order(method, adapter),
             "key_block": self._key_block(method, adapter),
+            "query_block": self._query_block(method, adapter),
         }
         if method not in ALLOCATED or not (adapter is None or adapter.has("allocation")):
             values["allocation"] = "uniform"  # AdaSpa has a rule of its own; weights know no other
+        if values["allocation"] == "uniform" and values["query_block"] == "auto":
+            values["query_block"] = str(BLOCK)  # nothing would measure what larger ones cost
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
             # AdaSpa is dense until its first search.
@@ -167,10 +173,18 @@ class SparsePlan(_Settings):
             return str(adapter.info.block_k)
         return str(FINE if method in ALLOCATED else BLOCK)
 
+    def _query_block(self, method: str, adapter: Adapter | None) -> str:
+        if self.query_block != "auto":
+            return self.query_block
+        if adapter is not None:
+            return str(adapter.info.block_q)
+        return "auto" if method in ALLOCATED else str(BLOCK)
+
 
 @dataclass(frozen=True)
 class ResolvedPlan(_Settings):
-    """A plan as it runs: no "auto" but the backend's, and the adapter that its method uses.
+    """A plan as it runs, with the adapter that its method uses. "auto" are only the backend, and
+    what the run finds out: allocation and, with it, query_block.
 
     calibrate: "off", "first step", "every step", "periodic" or "refine". asked: what it was before.
     """
@@ -182,6 +196,11 @@ class ResolvedPlan(_Settings):
     def key_tokens(self) -> int:
         """Tokens of a key block."""
         return int(self.key_block)
+
+    @property
+    def query_tokens(self) -> int:
+        """Queries that keep the same key blocks; where that is open, those of the first steps."""
+        return BLOCK if self.query_block == "auto" else int(self.query_block)
 
     @property
     def allocates(self) -> bool:
@@ -218,7 +237,9 @@ class ResolvedPlan(_Settings):
         """The same settings by another method, whose own choices replace those of this one."""
         values = {each.name: getattr(self, each.name) for each in fields(_Settings)}
         values |= {"method": method, "block_order": "auto", "calibrate": "auto", "rank": 0}
-        values |= {"allocation": self.asked.allocation, "key_block": self.asked.key_block}
+        values |= {
+            name: getattr(self.asked, name) for name in ("allocation", "key_block", "query_block")
+        }
         adapter = self.adapter
         return SparsePlan(**values).resolve(
             adapter if adapter is not None and adapter.info.method == method else None

@@ -39,6 +39,11 @@ class Attention(Protocol):
         """What has been learned so far, by layer."""
         ...
 
+    @property
+    def query_block(self) -> int:
+        """Queries that keep the same key blocks, as far as that is known."""
+        ...
+
     def missing(self, inputs: LayerInputs) -> str | None:
         """What the method needs and inputs do not have, in words; None where all is there."""
         ...
@@ -73,6 +78,10 @@ class AttentionRun:
     @property
     def lessons(self) -> Mapping[Hashable, Sequence[Lesson]]:
         return self.method.lessons
+
+    @property
+    def query_block(self) -> int:
+        return self.method.query_block
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """See `Attention.dense_reason`."""
@@ -109,6 +118,7 @@ class AttentionRun:
         missing = self.missing(call.inputs)
         if missing:
             raise ValueError(missing)
+        self.method.begin(call)
         video, alone = layout.video, layout.tokens == layout.video_tokens
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # One tensor that every part is written into; gradients have to put the parts together.
@@ -129,6 +139,7 @@ class AttentionRun:
         call.conditionings(q.shape[0])
         if self.missing(call.inputs):
             return 0.0
+        self.method.begin(call)
         with _full_precision(q.device), torch.no_grad():
             return self.method.observe(q[:, :, call.video], k, v, call)
 

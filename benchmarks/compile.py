@@ -19,13 +19,14 @@ import torch
 import triton
 
 from . import commit, load_pack
+from .loops import hottest_loop
 from .static import TARGETS, capture, report
 from .traffic import bytes_per_token
 
 backend = load_pack(".kernels.triton.backend")
 types = load_pack(".kernels.types")
 
-HEADS, TOKENS, RANK, BLOCK, FINE_BLOCK = 12, 32_760, 64, 64, 16
+HEADS, TOKENS, RANK, BLOCK, FINE_BLOCK, WIDE_BLOCK = 12, 32_760, 64, 64, 16, 128
 # FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x
 # 64 x 64 x D each.
 PRODUCTS = {
@@ -40,14 +41,12 @@ PRODUCTS = {
     "d_keys": 4,
 }
 FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
-PREFIX = "fine "
-FINE = tuple(
-    f"fine {name}"
-    for name in ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
-)
+FINE = ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
+WIDE = ("plain", "pooled", "mixed", "linear", "low_rank", "backward")
 ALL = (
     *FORWARD,
-    *FINE,
+    *(f"fine {name}" for name in FINE),
+    *(f"wide {name}" for name in WIDE),
     "pool",
     "state",
     "low_rank_state",
@@ -57,7 +56,7 @@ ALL = (
     "unpack",
     "backward",
 )
-FEW = ("plain", "mixed", "pool", "state", "select", "backward", "fine mixed")
+FEW = ("plain", "mixed", "pool", "state", "select", "backward", "fine mixed", "wide mixed")
 # sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
 # the default method.
 CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
@@ -68,9 +67,10 @@ def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=of, device="meta")
 
 
-def layout(tokens: int, key_block: int = BLOCK):
-    """Query blocks of BLOCK tokens and key blocks of `key_block`, on the meta device."""
-    tables = (empty(-(-tokens // size), size, of=torch.int32) for size in (BLOCK, key_block))
+def layout(tokens: int, key_block: int = BLOCK, query_block: int = BLOCK):
+    """Query and key blocks of so many tokens, on the meta device."""
+    sizes = query_block, key_block
+    tables = (empty(-(-tokens // size), size, of=torch.int32) for size in sizes)
     return types.BlockLayout(*(types.TokenBlocks(table, tokens, tokens) for table in tables))
 
 
@@ -84,21 +84,35 @@ class Sizes(NamedTuple):
     kept: int = 51
     rank: int = RANK
     key_block: int = BLOCK
+    query_block: int = BLOCK
 
 
 WAN_LAYER = Sizes()
 
 
 def all_cases() -> dict[str, Callable]:
-    """Those of a Wan layer; "fine ..." with small key blocks, four of which make a tile."""
-    fine = cases(Sizes(kept=204, key_block=FINE_BLOCK))
-    return cases() | {name: fine[name.removeprefix(PREFIX)] for name in FINE}
+    """Those of a Wan layer.
+
+    "fine ...": small key blocks, four of which make a tile. "wide ...": also large query blocks.
+    """
+    sizes = Sizes(kept=204, key_block=FINE_BLOCK)
+    fine, wide = cases(sizes), cases(sizes._replace(query_block=WIDE_BLOCK))
+    return (
+        cases()
+        | {f"fine {name}": fine[name] for name in FINE}
+        | {f"wide {name}": wide[name] for name in WIDE}
+    )
+
+
+def plain_name(name: str) -> str:
+    """A case without the sizes of its blocks."""
+    return name.removeprefix("fine ").removeprefix("wide ")
 
 
 def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     """Every launcher with tensors of these sizes, on the meta device: name -> call."""
-    tokens, heads, head_dim, dtype, kept, rank, key_block = sizes
-    blocks = layout(tokens, key_block)
+    tokens, heads, head_dim, dtype, kept, rank, key_block, query_block = sizes
+    blocks = layout(tokens, key_block, query_block)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
     lists = empty(1, heads, count, kept, of=types.list_dtype(blocks.kv_blocks.num_blocks))
@@ -153,13 +167,19 @@ def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) ->
         if kernel_name not in seen:
             seen.add(kernel_name)
             found = report(kernel)
-            issued = found.pop("mma_flops_of_loop")
-            plain = name.removeprefix(PREFIX)
+            loop = None
+            if target not in ("cuda:100", "hip:gfx942"):
+                loop = hottest_loop(kernel)
+            plain = plain_name(name)
             products = PRODUCTS.get(kernel_name if plain == "backward" else plain, 0)
             # A program of d_keys has the keys of one block.
             keys = FINE_BLOCK if name != plain and kernel_name == "d_keys" else BLOCK
-            needed = 2 * BLOCK * keys * head_dim * products
-            found["useful_mma"] = round(needed / issued, 3) if issued and needed else None
+            # And one of d_queries half of a wide block's rows.
+            wide = name.startswith("wide") and kernel_name != "d_queries"
+            queries = WIDE_BLOCK if wide else BLOCK
+            needed = 2 * queries * keys * head_dim * products
+            found["useful_mma"] = round(needed / loop.flops, 3) if loop and needed else None
+            found["loop"] = loop.record() if loop and plain in FORWARD else None
             rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
     return rows
 

@@ -52,6 +52,32 @@ def video(caption: str, grid: tuple[int, int, int], generator: torch.Generator) 
     return picture
 
 
+def plain_clips(
+    captions: list[str], grid: tuple[int, int, int], generator: torch.Generator
+) -> Tensor:
+    """Clips of frames, not of latents: -> (B, 3, T, H, W), about unit variance.
+
+    Strong textures of any colour and two to four shapes of any kind: no caption tells anything.
+    """
+    return torch.stack([plain_video(grid, generator) for _ in captions])
+
+
+def plain_video(grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """One of `plain_clips`: -> (3, T, H, W)."""
+    frames, height, width = grid
+    draw = _Draw(generator, torch.arange(frames), height, width)
+    pan = 0.7 * draw.normal(2) * (draw.uniform(1) < 0.7)
+    moved = pan * draw.time[:, None] + PERIOD * draw.uniform(2)
+    picture = draw.texture(0.8 * draw.normal(3), moved, contrast=0.65)
+    for _ in range(2 + int(3 * draw.uniform(1))):
+        radius = 2.5 + 3.5 * float(draw.uniform(1))
+        centre = draw.path(radius)
+        cover = draw.cover(SHAPES[int(len(SHAPES) * draw.uniform(1))], radius, centre)
+        texture = draw.texture(0.8 * draw.normal(3), centre, contrast=0.65)
+        picture = picture * (1 - cover) + cover * texture
+    return picture.transpose(0, 1)
+
+
 def fold(frames: Tensor) -> Tensor:
     """(4 T, 3, H, W) -> (16, T, H, W)."""
     time, _, height, width = frames.shape

@@ -136,34 +136,21 @@ def report(kernel: Any) -> dict[str, Any]:
         "tensor_cores": {name: n for name, p in mma.items() if (n := len(re.findall(p, ptx)))},
         "async_copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         "notes": notes,
-        "mma_flops_of_loop": mma_flops_of_loop(kernel) if arch in (80, 86, 89, 90, 120) else None,
     }
 
 
-def mma_flops_of_loop(kernel: Any) -> int:
-    """Tensor-core FLOPs of one turn of the hottest loop, all warps: compared with what the method
-    needs it shows wasted MMA work, which no register count does. 0 where no loop holds any."""
-    instructions, labels = _disassemble(kernel)
-    best = 0
-    for end, text in enumerate(instructions):
-        jump = re.search(r"\bBRA\S*\s.*?`\((\.L_[^)]+)\)", text)
-        start = labels.get(jump[1], end + 1) if jump else end + 1
-        best = max(best, sum(map(_mma_flops, instructions[start : end + 1])))
-    return round(best * kernel.metadata.num_warps)
-
-
-def _mma_flops(instruction: str) -> float:
+def mma_flops(instruction: str) -> float:
     """FLOPs that one warp gets from one instruction; wgmma is issued by four warps together."""
-    wide = re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction)
+    wide = re.search(r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)", instruction)
     if wide:
         m, n, k = map(int, wide.groups())
         return 2 * m * n * k / 4
-    return (
-        2 * 16 * 8 * (16 if "HMMA.16816" in instruction else 8 if "HMMA.1688" in instruction else 0)
-    )
+    depth = re.search(r"\b(?:HMMA|IMMA|QMMA)\.(?:SP\.)?168(\d+)", instruction)
+    return 2 * 16 * 8 * int(depth[1]) if depth else 0
 
 
-def _disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
+def disassemble(kernel: Any) -> tuple[list[str], dict[str, int]]:
+    """A kernel's machine instructions, and where its labels point."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -254,5 +241,4 @@ def _report_amd(kernel: Any) -> dict[str, Any]:
         "tensor_cores": {"mfma": n} if (n := len(re.findall(r"\bv_mfma", text))) else {},
         "async_copies": 0,
         "notes": [],
-        "mma_flops_of_loop": None,
     }

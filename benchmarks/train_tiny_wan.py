@@ -33,11 +33,26 @@ from .moving_shapes import CAPTIONS, CHANNELS, latents
 
 DATA = ROOT / "benchmarks" / "data"
 GRID = (8, 24, 32)  # latent frames, height, width: 8 x 12 x 16 = 1,536 tokens
-SHORT = (2, 24, 32)
 MODEL: dict[str, Any] = dict(dim=192, ffn_dim=576, num_heads=3, num_layers=5, text_dim=768)
-# Mean and spread of the log-odds of the noise. Captions only count where nearly all is noise.
-NOISE = (0.9, 1.3)
 NO_TEXT = 0.15  # how often a clip goes without its caption, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model learns to make. draw: captions, grid, generator -> clips (B, C, T, H, W).
+
+    noise: mean and spread of its log-odds.
+    """
+
+    channels: int
+    captions: tuple[str, ...]
+    draw: Callable[[list[str], tuple[int, int, int], torch.Generator], Tensor]
+    short: tuple[int, int, int]  # grid of the first clips
+    noise: tuple[float, float]
+
+
+# Captions only count where nearly all is noise.
+CLIPS = Material(CHANNELS, CAPTIONS, latents, (2, 24, 32), noise=(0.9, 1.3))
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ def main() -> None:
     settings = Settings(options.seed, options.short_steps, options.full_steps)
     options.out.mkdir(parents=True, exist_ok=True)
     with comfy_in_training():
-        training = Training(settings, captions_as_features())
+        training = Training(settings, CLIPS, captions_as_features())
         training.run(options.out / "training.pt")
         save(training, options.out)
 
@@ -116,10 +131,11 @@ def captions_as_features() -> dict[str, Tensor]:
 class Training:
     """The model, its average, the optimiser, and how far they are."""
 
-    def __init__(self, settings: Settings, features: dict[str, Tensor]) -> None:
+    def __init__(self, settings: Settings, material: Material, features: dict[str, Tensor]) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.features = settings, features
-        self.model, self.average = new_model(features), new_model(features).requires_grad_(False)
+        self.settings, self.material, self.features = settings, material, features
+        self.model = new_model(material.channels, features)
+        self.average = new_model(material.channels, features).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.97), weight_decay=settings.weight_decay
@@ -154,9 +170,10 @@ class Training:
         settings = self.settings
         short = self.done < settings.short_steps
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + self.done)
-        clips, captions = draw_clips(settings, short, generator)
+        clips, captions = draw_clips(settings, self.material, short, generator)
         context = torch.stack([self.features[caption] for caption in captions])
-        sigma = torch.sigmoid(NOISE[0] + NOISE[1] * torch.randn(len(clips), generator=generator))
+        mean, spread = self.material.noise
+        sigma = torch.sigmoid(mean + spread * torch.randn(len(clips), generator=generator))
         noise = torch.randn(clips.shape, generator=generator)
         loss = flow_loss(self.model, clips, noise, sigma, context).mean()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,8 +192,9 @@ class Training:
     def validate(self, captions: bool = True) -> list[float]:
         """The average's loss on clips that training does not see, at six times."""
         generator = torch.Generator().manual_seed(987_654_321)
-        texts = list(CAPTIONS[:: len(CAPTIONS) // 4])
-        clips = latents(texts, GRID, generator)
+        known = self.material.captions
+        texts = [known[i * len(known) // 4] for i in range(4)]
+        clips = self.material.draw(texts, GRID, generator)
         context = torch.stack([self.features[text if captions else ""] for text in texts])
         noise = torch.randn(clips.shape, generator=generator)
         return [
@@ -209,7 +227,7 @@ class Training:
         self.done, self.seconds, self.losses = state["done"], state["seconds"], state["losses"]
 
 
-def new_model(features: dict[str, Tensor]) -> Any:
+def new_model(channels: int, features: dict[str, Tensor]) -> Any:
     """ComfyUI's Wan class with PyTorch's own initial weights; its layers make none.
 
     What tells captions apart is a tenth of their features: the first layer centres and widens it.
@@ -219,8 +237,8 @@ def new_model(features: dict[str, Tensor]) -> Any:
 
     model: Any = comfy.ldm.wan.model.WanModel(
         model_type="t2v",
-        in_dim=CHANNELS,
-        out_dim=CHANNELS,
+        in_dim=channels,
+        out_dim=channels,
         dtype=torch.float32,
         device="cpu",
         operations=comfy.ops.disable_weight_init,
@@ -245,7 +263,8 @@ def new_model(features: dict[str, Tensor]) -> Any:
         model.time_projection[1].bias.zero_()
         texts = torch.stack(list(features.values()))
         first = model.text_embedding[0]
-        first.weight.div_((texts - texts.mean(dim=0)).std())
+        if len(texts) > 1:
+            first.weight.div_((texts - texts.mean(dim=0)).std())
         first.bias.copy_(-first.weight @ texts.mean(dim=(0, 1)))
         model.head.head.weight.zero_()
         model.head.head.bias.zero_()
@@ -253,14 +272,15 @@ def new_model(features: dict[str, Tensor]) -> Any:
 
 
 def draw_clips(
-    settings: Settings, short: bool, generator: torch.Generator
+    settings: Settings, material: Material, short: bool, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    """Clips (B, 16, T, H, W) and their captions, some of them taken away."""
-    count, grid = (settings.short_batch, SHORT) if short else (settings.full_batch, GRID)
-    chosen = torch.randint(len(CAPTIONS), (count,), generator=generator).tolist()
-    clips = latents([CAPTIONS[each] for each in chosen], grid, generator)
+    """Clips (B, C, T, H, W) and their captions, some of them taken away."""
+    count, grid = (settings.short_batch, material.short) if short else (settings.full_batch, GRID)
+    chosen = torch.randint(len(material.captions), (count,), generator=generator).tolist()
+    captions = [material.captions[each] for each in chosen]
+    clips = material.draw(captions, grid, generator)
     told = (torch.rand(count, generator=generator) >= NO_TEXT).tolist()
-    return clips, [CAPTIONS[each] if tell else "" for each, tell in zip(chosen, told)]
+    return clips, [caption if tell else "" for caption, tell in zip(captions, told)]
 
 
 def flow_loss(

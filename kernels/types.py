@@ -103,6 +103,20 @@ class TokenBlocks:
         return (self.tokens >= 0).sum(dim=-1)
 
     @cached_property
+    def log2_sizes(self) -> Tensor:
+        """log2 of the tokens of each block: `(N,)` float32."""
+        return self.sizes.float().log2()
+
+    @cached_property
+    def num_full(self) -> Tensor:
+        """How many blocks come before the first with an empty slot: a number on the device.
+
+        int32 without dimensions, so that nobody has to ask.
+        """
+        short = (self.tokens[:, -1] < 0).int()  # blocks are filled from the front
+        return (short.cumsum(dim=0) == 0).sum(dtype=torch.int32)
+
+    @cached_property
     def slots(self) -> Tensor:
         """Token of every slot, 0 for empty ones: `(N * S,)` int64, to gather with."""
         return self.tokens.reshape(-1).long().clamp(min=0)
@@ -213,13 +227,15 @@ class Packing(NamedTuple):
     """Lists of a width per head behind each other in one tensor: head by head, row by row."""
 
     starts: Tensor  # (B * H + 1,) int64: where the lists of each head begin, and the end
-    starts_on_cpu: Tensor  # the same, so that nobody has to ask the device
+    longest_first: Tensor  # (B * H,) int32: the heads, those with the longest lists first
+    starts_on_cpu: Tensor  # as starts, so that nobody has to ask the device
 
     @classmethod
     def of(cls, widths: Sequence[int], rows: int, device: torch.device) -> Packing:
         """For `rows` lists of each head, as wide as `widths` says, batch row by batch row."""
         starts = torch.tensor([0, *widths], dtype=torch.int64).cumsum(0) * rows
-        return cls(starts.to(device, non_blocking=True), starts)
+        longest_first = torch.tensor(widths).argsort(descending=True, stable=True).int()
+        return cls(*(x.to(device, non_blocking=True) for x in (starts, longest_first)), starts)
 
     @property
     def num_entries(self) -> int:

@@ -18,6 +18,7 @@ from ..attention.plan import (
     MAX_RANK,
     MAX_SPARSITY,
     METHODS,
+    QUERY_BLOCKS,
     SLA_VARIANTS,
     TARGETS,
     SparsePlan,
@@ -304,6 +305,19 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "With target error: how much of the attention's output may be lost, as a "
                         "share of its energy. 0.05 keeps 95 %. Lower is closer to the dense video; "
                         "higher is faster."
+                    ),
+                ),
+                io.Combo.Input(
+                    "query_block",
+                    options=list(QUERY_BLOCKS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Queries that keep the same key blocks. 128 is faster. auto: 128 where a "
+                        "few queries, computed exactly, show that it costs less than 5 % more "
+                        "error than 64; else 64, or what the adapter was trained with. The log "
+                        "and the report say which it was."
                     ),
                 ),
             ],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..plan import BLOCK, KEY_BLOCKS, TRAINED_METHODS
+from ..plan import BLOCK, KEY_BLOCKS, QUERY_BLOCKS, TRAINED_METHODS
 from ..rope import rope_axes
 from .text import quoted, shown
 
@@ -114,14 +114,10 @@ class AdapterInfo:
             )
         if self.head_dim % 2:
             raise AdapterError(f"head_dim is {self.head_dim}; RoPE needs an even number")
-        if self.block_q != BLOCK:
-            found = shown(self.block_q)
-            raise AdapterError(f"block_q is {found}; this version runs query blocks of {BLOCK}")
-        sizes = [int(size) for size in KEY_BLOCKS[1:]]
-        if self.block_k not in sizes:
-            raise AdapterError(
-                f"block_k is {shown(self.block_k)}; expected one of: {', '.join(map(str, sizes))}"
-            )
+        for name, known in (("block_q", QUERY_BLOCKS[1:]), ("block_k", KEY_BLOCKS[1:])):
+            if str(getattr(self, name)) not in known:
+                found = shown(getattr(self, name))
+                raise AdapterError(f"{name} is {found}; expected one of: {', '.join(known)}")
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)

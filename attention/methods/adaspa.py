@@ -14,9 +14,7 @@
 Masks and mass ratios belong to one layer, one conditioning, one context window, one shape, one run;
 a call that finds none is dense and searches. Masks are kept as bits, ratios in half precision.
 Source: AdaSpa (arXiv 2502.21079); no public code, written from the paper. Ours: the guard H // 2,
-the few-step rule, and the ratio, where the paper reuses the first LSE itself: on random tiny models
-at consecutive steps (q and k change by a fifth) masks found so share 95-97 % with fresh ones, and
-88-92 % with the LSE itself.
+the few-step rule, and the ratio, where the paper reuses the first LSE itself, which ages faster.
 """
 
 from __future__ import annotations

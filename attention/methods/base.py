@@ -22,11 +22,13 @@ from ..adapters.adapter import layer_identity
 from ..allocation import Allocation, Curve, from_shares, probe_counts
 from ..block_layout import TokenLayout
 from ..call import AttentionCall
-from ..plan import ResolvedPlan
+from ..plan import BLOCK, ResolvedPlan
 from .adapter_terms import at_noise
 from .calibration import Lesson
 
 PROBED_ROWS = 64  # queries that a probe computes exactly; more change nothing that was measured
+WIDE = 2 * BLOCK  # queries of a block where the probes allow it: faster
+WIDE_COSTS = 0.05  # how much more error, or more blocks for the same error, it may cost
 
 
 class MethodOutput(NamedTuple):
@@ -51,6 +53,7 @@ class Queries(NamedTuple):
 class Probe(NamedTuple):
     """Exact queries, and what is left of them when their rows keep some number of blocks."""
 
+    allocation: Allocation  # what learns from it
     queries: Queries
     q: Tensor  # (B, H, R, D)
     counts: tuple[int, ...]  # the P numbers of kept blocks, see `probe_counts`
@@ -88,17 +91,37 @@ class Method:
 
     def __init__(self, plan: ResolvedPlan) -> None:
         self.plan = plan
-        self._blocks: dict[tuple[TokenLayout, torch.device], BlockLayout] = {}
+        self._blocks: dict[tuple[TokenLayout, torch.device, int], BlockLayout] = {}
         # What an adapter says that heads keep, for the last noise that was asked for.
         self._from_adapter: tuple[Hashable, Mapping[Hashable, list[int]]] | None = None
         self.lessons: dict[Hashable, list[Lesson]] = {}  # by layer, what is worth keeping
         self.allocation: Allocation | None = None
+        self.query_block = plan.query_tokens
+        # The same with query blocks of WIDE, until the run knows what those cost.
+        self._wide: Allocation | None = None
         if plan.allocates:
             self.allocation = Allocation(plan.probe_interval, plan.error_target)
+            if plan.query_block == "auto" and plan.probes:
+                self._wide = Allocation(plan.probe_interval, plan.error_target)
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""
         return None
+
+    def begin(self, call: AttentionCall) -> None:
+        """Called before every call: once all layers have been probed, choose the query blocks."""
+        if self._wide is None or self.allocation is None:
+            return
+        narrow, wide = (each.outcome(call.step) for each in (self.allocation, self._wide))
+        if narrow is None or wide is None:
+            return
+        if all(x <= (1.0 + WIDE_COSTS) * y for x, y in zip(wide, narrow)):
+            self.allocation, self.query_block = self._wide, WIDE
+            self.forget()
+        self._wide = None
+
+    def forget(self) -> None:
+        """Drop what was learned with other query blocks."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
@@ -113,13 +136,16 @@ class Method:
         """See a call that stays dense, for what follows it; arguments as of `attend`: -> FLOPs."""
         return 0.0
 
-    def blocks(self, layout: TokenLayout, device: torch.device) -> BlockLayout:
-        """Blocks of a token layout, made once for a run."""
-        key = (layout, device)
+    def blocks(
+        self, layout: TokenLayout, device: torch.device, query_block: int | None = None
+    ) -> BlockLayout:
+        """Blocks of a token layout, made once for a run. query_block: other than this run's."""
+        size = query_block or self.query_block
+        key = (layout, device, size)
         if key not in self._blocks:
             plan = self.plan
             self._blocks[key] = layout.blocks(
-                plan.keep_diagonal, plan.keep_first_frame, device, plan.key_tokens
+                plan.keep_diagonal, plan.keep_first_frame, device, plan.key_tokens, size
             )
         return self._blocks[key]
 
@@ -205,40 +231,48 @@ class Method:
         parts, blocks = call.conditionings(q.shape[0]), self.blocks(call.layout, q.device)
         return allocation.due(call.layer, call.step, parts, self._probed(blocks))
 
-    def probe(
+    def probes(
         self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None
-    ) -> Probe | None:
-        """What some queries would lose by keeping fewer or more blocks; None where nobody asks.
+    ) -> list[Probe]:
+        """What some queries would lose by keeping fewer or more blocks; empty where nobody asks.
 
-        pooled: what the method keeps of the blocks that it drops.
+        pooled: what the method keeps of the blocks that it drops. One probe for each size of query
+        blocks that is still open.
         """
         q, k, v = (x.detach() for x in qkv)
         if not self.probe_due(q, call):
-            return None
-        blocks = self.blocks(call.layout, q.device)
+            return []
+        assert self.allocation is not None
+        blocks, mean = self.blocks(call.layout, q.device), routing.pooled_q
         queries = self.some_queries(q, call, min(PROBED_ROWS, self.plan.calibrate_rows))
-        required = None
-        if blocks.required is not None:
-            required = blocks.required.mask.index_select(0, queries.blocks)
         some_q = q.index_select(2, queries.tokens)
-        some_means = routing.pooled_q.index_select(2, queries.blocks)
-        means = some_means, routing.pooled_k.detach()
-        ranked = RankedBlocks(blocks.kv_blocks, *means, required, pooled)
-        counts = self._probed(blocks)
-        found = ops.prefix_attention(some_q, k, v, ranked, counts, scale=call.scale)
-        there = blocks.num_ranked
-        return Probe(queries, some_q, counts, self.plan.topk(there), there, found)
+        asking = [(self.allocation, blocks, mean, queries)]
+        if self._wide is not None:
+            wide = self.blocks(call.layout, q.device, WIDE)
+            mean = ops.block_pool(q, wide.q_blocks, backend=self.plan.backend)
+            own = queries._replace(blocks=queries.blocks // (WIDE // self.query_block))
+            asking.append((self._wide, wide, mean, own))
+        counts, there, found = self._probed(blocks), blocks.num_ranked, []
+        for allocation, blocks, mean, queries in asking:
+            required = blocks.required
+            if required is not None:
+                required = required.mask.index_select(0, queries.blocks)
+            means = mean.index_select(2, queries.blocks), routing.pooled_k.detach()
+            ranked = RankedBlocks(blocks.kv_blocks, *means, required, pooled)
+            prefixes = ops.prefix_attention(some_q, k, v, ranked, counts, scale=call.scale)
+            known = counts, self.plan.topk(there), there
+            found.append(Probe(allocation, queries, some_q, *known, prefixes))
+        return found
 
     def look(
         self, qkv: QKV, call: AttentionCall, routing: Routing, pooled: PooledKV | None = None
     ) -> float:
         """Probe a call, where that is due, and learn from kept blocks as they are: -> FLOPs."""
-        probe = self.probe(qkv, call, routing, pooled)
-        return 0.0 if probe is None else self.learn(call, probe, probe.found.out)
+        probes = self.probes(qkv, call, routing, pooled)
+        return sum(self.learn(call, probe, probe.found.out) for probe in probes)
 
     def learn(self, call: AttentionCall, probe: Probe, outputs: Tensor) -> float:
         """Take in the method's own outputs `(P, B, H, R, D)` for a probe: -> FLOPs of the probe."""
-        assert self.allocation is not None
         exact = probe.found.exact_out
         batch, heads, count, head_dim = probe.q.shape
         each = call.layout.video_tokens / count
@@ -246,7 +280,7 @@ class Method:
         energy = each * (exact - exact.mean(dim=2, keepdim=True)).square().sum(dim=(-2, -1))
         errors = errors.movedim(0, -1)
         curve = Curve(probe.counts, probe.mean, probe.blocks, errors, energy)
-        self.allocation.add(call.layer, call.step, call.conditionings(batch), curve)
+        probe.allocation.add(call.layer, call.step, call.conditionings(batch), curve)
         tokens = call.layout.attended_tokens
         return batch * probe_flops(tokens, head_dim, heads, count, len(probe.counts))
 

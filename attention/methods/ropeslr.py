@@ -121,9 +121,8 @@ class RoPeSLR(Method):
         if trained is not None and trained.low_rank is not None:
             rank = trained.low_rank.feature_map.rank(head_dim)
             background += batch * low_rank_flops(tokens, head_dim, heads, rank)
-        probe = self.probe(qkv, call, routing)
-        if probe is not None:
-            cost = self._learn_calibrating(call, parts, probe)
+        for probe in self.probes(qkv, call, routing):
+            cost += self._learn_calibrating(call, parts, probe)
         if due:
             found, more = self._calibrating(qkv, call, parts, out)
             cost += more
@@ -143,8 +142,13 @@ class RoPeSLR(Method):
         known, due = self._lookup(q, call)
         qkv = QKV(q, k, v)
         parts = self._parts(qkv, call, known, due)
-        probe = self.probe(qkv, call, parts.routing)
-        return 0.0 if probe is None else self._learn_calibrating(call, parts, probe)
+        probes = self.probes(qkv, call, parts.routing)
+        return sum(self._learn_calibrating(call, parts, probe) for probe in probes)
+
+    def forget(self) -> None:
+        """See `Method.forget`."""
+        self.memory.clear()
+        self.lessons.clear()
 
     def _parts(self, qkv: QKV, call: AttentionCall, known: Calibration | None, due: bool) -> Parts:
         """Routing, state, and the values that hold before this call's calibration."""

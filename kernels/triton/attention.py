@@ -26,11 +26,12 @@ from torch import Tensor
 
 from ..pytorch.common import empty_nhd
 from ..types import BlockMask, FeatureMap, LinearState, PooledKV, TokenBlocks
-from .features import ACT_NUMBERS, add_linear, feature_tile
+from .features import ACT_NUMBERS, add_linear, feature_tile, linear_weights
 from .launch import (
     aligned,
     as_operand,
     kernel,
+    launch_of,
     launch_options,
     map_pointers,
     padded,
@@ -42,13 +43,13 @@ from .tiles import (
     LN_2,
     LOG2_E,
     STRIDE_UNIT,
-    any_missing,
     block_tokens,
+    full_tiles,
     head_ptr,
     kept_tokens,
     list_of,
     load_rows,
-    softmax_step,
+    softmax_weights,
     store_rows,
 )
 
@@ -99,9 +100,11 @@ def dense_attention(
     """See `reference.dense_attention`."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    kv_table = None if kv_blocks is None else table(kv_blocks)
-    block_k = BLOCK if kv_blocks is None else kv_blocks.block_size
-    blocks = Tables(None, kv_table, None, None, None, BLOCK, block_k)
+    blocks = Tables()
+    if kv_blocks is not None:
+        blocks = Tables(
+            kv_table=table(kv_blocks), num_full=kv_blocks.num_full, block_k=kv_blocks.block_size
+        )
     launch(q, k, v, blocks, scale, out, lse)
     return out, lse
 
@@ -120,8 +123,9 @@ def block_sparse_attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     far = None
     if pooled is not None:
-        log_sizes = mask.kv_blocks.sizes.float().log2()
-        far = (*(x.to(q.dtype).contiguous() for x in pooled), log_sizes)
+        # Sizes in 16 bits: no asynchronous copy is so small, so they take no buffer.
+        sizes = mask.kv_blocks.sizes.short()
+        far = (*(x.to(q.dtype).contiguous() for x in pooled), sizes)
     launch(q, k, v, Tables.of(mask), scale, out, lse, far)
     return out, lse
 
@@ -129,27 +133,35 @@ def block_sparse_attention(
 class Tables(NamedTuple):
     """Blocks and lists as the kernels take them; None: blocks in token order, every block kept."""
 
-    q_table: Tensor | None
-    kv_table: Tensor | None
-    lists: Tensor | None
-    counts: Tensor | None
-    starts: Tensor | None
-    block_q: int
-    block_k: int
+    q_table: Tensor | None = None
+    kv_table: Tensor | None = None
+    num_full: Tensor | None = None  # key blocks before the first with an empty slot
+    lists: Tensor | None = None
+    counts: Tensor | None = None
+    starts: Tensor | None = None
+    longest_first: Tensor | None = None  # the heads in the order in which they are begun
+    block_q: int = BLOCK
+    block_k: int = BLOCK
 
     @classmethod
     def of(cls, mask: BlockMask) -> Tables:
         q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
-        lists, counts = mask.kv_indices.contiguous(), mask.kv_num_blocks.contiguous()
+        starts, longest_first, _ = mask.packing or (None, None, None)
         return cls(
             table(q_blocks),
             table(kv_blocks),
-            lists,
-            counts,
-            None if mask.packing is None else mask.packing.starts,
+            kv_blocks.num_full,
+            mask.kv_indices.contiguous(),
+            mask.kv_num_blocks.contiguous(),
+            starts,
+            longest_first,
             q_blocks.block_size,
             kv_blocks.block_size,
         )
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
 
     @property
     def list_width(self) -> int:
@@ -185,8 +197,10 @@ def launch(
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
     kind = "pooled" if pooled is not None else epilogue.kind
-    if tables.tile_k > tables.block_k and kind in ("pooled", "linear"):
-        kind = f"fine_{kind}"
+    if tables.lists is None:
+        kind = "dense"
+    if tables.block_q > BLOCK:
+        kind = f"wide {kind}"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:
@@ -195,13 +209,14 @@ def launch(
         matrix, matrix_scale = normalised(linear.kv_state.float(), q.dtype)
         eps = torch.full_like(matrix_scale, linear.eps)
         state = (matrix, matrix_scale, linear.normalizer.float(), eps, branch_scale)
+    lean, width = launch_of(kind).lean, padded(head_dim)
     _forward[(n_q, batch * heads)](
         q,
         k,
         v,
         target,
         lse,
-        *tables[:5],
+        *tables.pointers,
         *(pooled or (None,) * 3),
         *map(as_operand, mixing),
         as_operand(epilogue.bias),
@@ -221,12 +236,14 @@ def launch(
         pe_rows(feature_map),
         scale,
         D=head_dim,
-        DP=padded(head_dim),
+        DP=width,
+        VP=width // 2 if lean and tables.block_q < width else width,
         RP=padded(rank or 1),
         BLOCK_Q=tables.block_q,
         BLOCK_K=tables.block_k,
         TILE_K=tables.tile_k,
         ACT=ACT_NUMBERS[feature_map.act],
+        LEAN=lean,
         **launch_options(kind),
     )
     if target is not out:
@@ -245,10 +262,10 @@ def normalised(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @kernel
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    # blocks and lists: without lists every block is kept; starts: of packed lists
-    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr, starts_ptr,
+    # blocks and lists: without lists every block is kept; starts, longest_first: of packed lists
+    q_table_ptr, kv_table_ptr, num_full_ptr, lists_ptr, counts_ptr, starts_ptr, longest_first_ptr,
     # one pooled pseudo-key per dropped block
-    pooled_k_ptr, pooled_v_ptr, log_sizes_ptr,
+    pooled_k_ptr, pooled_v_ptr, sizes_ptr,
     # mixing by mass
     dropped_lse_ptr, slope_ptr, bias_ptr, logits_ptr, matrix_ptr, matrix_scale_ptr, v_mean_ptr,
     # SLA's bias
@@ -261,17 +278,24 @@ def _forward(
     v_batch, v_head, v_row, out_batch, out_head, out_row,
     # sizes
     heads, q_tokens, k_tokens, n_q, n_k, list_width, rank, pe_rows, scale,
-    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, RP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, ACT: tl.constexpr,
+    LEAN: tl.constexpr,
 ):  # fmt: skip
     """Every group of pointers is optional: None leaves its code out.
 
     Mixing: out = (1 - g) sparse + g background, g = sigmoid(slope (dropped_lse - LSE) + bias +
     logits), background = v_mean + q M [+ branch_scale (low rank - v_mean)]. Without it, kv_state
     ... out_bias: out = sparse + linear + out_bias (SLA).
+
+    LEAN: for chips whose products read and write registers. VP < DP there: values come in two
+    halves of their channels. With fewer rows than channels the compiler would spread a product with
+    all of them over the warps by columns, and send the weights of every tile through shared memory.
     """
     q_block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
+    if longest_first_ptr is not None:
+        head = tl.load(longest_first_ptr + head).to(tl.int64)
     b, h = head // heads, head % heads
     q_ptr = head_ptr(q_ptr, b, h, q_batch, q_head)
     k_ptr = head_ptr(k_ptr, b, h, k_batch, k_head)
@@ -283,25 +307,42 @@ def _forward(
     else:
         count = tl.load(counts_ptr + line)
         lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
+    full = full_tiles(lists_ptr, num_full_ptr, count, n_k, k_tokens, BLOCK_K, TILE_K)
 
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
     q = load_rows(q_ptr, q_rows, q_row, D, DP)
     log2_scale = scale * LOG2_E
+    EACH: tl.constexpr = TILE_K // BLOCK_K
     m = tl.full((BLOCK_Q,), -float("inf"), tl.float32)  # running maximum
     l = tl.zeros((BLOCK_Q,), tl.float32)  # running sum  # noqa: E741
-    acc = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for i in range(0, count, TILE_K // BLOCK_K):
-        rows, block = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
+    acc = tl.zeros((BLOCK_Q, VP), tl.float32)
+    acc_1 = tl.zeros((BLOCK_Q, VP), tl.float32)
+    # Two loops: what a short block needs would slow every tile down.
+    for i in tl.range(0, full, EACH):
+        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, True)
+        k = load_rows(k_ptr, rows, k_row, D, DP, FULL=True)
+        v = load_rows(v_ptr, rows, v_row, D, VP, FULL=True)
+        if VP < DP:
+            v_1 = load_rows(v_ptr, rows, v_row, D, VP, VP, True)
+        weights, fade, m, l = softmax_weights(tl.dot(q, k.T), log2_scale, m, l, False)  # noqa: E741
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+        if VP < DP:
+            acc_1 = tl.dot(weights.to(v.dtype), v_1, acc_1 * fade[:, None])
+    for i in tl.range(full, count, EACH, num_stages=1):
+        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, False)
         k = load_rows(k_ptr, rows, k_row, D, DP)
-        scores = tl.dot(q, k.T) * log2_scale
-        if any_missing(kv_table_ptr, rows, block, k_tokens, BLOCK_K, TILE_K):
-            scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
-        v = load_rows(v_ptr, rows, v_row, D, DP)
-        m, l, acc = softmax_step(scores, v, m, l, acc)  # noqa: E741
+        scores = tl.where((rows >= 0)[None, :], tl.dot(q, k.T), -float("inf"))
+        weights, fade, m, l = softmax_weights(scores, log2_scale, m, l, True)  # noqa: E741
+        v = load_rows(v_ptr, rows, v_row, D, VP)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+        if VP < DP:
+            v = load_rows(v_ptr, rows, v_row, D, VP, VP)
+            acc_1 = tl.dot(weights.to(v.dtype), v, acc_1 * fade[:, None])
+    m = m * log2_scale
 
     if pooled_k_ptr is not None:
         offset = 0  # list entries before this tile: the list is sorted
-        for start in range(0, n_k, TILE_K):
+        for start in tl.range(0, n_k, TILE_K, num_stages=2):
             blocks = start + tl.arange(0, TILE_K)
             place = offset + tl.arange(0, TILE_K)
             listed = tl.load(lists_ptr + place, mask=place < count, other=n_k).to(tl.int32)
@@ -310,18 +351,25 @@ def _forward(
             dropped = (blocks < n_k) & (kept == 0)
             rows = tl.where(blocks < n_k, blocks, -1)
             k = load_rows(pooled_k_ptr + head * n_k * D, rows, D // STRIDE_UNIT, D, DP)
-            sizes = tl.load(log_sizes_ptr + blocks, mask=blocks < n_k, other=0.0)
-            scores = tl.dot(q, k.T) * log2_scale + sizes[None, :]
+            sizes = tl.load(sizes_ptr + blocks, mask=blocks < n_k, other=1).to(tl.float32)
+            scores = tl.dot(q, k.T) * log2_scale + tl.log2(sizes)[None, :]
             scores = tl.where(dropped[None, :], scores, -float("inf"))
-            v = load_rows(pooled_v_ptr + head * n_k * D, rows, D // STRIDE_UNIT, D, DP)
-            m, l, acc = softmax_step(scores, v, m, l, acc)  # noqa: E741
+            weights, fade, m, l = softmax_weights(scores, 1.0, m, l, True)  # noqa: E741
+            pooled_v = pooled_v_ptr + head * n_k * D
+            v = load_rows(pooled_v, rows, D // STRIDE_UNIT, D, VP)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+            if VP < DP:
+                v = load_rows(pooled_v, rows, D // STRIDE_UNIT, D, VP, VP)
+                acc_1 = tl.dot(weights.to(v.dtype), v, acc_1 * fade[:, None])
 
     lse = tl.where(l > 0, (m + tl.log2(l)) * LN_2, -float("inf"))
     if lse_ptr is not None:
         tl.store(lse_ptr + head * q_tokens + q_rows, lse, mask=q_rows >= 0)
     inv_l = 1.0 / tl.where(l > 0, l, 1.0)
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q, RELOAD=True)
-    channels = tl.arange(0, DP)
+    # The gate goes into q and into phi, so every product adds to the one tile that is there.
+    sparse_share, mean_share = inv_l, inv_l
+    share = tl.full((BLOCK_Q,), 1.0, tl.float32)
     if dropped_lse_ptr is not None:
         dropped_lse = tl.load(dropped_lse_ptr + line)
         # A row that keeps nothing has LSE -inf; the bound keeps slope 0 from making 0 * inf of it.
@@ -333,32 +381,41 @@ def _forward(
             )
         gate = tl.where(lse == -float("inf"), 1.0, tl.sigmoid(gate_logits))
         gate = tl.where(dropped_lse == -float("inf"), 0.0, gate)
-        mean = tl.load(v_mean_ptr + head * D + channels, mask=channels < D, other=0.0)
+        sparse_share, mean_share, share = inv_l * (1.0 - gate), gate, gate
         if kv_state_ptr is not None:
             branch_scale = tl.load(branch_scale_ptr + h)
-            mean = mean * (1.0 - branch_scale)
-        # The gate goes into q and into phi, so every product adds to the one tile that is there.
-        size = tl.load(matrix_scale_ptr + head)
-        acc = (acc * (inv_l * (1.0 - gate))[:, None] + gate[:, None] * mean[None, :]) / size
-        mask = (channels < D)[:, None] & (channels < D)[None, :]
-        offsets = channels[:, None] * D + channels[None, :]
-        matrix = tl.load((matrix_ptr + head * D * D) + offsets, mask=mask, other=0.0)
-        acc = tl.dot((q.to(tl.float32) * gate[:, None]).to(matrix.dtype), matrix, acc) * size
-        share = gate
-        if kv_state_ptr is not None:
-            share = gate * branch_scale
-    else:
-        acc = acc * inv_l[:, None]
-        share = tl.full((BLOCK_Q,), 1.0, tl.float32)
-        if out_bias_ptr is not None:
-            acc += tl.load(out_bias_ptr + channels, mask=channels < D, other=0.0)[None, :]
+            mean_share, share = gate * (1.0 - branch_scale), gate * branch_scale
     if kv_state_ptr is not None:
         phi = feature_tile(
             q_ptr, q_rows, q_row, h, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows,
             rank, D, DP, RP, BLOCK_Q, ACT,
         )  # fmt: skip
-        acc = add_linear(
-            acc, phi, share, head, kv_state_ptr, kv_state_scale_ptr, normalizer_ptr, eps_ptr, rank,
-            D, DP, RP,
-        )  # fmt: skip
-    store_rows(out_ptr, q_rows, out_row, acc, D, DP)
+        phi = linear_weights(phi, share, head, normalizer_ptr, eps_ptr, rank, RP)
+        phi = phi.to(kv_state_ptr.dtype.element_ty)
+    if dropped_lse_ptr is not None:
+        if LEAN:  # read anew: it would fill registers all through the loop
+            q = load_rows(q_ptr, q_rows, q_row, D, DP)
+        gated_q = (q.to(tl.float32) * gate[:, None]).to(matrix_ptr.dtype.element_ty)
+    for piece in tl.static_range(DP // VP):
+        if piece == 0:
+            found = acc
+        else:
+            found = acc_1
+        found = found * sparse_share[:, None]
+        channels = piece * VP + tl.arange(0, VP)
+        if dropped_lse_ptr is not None:
+            mean = tl.load(v_mean_ptr + head * D + channels, mask=channels < D, other=0.0)
+            size = tl.load(matrix_scale_ptr + head)
+            inputs = tl.arange(0, DP)
+            offsets = inputs[:, None] * D + channels[None, :]
+            mask = (inputs < D)[:, None] & (channels < D)[None, :]
+            matrix = tl.load((matrix_ptr + head * D * D) + offsets, mask=mask, other=0.0)
+            found = (found + mean_share[:, None] * mean[None, :]) / size
+            found = tl.dot(gated_q, matrix, found) * size
+        if out_bias_ptr is not None:
+            found += tl.load(out_bias_ptr + channels, mask=channels < D, other=0.0)[None, :]
+        if kv_state_ptr is not None:
+            found = add_linear(
+                found, phi, head, kv_state_ptr, kv_state_scale_ptr, rank, D, VP, RP, piece * VP
+            )
+        store_rows(out_ptr, q_rows, out_row, found, D, VP, piece * VP)

@@ -19,8 +19,8 @@ from .attention import Tables
 from .launch import aligned, kernel, launch_options, padded, strides
 from .tiles import (
     LOG2_E,
-    any_missing,
     block_tokens,
+    full_tiles,
     head_ptr,
     kept_tokens,
     list_of,
@@ -30,6 +30,7 @@ from .tiles import (
 from .transpose import transposed_lists
 
 BLOCK = 64  # rows of the element-wise pass
+ROWS = 64  # of dQ that a program makes: three tiles of twice as many do not fit into registers
 
 
 def block_sparse_attention_backward(
@@ -54,7 +55,8 @@ def block_sparse_attention_backward(
         "BLOCK_K": tables.block_k,
     }
     d_q = empty_nhd(q, tokens)
-    _d_queries[(n_q, batch * heads)](
+    rows = min(tables.block_q, ROWS)
+    _d_queries[(n_q * (tables.block_q // rows), batch * heads)](
         q,
         k,
         v,
@@ -62,7 +64,7 @@ def block_sparse_attention_backward(
         lse,
         delta,
         d_q,
-        *tables[:5],
+        *tables.pointers,
         *strides(q),
         *strides(k),
         *strides(v),
@@ -72,9 +74,11 @@ def block_sparse_attention_backward(
         tokens,
         k_tokens,
         n_q,
+        n_k,
         tables.list_width,
         scale,
         **shape,
+        ROWS=rows,
         TILE_K=tables.tile_k,
         **launch_options("d_queries"),
     )
@@ -92,7 +96,8 @@ def block_sparse_attention_backward(
         delta,
         d_k,
         d_v,
-        *tables[:2],
+        tables.q_table,
+        tables.kv_table,
         q_indices,
         q_indptr,
         *strides(q),
@@ -153,15 +158,17 @@ def _delta(
 @kernel
 def _d_queries(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, d_q_ptr,
-    q_table_ptr, kv_table_ptr, lists_ptr, counts_ptr, starts_ptr,
+    q_table_ptr, kv_table_ptr, num_full_ptr, lists_ptr, counts_ptr, starts_ptr, longest_first_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_batch, d_head, d_row, dq_batch, dq_head, dq_row,
-    heads, q_tokens, k_tokens, n_q, list_width, scale,
+    heads, q_tokens, k_tokens, n_q, n_k, list_width, scale,
     D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    q_block = tl.program_id(0)
+    q_block = tl.program_id(0) // (BLOCK_Q // ROWS)
     head = tl.program_id(1).to(tl.int64)
+    if longest_first_ptr is not None:
+        head = tl.load(longest_first_ptr + head).to(tl.int64)
     b, h = head // heads, head % heads
     k_ptr = head_ptr(k_ptr, b, h, k_batch, k_head)
     v_ptr = head_ptr(v_ptr, b, h, v_batch, v_head)
@@ -169,24 +176,30 @@ def _d_queries(
     count = tl.load(counts_ptr + line)
     lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
 
-    q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
+    q_rows = block_tokens(q_table_ptr, tl.program_id(0), q_tokens, ROWS)
     filled = q_rows >= 0
     q = load_rows(head_ptr(q_ptr, b, h, q_batch, q_head), q_rows, q_row, D, DP)
     d_out = load_rows(head_ptr(d_out_ptr, b, h, d_batch, d_head), q_rows, d_row, D, DP)
     lse = tl.load(lse_ptr + head * q_tokens + q_rows, mask=filled, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + head * q_tokens + q_rows, mask=filled, other=0.0)
     log2_scale = scale * LOG2_E
-    d_q = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for i in range(0, count, TILE_K // BLOCK_K):
-        rows, block = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K)
+    d_q = tl.zeros((ROWS, DP), tl.float32)
+    EACH: tl.constexpr = TILE_K // BLOCK_K
+    full = full_tiles(lists_ptr, num_full_ptr, count, n_k, k_tokens, BLOCK_K, TILE_K)
+    for i in tl.range(0, full, EACH):
+        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, True)
+        k = load_rows(k_ptr, rows, k_row, D, DP, FULL=True)
+        v = load_rows(v_ptr, rows, v_row, D, DP, FULL=True)
+        weights = tl.exp2(tl.dot(q, k.T) * log2_scale - lse[:, None])
+        d_scores = weights * (tl.dot(d_out, v.T) - delta[:, None])
+        d_q = tl.dot(d_scores.to(k.dtype), k, d_q)
+    for i in tl.range(full, count, EACH, num_stages=1):
+        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, False)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         v = load_rows(v_ptr, rows, v_row, D, DP)
-        scores = tl.dot(q, k.T) * log2_scale
-        if any_missing(kv_table_ptr, rows, block, k_tokens, BLOCK_K, TILE_K):
-            scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
-        weights = tl.exp2(scores - lse[:, None])
-        d_weights = tl.dot(d_out, v.T)
-        d_scores = weights * (d_weights - delta[:, None])
+        weights = tl.exp2(tl.dot(q, k.T) * log2_scale - lse[:, None])
+        weights = tl.where((rows >= 0)[None, :], weights, 0.0)
+        d_scores = weights * (tl.dot(d_out, v.T) - delta[:, None])
         d_q = tl.dot(d_scores.to(k.dtype), k, d_q)
     d_q_ptr = head_ptr(d_q_ptr, b, h, dq_batch, dq_head)
     store_rows(d_q_ptr, q_rows, dq_row, d_q * scale, D, DP)

@@ -35,8 +35,8 @@ def feature_tile(
         for first in tl.range(0, DP, PIECE, num_stages=1):
             channels = first + tl.arange(0, PIECE)
             mask = filled[:, None] & (channels < D)[None, :]
-            pointers = x_ptr + rows.to(tl.int64)[:, None] * (row * STRIDE_UNIT) + channels[None, :]
-            x = tl.load(pointers, mask=mask, other=0.0)
+            offsets = (rows * row).to(tl.int64) * STRIDE_UNIT
+            x = tl.load(x_ptr + offsets[:, None] + channels[None, :], mask=mask, other=0.0)
             even, odd = tl.split(x.to(tl.float32).reshape(BLOCK, PIECE // 2, 2))
             pairs = first // 2 + tl.arange(0, PIECE // 2)
             if cos_ptr is not None:
@@ -67,22 +67,30 @@ def feature_tile(
 
 
 @triton.jit
-def add_linear(
-    acc, phi, share, head, kv_state_ptr, scale_ptr, normalizer_ptr, eps_ptr, rank,
-    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-):  # fmt: skip
-    """acc + share (phi S) / (eps + phi z): S `(B*H, rank, D)` in scaled units, z `(B*H, rank)`.
+def linear_weights(phi, share, head, normalizer_ptr, eps_ptr, rank, RP: tl.constexpr):
+    """share phi / (eps + phi z), z `(B*H, rank)`: what a linear branch reads its state with.
 
-    The quotient is taken into phi before the product, and the sum is made in S's units, so that acc
-    is the only tile that the product needs. No weight that is rounded for it exceeds half
-    precision.
+    The quotient is taken into phi before the product, so that acc is the only tile that it needs.
+    No weight that is rounded for it exceeds half precision.
     """
-    features, channels = tl.arange(0, RP), tl.arange(0, DP)
+    features = tl.arange(0, RP)
     normalizer = tl.load(normalizer_ptr + head * rank + features, mask=features < rank, other=0.0)
     under = tl.load(eps_ptr + head) + tl.sum(phi * normalizer[None, :], 1)
-    weights = tl.clamp(phi * (share / under)[:, None], -60000.0, 60000.0)
+    return tl.clamp(phi * (share / under)[:, None], -60000.0, 60000.0)
+
+
+@triton.jit
+def add_linear(
+    acc, weights, head, kv_state_ptr, scale_ptr, rank,
+    D: tl.constexpr, WIDTH: tl.constexpr, RP: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """acc + weights S for WIDTH channels from FIRST on: S `(B*H, rank, D)` in units of `scale`.
+
+    The sum is made in S's units.
+    """
+    features, channels = tl.arange(0, RP), FIRST + tl.arange(0, WIDTH)
     mask = (features < rank)[:, None] & (channels < D)[None, :]
     offsets = features[:, None] * D + channels[None, :]
     state = tl.load((kv_state_ptr + head * rank * D) + offsets, mask=mask, other=0.0)
     scale = tl.load(scale_ptr + head)
-    return tl.dot(weights.to(state.dtype), state, acc / scale) * scale
+    return tl.dot(weights, state, acc / scale) * scale

@@ -22,10 +22,15 @@ UNIT = STRIDE_UNIT.value
 
 
 class Launch(NamedTuple):
-    """Launch parameters of one kernel."""
+    """Launch parameters of one kernel.
+
+    stages: the compiler shares them out among the loads of a loop that wait for each other. lean:
+    for chips whose products read and write registers; see `attention._forward`.
+    """
 
     warps: int
     stages: int
+    lean: bool = False
 
 
 def kernel(function: Callable) -> Any:
@@ -60,18 +65,28 @@ def padded(width: int) -> int:
     return max(32, 1 << (width - 1).bit_length())
 
 
-# Warps and stages by architecture and kernel for half precision at D = 128; chosen by static checks
-# (registers, spills, shared memory, useful MMA: benchmarks/results/compile.json), not yet by
+# The forward by what it adds to its output; "wide": with query blocks of 128.
+FORWARD = ("forward", "mixed", "pooled", "linear", "low_rank")
+
+
+def _forward(launch: Launch, wide: Launch, dense: Launch, **others: Launch) -> dict[str, Launch]:
+    """The launches of the forward: one of all kinds, but for some."""
+    found = dict.fromkeys(FORWARD, launch) | {f"wide {kind}": wide for kind in FORWARD}
+    return found | {"dense": dense} | others
+
+
+# Products that read and write registers (mma.sync).
+_LEAN = {
+    **_forward(Launch(4, 3, True), wide=Launch(8, 5, True), dense=Launch(4, 2, True)),
+    "d_queries": Launch(8, 2),
+    "d_keys": Launch(8, 2),
+}
+# Launch parameters by architecture and kernel for half precision at D = 128; chosen by static
+# checks and the estimate (benchmarks/results/compile.json, benchmarks/model.py), not yet by
 # measurement. "other" serves what is not named.
 TABLE: dict[str, dict[str, Launch]] = {
     "other": {
-        "forward": Launch(4, 3),
-        "mixed": Launch(8, 3),
-        "pooled": Launch(8, 3),
-        "fine_pooled": Launch(8, 3),
-        "linear": Launch(8, 3),
-        "fine_linear": Launch(8, 3),
-        "low_rank": Launch(8, 3),
+        **_forward(Launch(4, 3), wide=Launch(8, 3), dense=Launch(4, 2)),
         "d_queries": Launch(8, 2),
         "d_keys": Launch(8, 2),
         "mass": Launch(4, 3),
@@ -80,27 +95,30 @@ TABLE: dict[str, dict[str, Launch]] = {
         "features": Launch(8, 1),
         "select": Launch(8, 1),
     },
-    "80": {"mixed": Launch(4, 3)},
+    "80": _LEAN | _forward(Launch(4, 5, True), wide=Launch(8, 5, True), dense=Launch(4, 3, True)),
+    "86": _LEAN,
+    "89": _LEAN,
+    "120": _LEAN,
     # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as
     # much again.
     "90": {
-        "mixed": Launch(4, 3),
-        "pooled": Launch(4, 3),
-        "linear": Launch(4, 3),
-        # With more stages ptxas serialises their wgmma.
-        "fine_pooled": Launch(4, 2),
-        "fine_linear": Launch(4, 1),
+        **_forward(Launch(4, 5), wide=Launch(8, 5), dense=Launch(4, 3)),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
     "100": {
-        "forward": Launch(8, 3),
-        "fine_linear": Launch(8, 2),  # a third stage spills
+        **_forward(
+            Launch(4, 3), wide=Launch(8, 3, True), dense=Launch(8, 3), low_rank=Launch(8, 3)
+        ),
         "features": Launch(8, 2),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
-    "gfx942": {"mixed": Launch(4, 3), "d_queries": Launch(4, 1), "d_keys": Launch(4, 1)},
+    "gfx942": {
+        **_forward(Launch(4, 3), wide=Launch(8, 3), dense=Launch(4, 2)),
+        "d_queries": Launch(4, 1),
+        "d_keys": Launch(4, 1),
+    },
 }
 
 
@@ -125,9 +143,14 @@ def pe_rows(feature_map: FeatureMap) -> int:
     return 0 if feature_map.pe is None else feature_map.pe.shape[1]
 
 
+def launch_of(name: str) -> Launch:
+    """The parameters of a kernel on the active device."""
+    return TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
+
+
 def launch_options(name: str) -> dict[str, int | bool]:
     """Keyword arguments of a launch; FP fusion by name, as Triton 3.10 turns it off by default."""
-    found = TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
+    found = launch_of(name)
     return {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True}
 
 

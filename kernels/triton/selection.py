@@ -51,7 +51,7 @@ def block_select(
         topk = 0
     counts = q.new_empty(batch, heads, n_q, dtype=torch.int32)
     dropped_lse = q.new_empty(batch, heads, n_q)
-    log_sizes = layout.kv_blocks.sizes.float().log2()
+    log_sizes = layout.kv_blocks.log2_sizes
     required = _required(layout)
     for some in head_chunks(batch * heads, n_q * n_k):
         scores = torch.bmm(q[some] * scale, k[some].mT)

@@ -51,90 +51,123 @@ def list_of(lists_ptr, starts_ptr, line, n_q, list_width):
 
 
 @triton.jit
-def is_short(table_ptr, block, tokens, BLOCK: tl.constexpr):
-    """Whether a block has an empty slot; slots are filled from the front, so the last one tells."""
-    if table_ptr is None:
-        short = (block + 1) * BLOCK > tokens
+def full_tiles(
+    lists_ptr, num_full_ptr, count, n_k, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Entries of a list, or of all blocks in order, that make tiles without an empty slot.
+
+    Those come first: a list ascends, and blocks from num_full on may be short.
+    """
+    if num_full_ptr is None:
+        num_full = tokens // BLOCK
     else:
-        short = tl.load(table_ptr + block * BLOCK + BLOCK - 1) < 0
-    return short
+        num_full = tl.load(num_full_ptr)
+    if lists_ptr is None:
+        late = n_k - num_full
+    else:
+        late = 0
+        slots = tl.arange(0, 64)
+        for start in range(0, n_k - num_full, 64):
+            place = count - 1 - start - slots
+            entries = tl.load(lists_ptr + place, mask=place >= 0, other=0).to(tl.int32)
+            late += tl.sum(((place >= 0) & (entries >= num_full)).to(tl.int32), 0)
+    EACH: tl.constexpr = TILE // BLOCK
+    return (count - late) // EACH * EACH
 
 
 @triton.jit
 def kept_tokens(
-    table_ptr, lists_ptr, first, count, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
+    table_ptr, lists_ptr, first, count, tokens,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Tokens `(TILE,)` of a list's blocks from entry `first` on, -1 where there are none.
 
-    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. -> those,
-    and the block numbers that `any_missing` takes: one, or one per slot.
+    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. FULL:
+    each of them is there and has no empty slot, so that nothing needs a mask.
     """
+    slots = tl.arange(0, TILE)
     if TILE == BLOCK:
         block = first
         if lists_ptr is not None:
             block = tl.load(lists_ptr + first).to(tl.int32)
-        rows = block_tokens(table_ptr, block, tokens, BLOCK)
+        rows = block * BLOCK + slots
+        there = rows >= 0
     else:
-        slots = tl.arange(0, TILE)
         entries = first + slots // BLOCK
         there = entries < count
         block = entries
         if lists_ptr is not None:
-            block = tl.load(lists_ptr + entries, mask=there, other=0).to(tl.int32)
+            if FULL:
+                block = tl.load(lists_ptr + entries).to(tl.int32)
+            else:
+                block = tl.load(lists_ptr + entries, mask=there, other=0).to(tl.int32)
         rows = block * BLOCK + slots % BLOCK
-        if table_ptr is None:
-            rows = tl.where(there & (rows < tokens), rows, -1)
+    if table_ptr is not None:
+        if FULL or TILE == BLOCK:
+            rows = tl.load(table_ptr + rows)
         else:
             rows = tl.load(table_ptr + rows, mask=there, other=-1)
-    return rows, block
+    elif not FULL:
+        rows = tl.where(there & (rows < tokens), rows, -1)
+    return rows
 
 
 @triton.jit
-def any_missing(table_ptr, rows, block, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Whether a tile of `kept_tokens` has an empty slot."""
-    if TILE == BLOCK:
-        missing = is_short(table_ptr, block, tokens, BLOCK)
-    else:
-        missing = tl.min(rows, 0) < 0
-    return missing
+def row_pointers(base_ptr, rows, stride, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    """Addresses and mask `(BLOCK, WIDTH)` of rows of a `(L, D)` matrix; stride in STRIDE_UNITs.
 
-
-@triton.jit
-def row_pointers(base_ptr, rows, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Addresses and mask `(BLOCK, DP)` of rows of a `(L, D)` matrix; stride in STRIDE_UNITs."""
-    channels = tl.arange(0, DP)
+    The channels are those from FIRST on.
+    """
+    channels = FIRST + tl.arange(0, WIDTH)
     mask = (rows >= 0)[:, None]
-    if D < DP:
+    if FIRST + WIDTH > D:
         mask = mask & (channels < D)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * (stride * STRIDE_UNIT)
-    return base_ptr + offsets + channels[None, :], mask
+    # In units a product of 32 bits reaches 17 billion elements, and costs a third of a wide one.
+    offsets = (rows * stride).to(tl.int64) * STRIDE_UNIT
+    return base_ptr + offsets[:, None] + channels[None, :], mask
 
 
 @triton.jit
-def load_rows(base_ptr, rows, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Rows as a tile `(BLOCK, DP)`; empty slots and channels beyond D are 0."""
-    pointers, mask = row_pointers(base_ptr, rows, stride, D, DP)
-    return tl.load(pointers, mask=mask, other=0.0)
+def load_rows(
+    base_ptr, rows, stride, D: tl.constexpr, WIDTH: tl.constexpr,
+    FIRST: tl.constexpr = 0, FULL: tl.constexpr = False,
+):  # fmt: skip
+    """Channels from FIRST on as a tile `(BLOCK, WIDTH)`; 0 in empty slots and from channel D on.
+
+    FULL: no slot is empty.
+    """
+    pointers, mask = row_pointers(base_ptr, rows, stride, D, WIDTH, FIRST)
+    if not FULL:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif FIRST + WIDTH <= D:
+        tile = tl.load(pointers)
+    else:
+        there = (FIRST + tl.arange(0, WIDTH) < D)[None, :]
+        tile = tl.load(pointers, mask=there, other=0.0)
+    return tile
 
 
 @triton.jit
-def store_rows(base_ptr, rows, stride, tile, D: tl.constexpr, DP: tl.constexpr):
-    """Store a tile `(BLOCK, DP)` to the rows it belongs to; empty slots are left out."""
-    pointers, mask = row_pointers(base_ptr, rows, stride, D, DP)
+def store_rows(
+    base_ptr, rows, stride, tile, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr = 0
+):
+    """Store a tile `(BLOCK, WIDTH)` to the rows it belongs to; empty slots are left out."""
+    pointers, mask = row_pointers(base_ptr, rows, stride, D, WIDTH, FIRST)
     tl.store(pointers, tile.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def softmax_step(scores, v, running_max, running_sum, acc):
-    """Take one tile of scores (log2 units, -inf = absent) and its values into the running softmax.
+def softmax_weights(scores, log2_scale, running_max, running_sum, ABSENT: tl.constexpr):
+    """Take one tile of scores into the running softmax.
 
-    running_max, running_sum `(BLOCK,)`; acc `(BLOCK, DP)`: running sum of values. All in float32;
-    the scale is applied to the float32 scores, never to a half-precision q or k.
+    -> their weights, what earlier sums fade by, and the new running_max and running_sum `(BLOCK,)`.
+    Scores are plain products: the scale is applied in float32, in the exponent, where it costs
+    nothing. ABSENT: some may be -inf, all of a row even.
     """
     new_max = tl.maximum(running_max, tl.max(scores, 1))
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-    weights = tl.exp2(scores - shift[:, None])
-    alpha = tl.exp2(running_max - shift)
-    running_sum = running_sum * alpha + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None])
-    return new_max, running_sum, acc
+    shift = new_max * log2_scale
+    if ABSENT:
+        shift = tl.where(new_max == -float("inf"), 0.0, shift)
+    weights = tl.exp2(scores * log2_scale - shift[:, None])
+    fade = tl.exp2(running_max * log2_scale - shift)
+    return weights, fade, new_max, running_sum * fade + tl.sum(weights, 1)

@@ -24,6 +24,7 @@ class RunReport:
     sparsity: float
     block_order: str
     key_block: int  # tokens of a key block
+    query_block: int  # and of a query block, at the end of the run
     backend: str  # of the sparse calls, "" where there were none
     sparse_calls: int
     dense_calls: dict[str, int]  # self-attention calls that stayed dense, by reason
@@ -80,10 +81,11 @@ class RunReport:
             return ""
         learned = "searched" if self.method == "adaspa" else "calibrated"
         recall = "" if self.recall is None else f", recall {self.recall:.3f}"
-        fine = "" if self.key_block == BLOCK else f"key blocks of {self.key_block}, "
+        sizes = "" if self.key_block == BLOCK else f"key blocks of {self.key_block}, "
+        sizes += "" if self.query_block == BLOCK else f"query blocks of {self.query_block}, "
         return (
             f" in {self.backend} (density {self.density:.3f}{self._range()}, "
-            f"{self.block_order} order, {fine}"
+            f"{self.block_order} order, {sizes}"
             f"{self.calibrations} {learned}{recall})"
         )
 

@@ -151,6 +151,12 @@ class SamplingRun:
                 "RoPeSLR: %s; recomputing this model call with dense attention", NOT_FINITE_HERE
             )
 
+    @property
+    def query_block(self) -> int:
+        """Queries that keep the same key blocks, as the run's devices found."""
+        known = [each.query_block for each in self._attentions.values()]
+        return max(known, default=self.plan.query_tokens)
+
     def learned(self) -> Adapter | None:
         """What the run has learned, on all devices, as an adapter on the CPU; None for nothing."""
         lessons: dict[Hashable, list[Lesson]] = {}
@@ -167,6 +173,7 @@ class SamplingRun:
             info.head_dim,
             plan.adapter.info.rank if plan.adapter else 0,
             base_model=info.name,
+            block_q=self.query_block,
             block_k=plan.key_tokens,
             block_order=plan.block_order,
             sparsity=plan.sparsity,
@@ -191,6 +198,7 @@ class SamplingRun:
             sparsity=plan.sparsity,
             block_order=plan.block_order,
             key_block=plan.key_tokens,
+            query_block=self.query_block,
             backend=tally.backend,
             sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls),

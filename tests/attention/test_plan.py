@@ -118,7 +118,7 @@ def test_an_adapters_own_key_block_counts_where_the_plan_names_none(asked, expec
 def an_adapter(method, use_rank=0, block_k=64, tensors=()):
     """What a plan asks of an adapter; None for no method."""
     order = "raster" if method in ("rola", "sla") else "cube"
-    info = SimpleNamespace(method=method, block_order=order, block_k=block_k)
+    info = SimpleNamespace(method=method, block_order=order, block_q=64, block_k=block_k)
     return method and SimpleNamespace(
         info=info, use_rank=use_rank, has=lambda name: name in tensors
     )

@@ -22,7 +22,8 @@ LAYERS = (0, 1)
 
 
 def sharing(**plan):
-    return run_of(**(dict(allocation="auto", key_block="16", sparsity=0.75) | plan))
+    settings = dict(allocation="auto", key_block="16", query_block="64", sparsity=0.75)
+    return run_of(**(settings | plan))
 
 
 def layer_inputs(layer, batch=1, seed=0):

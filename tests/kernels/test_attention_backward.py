@@ -25,7 +25,7 @@ ops = load(".kernels.ops")
     "tokens, head_dim", [(150, 64), pytest.param(129, 80, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-    "kept", ["some", "ragged", "all", "ragged, fine key blocks", "ragged, packed"]
+    "kept", ["some", "ragged", "all", "ragged, fine key blocks", "ragged, packed", "ragged, wide"]
 )
 def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
     """Ragged ends gave wrong dQ and dV in the field, and delta summed in bf16 wrong everything."""
@@ -35,7 +35,8 @@ def test_gradients_match_those_of_the_definition(dtype, tokens, head_dim, kept):
         mask, _ = selected(q, k, blocks, blocks, 2 if kept == "some" else 3)
         if kept.startswith("ragged"):
             fine = kept != "ragged"
-            mask = ragged(2, blocks, blocks_of(tokens, 16 if fine else 64, shuffled=True))
+            rows = blocks_of(tokens, 128, shuffled=True) if kept == "ragged, wide" else blocks
+            mask = ragged(2, rows, blocks_of(tokens, 16 if fine else 64, shuffled=True))
         if kept.endswith("packed"):
             dense = mask.to_dense()
             dense[:, 0] = False  # a head that keeps nothing

@@ -15,6 +15,7 @@ from support.data.blocks import (
     reference,
     selected,
     tensors,
+    types,
     wide,
 )
 from support.data.fields import relative_error
@@ -61,6 +62,31 @@ def test_half_precision_is_computed_as_a_gpu_would(dtype):
     _, lse = backend.dense_attention(*[x[None, None]] * 3, None, 0.1)
     expected = (x.double() @ x.double().T * 0.1).logsumexp(-1)
     assert (lse[0, 0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("query_block", [64, 128])
+@pytest.mark.parametrize("key_block", [64, 16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("architecture", ["89", "90"])
+def test_every_form_of_the_forward(architecture, head_dim, key_block, query_block, monkeypatch):
+    """As on a GPU of that kind: values in halves or whole, q kept or read anew."""
+    monkeypatch.setattr(load(".kernels.triton.launch"), "architecture", lambda: architecture)
+    sizes = dict(tokens=200, head_dim=head_dim, key_block=key_block, query_block=query_block)
+    case = mixing_case(torch.bfloat16, low_rank="softmax", logits=True, **sizes)
+    q, k, v, mask, background = case
+    scale = head_dim**-0.5
+    found = backend.block_sparse_mixed(*case, scale)
+    assert relative_error(found, reference.block_sparse_mixed(*wide(case))) < 1e-2
+    plain = background._replace(low_rank=None)
+    found = backend.block_sparse_mixed(q, k, v, mask, plain, scale)
+    expected = reference.block_sparse_mixed(*wide((q, k, v, mask, plain)))
+    assert relative_error(found, expected) < 1e-2
+    far = types.PooledKV(*(reference.block_pool(x.double(), mask.kv_blocks) for x in (k, v)))
+    for pooled in (None, far):
+        found, lse = backend.block_sparse_attention(q, k, v, mask, pooled, scale)
+        expected, expected_lse = reference.block_sparse_attention(*wide((q, k, v, mask, pooled)))
+        assert relative_error(found, expected) < 1e-2
+        assert (lse - expected_lse).abs().max() < 1e-2
 
 
 def test_rows_may_lie_further_apart_than_32_bits_reach():

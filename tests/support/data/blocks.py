@@ -86,10 +86,12 @@ def sparse_case(
     scale: float = 1.0,
     topk: int | None = None,
     key_block: int = 64,
+    query_block: int = 64,
 ):
     """q, k, v and the definition's mask over shuffled blocks; and the dropped LSE."""
     q, k, v = tensors(*[(batch, heads, tokens, head_dim)] * 3, dtype=dtype, scale=scale)
-    q_blocks, kv_blocks = (blocks_of(tokens, size, shuffled=True) for size in (64, key_block))
+    sizes = query_block, key_block
+    q_blocks, kv_blocks = (blocks_of(tokens, size, shuffled=True) for size in sizes)
     topk = topk or max(1, kv_blocks.num_blocks // 3)
     mask, dropped_lse = selected(q, k, q_blocks, kv_blocks, topk)
     return (q, k, v, mask), dropped_lse
@@ -124,10 +126,18 @@ def mixing_case(
     logits: bool = False,
     sharpness: float = 1.0,
     key_block: int = 64,
+    query_block: int = 64,
 ):
     """q, k, v, mask, background; rank: channels of the first order; low_rank: a branch's act."""
     case, dropped_lse = sparse_case(
-        tokens, dtype, head_dim, heads=heads, scale=scale, topk=1, key_block=key_block
+        tokens,
+        dtype,
+        head_dim,
+        heads=heads,
+        scale=scale,
+        topk=1,
+        key_block=key_block,
+        query_block=query_block,
     )
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     per_head = (1, heads)

@@ -22,7 +22,7 @@ INTEGERS = ("num_layers", "num_heads", "head_dim", "rank")
 HEADERS = (
     ("format_version", "2"),
     ("method", "magic"),
-    ("block_q", "128"),
+    ("block_q", "96"),
     ("block_k", "24"),
     ("block_order", "hilbert"),
     ("sparsity", "nan"),

@@ -1,0 +1,233 @@
+"""What compiled kernels should reach, estimated: `python -m benchmarks.model [--out FILE.json]`.
+
+An ESTIMATE, from instructions that were compiled and rates from data sheets; nothing runs on a GPU.
+A simulation of one quarter of a multiprocessor (four warp schedulers behave alike) runs the warps
+of its resident programs through the tiles of the forward's loop: issue slots, exponentials, tensor
+cores, shared memory and memory are queues, and a tile can only be worked on once it is there. Load
+latency, memory bandwidth to a multiprocessor and how far tensor cores reach their rate are guesses,
+the same for all kernels; `--anchors` shows what they say about kernels that others measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .loops import Loop
+
+
+class Chip(NamedTuple):
+    """Rates of a GPU under load."""
+
+    target: str
+    multiprocessors: int
+    clock: float  # GHz
+    flops: int  # bf16 with float32 sums, a clock and multiprocessor
+    memory: float  # bytes a clock and multiprocessor, from the cache
+    latency: int  # clocks until a tile from there has arrived
+    eight_bit: float = 2.0  # products of INT8 or FP8, in units of bf16's
+
+    def tflops(self, flops_per_clock: float) -> float:
+        return flops_per_clock * self.multiprocessors * self.clock * 1e-3
+
+
+CHIPS = {
+    "A100": Chip("cuda:80", 108, 1.41, 2048, 34, 500),
+    "RTX 4090": Chip("cuda:89", 128, 2.60, 512, 20, 550, 4.0),
+    "H100": Chip("cuda:90", 132, 1.62, 4096, 40, 650),
+    "H200": Chip("cuda:90", 132, 1.65, 4096, 40, 650),
+    "RTX 5090": Chip("cuda:120", 170, 2.50, 512, 20, 600, 4.0),
+    "RTX PRO 5000": Chip("cuda:120", 110, 2.36, 1024, 20, 600),
+}
+REACHED = 0.95  # of the tensor cores' rate
+PRODUCT_LATENCY = 40
+SHARED = 128  # bytes a clock and multiprocessor
+EXP2 = 8  # clocks of a scheduler for one warp's exponentials
+PROLOGUE, EPILOGUE = 1800, 1500  # clocks of a program beside its loop
+STALL = 1.15  # clocks an instruction takes its own warp, beyond the slot
+CHUNK = 16  # instructions that are issued before another warp may come in between
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel as the simulation knows it. Instructions are of one warp and tile."""
+
+    rows: int
+    keys: int
+    warps: int
+    resident: int  # programs on a multiprocessor at a time
+    before: int
+    between: int
+    after: int
+    exp2: int
+    depth: int  # tiles that are asked for ahead
+    shared_bytes: int = 0  # of one warp and tile
+    head_dim: int = 128
+    asynchronous: bool = False  # a warp goes on while its product runs
+    overlap: bool = False  # the softmax of a tile runs beside the product of the one before
+    early: bool = False  # the next keys are asked for as soon as the present ones are used
+    scores_rate: float = 1.0  # in units of bf16's
+    values_rate: float = 1.0
+    bytes_per_number: float = 2.0
+
+    @classmethod
+    def of(cls, loop: Loop, rows: int, warps: int, resident: int, target: str) -> Program:
+        """What was compiled; tiles of 64 keys of 128 channels."""
+        hopper = target == "cuda:90"
+        return cls(
+            rows=rows,
+            keys=64,
+            warps=warps,
+            resident=resident,
+            before=loop.before,
+            between=loop.between,
+            after=loop.after,
+            exp2=loop.exp2,
+            depth=max(1, loop.buffers),
+            shared_bytes=loop.shared_bytes,
+            asynchronous=hopper,
+        )
+
+
+class Queue:
+    """One at a time, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.free = 0.0
+
+    def use(self, now: float, clocks: float) -> float:
+        """-> when it is done."""
+        self.free = max(now, self.free) + clocks
+        return self.free
+
+
+class Machine:
+    """The queues of a quarter of a multiprocessor, and of what its quarters share."""
+
+    def __init__(self, chip: Chip, program: Program) -> None:
+        self.chip, self.program = chip, program
+        self.issue, self.tensor, self.memory, self.shared = (Queue() for _ in range(4))
+        p = program
+        per_quarter = p.warps / 4
+        flops = 2 * p.rows * p.keys * p.head_dim
+        # The whole multiprocessor's rate, for this quarter's share of a program's product.
+        self.product = flops / chip.flops / REACHED / per_quarter
+        self.tile_bytes = p.keys * p.head_dim * p.bytes_per_number
+
+    def instructions(self, now: float, count: float) -> Generator[float, float, float]:
+        """Issue so many of one warp, a chunk at a time."""
+        while count > 0:
+            some = min(CHUNK, count)
+            now = max(self.issue.use(now, some), now + some * STALL)
+            count -= some
+            yield now
+        return now
+
+    def fetch(self, now: float) -> float:
+        """When a tile that is asked for now has arrived."""
+        return self.memory.use(now, self.tile_bytes / self.chip.memory) + self.chip.latency
+
+
+class Tiles:
+    """When the keys and values of a program's tiles arrive; its warps use up tiles together."""
+
+    def __init__(self, machine: Machine, started: float) -> None:
+        self.machine, self.depth = machine, machine.program.depth
+        first = started + PROLOGUE / 2
+        self.keys = {i: machine.fetch(first) for i in range(self.depth)}
+        self.values = {i: machine.fetch(first) for i in range(self.depth)}
+        self.users: dict[tuple[str, int], int] = {}
+
+    def used(self, kind: str, tile: int, now: float) -> None:
+        """A warp is done with a tile; the last one's asking brings the next into its buffer."""
+        count = self.users[kind, tile] = self.users.get((kind, tile), 0) + 1
+        if count == max(1, self.machine.program.warps // 4):
+            store = self.keys if kind == "keys" else self.values
+            store[tile + self.depth] = self.machine.fetch(now)
+
+
+def warp(machine: Machine, tiles: Tiles, now: float, count: int) -> Generator[float, float, float]:
+    """One warp of a quarter, from a program's start to its end; yields when it wants to go on."""
+    p = machine.program
+    yield (now := now + PROLOGUE)
+    finished = now  # the product of values that is under way
+    for tile in range(count):
+        now = yield from machine.instructions(now, p.before)
+        while tile not in tiles.keys:
+            yield (now := now + CHUNK)
+        yield (now := max(now, tiles.keys[tile]))
+        now = yield from _product(machine, now, p.scores_rate)
+        yield (now := now + PRODUCT_LATENCY)
+        if p.early:
+            tiles.used("keys", tile, now)
+        quarter = p.between / 4
+        for _ in range(4):
+            begun = now
+            now = yield from machine.instructions(now, quarter)
+            yield (now := max(now, begun + p.exp2 / 4 * EXP2))
+        while tile not in tiles.values:
+            yield (now := now + CHUNK)
+        yield (now := max(now, tiles.values[tile]))
+        if p.overlap:
+            yield (now := max(now, finished))
+        done = yield from _product(machine, now, p.values_rate)
+        done += PRODUCT_LATENCY
+        if not (p.asynchronous or p.overlap):
+            yield (now := done)
+        now = yield from machine.instructions(now, p.after)
+        if not p.overlap:
+            yield (now := max(now, done))
+        finished = done
+        if not p.early:
+            tiles.used("keys", tile, now)
+        tiles.used("values", tile, max(now, done))
+    return max(now, finished) + EPILOGUE
+
+
+def _product(machine: Machine, now: float, rate: float) -> Generator[float, float, float]:
+    """A product of a tile: -> when it is done, its operands from shared memory included."""
+    done = machine.tensor.use(now, machine.product / rate)
+    traffic = machine.program.shared_bytes
+    if traffic:
+        done = max(done, machine.shared.use(now, 4 * traffic / 2 / SHARED))
+    if not machine.program.asynchronous:
+        yield (now := done)
+    return done
+
+
+def flops_per_clock(chip: Chip, program: Program, tiles: int = 118, waves: int = 4) -> float:
+    """Of one multiprocessor, on programs of `tiles` tiles each."""
+    machine = Machine(chip, program)
+    per_quarter = max(1, program.warps // 4)
+    left = program.resident * waves
+    total, ended = left, 0.0
+    events: list[tuple[float, int, Generator[float, float, float], list[int]]] = []
+    number = itertools.count()
+
+    def start(now: float) -> None:
+        shared, live = Tiles(machine, now), [per_quarter]
+        for _ in range(per_quarter):
+            heapq.heappush(events, (now, next(number), warp(machine, shared, now, tiles), live))
+
+    for i in range(program.resident):
+        start(37.0 * i)
+        left -= 1
+    while events:
+        _, _, running, live = heapq.heappop(events)
+        try:
+            heapq.heappush(events, (next(running), next(number), running, live))
+        except StopIteration as stop:
+            ended = max(ended, stop.value)
+            live[0] -= 1
+            if live[0] == 0 and left:
+                left -= 1
+                start(stop.value)
+    return 4 * program.rows * program.keys * program.head_dim * tiles * total / ended
+
+
+def estimate(chip: Chip, program: Program) -> float:
+    """TFLOPS on kept blocks."""
+    return chip.tflops(flops_per_clock(chip, program))
