@@ -43,8 +43,14 @@ PRODUCTS = {
 FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
 FINE = ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
 WIDE = ("plain", "pooled", "mixed", "linear", "low_rank", "backward")
+EIGHT_BIT = ("plain", "pooled", "mixed", "linear", "dense")
 ALL = (
     *FORWARD,
+    *(f"8-bit fine {name}" for name in EIGHT_BIT),
+    *(f"8-bit wide {name}" for name in EIGHT_BIT[:-1]),
+    "8-bit mixed",
+    "fine quantize",
+    "quantize",
     *(f"fine {name}" for name in FINE),
     *(f"wide {name}" for name in WIDE),
     "pool",
@@ -56,7 +62,10 @@ ALL = (
     "unpack",
     "backward",
 )
-FEW = ("plain", "mixed", "pool", "state", "select", "backward", "fine mixed", "wide mixed")
+FEW = (
+    *("plain", "mixed", "pool", "state", "select", "backward", "fine mixed", "wide mixed"),
+    *("8-bit fine mixed", "8-bit wide mixed", "fine quantize"),
+)
 # sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
 # the default method.
 CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
@@ -85,33 +94,42 @@ class Sizes(NamedTuple):
     rank: int = RANK
     key_block: int = BLOCK
     query_block: int = BLOCK
+    values: torch.dtype | None = None  # of keys and values in 8 bits
 
 
 WAN_LAYER = Sizes()
 
 
-def all_cases() -> dict[str, Callable]:
+def all_cases(target: str) -> dict[str, Callable]:
     """Those of a Wan layer.
 
     "fine ...": small key blocks, four of which make a tile. "wide ...": also large query blocks.
+    "8-bit ...": with keys and values in 8 bits, as the target multiplies them.
     """
     sizes = Sizes(kept=204, key_block=FINE_BLOCK)
-    fine, wide = cases(sizes), cases(sizes._replace(query_block=WIDE_BLOCK))
-    return (
+    wide_sizes = sizes._replace(query_block=WIDE_BLOCK)
+    fine, wide = cases(sizes), cases(wide_sizes)
+    found = (
         cases()
-        | {f"fine {name}": fine[name] for name in FINE}
+        | {f"fine {name}": fine[name] for name in (*FINE, "quantize")}
         | {f"wide {name}": wide[name] for name in WIDE}
     )
+    fp8 = target in ("cuda:89", "cuda:90", "cuda:120")
+    values = torch.float8_e4m3fn if fp8 else torch.int8
+    for prefix, each in (("", WAN_LAYER), ("fine ", sizes), ("wide ", wide_sizes)):
+        small = cases(each._replace(values=values))
+        found |= {f"8-bit {prefix}{name}": small[name] for name in EIGHT_BIT}
+    return found
 
 
 def plain_name(name: str) -> str:
-    """A case without the sizes of its blocks."""
-    return name.removeprefix("fine ").removeprefix("wide ")
+    """A case without the sizes of its blocks and numbers."""
+    return name.removeprefix("8-bit ").removeprefix("fine ").removeprefix("wide ")
 
 
 def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     """Every launcher with tensors of these sizes, on the meta device: name -> call."""
-    tokens, heads, head_dim, dtype, kept, rank, key_block, query_block = sizes
+    tokens, heads, head_dim, dtype, kept, rank, key_block, query_block, values = sizes
     blocks = layout(tokens, key_block, query_block)
     count, scale = blocks.q_blocks.num_blocks, head_dim**-0.5
     q = empty(1, tokens, heads, head_dim, of=dtype).transpose(1, 2)
@@ -139,13 +157,28 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     bits = empty(1, heads, count, -(-blocks.kv_blocks.num_blocks // 32), of=torch.int32)
     sparse, far = (q, q, q, mask), types.PooledKV(pooled_k, pooled_k)
     forward = types.Forward(q, q, q, q, lse, mask, None, scale)
+    small: dict = {}
+    if values is not None:
+        by_block = (1, heads, blocks.kv_blocks.num_blocks)
+        small["eight_bit"] = types.EightBit(
+            empty(*by_block, key_block, head_dim, of=torch.int8),
+            empty(*by_block),
+            per_channel,
+            empty(*by_block, head_dim, key_block, of=values),
+            per_channel,
+        )
     return {
-        "plain": lambda: backend.block_sparse_attention(*sparse, None, scale),
-        "pooled": lambda: backend.block_sparse_attention(*sparse, far, scale),
-        "mixed": lambda: backend.block_sparse_mixed(*sparse, mixed, scale),
-        "low_rank": lambda: backend.block_sparse_mixed(*sparse, low_rank, scale),
-        "linear": lambda: backend.block_sparse_linear(*sparse, linear, scale),
-        "dense": lambda: backend.dense_attention(q[:, :, :128], q, q, None, scale),
+        "plain": lambda: backend.block_sparse_attention(*sparse, None, scale, **small),
+        "pooled": lambda: backend.block_sparse_attention(*sparse, far, scale, **small),
+        "mixed": lambda: backend.block_sparse_mixed(*sparse, mixed, scale, **small),
+        "low_rank": lambda: backend.block_sparse_mixed(*sparse, low_rank, scale, **small),
+        "linear": lambda: backend.block_sparse_linear(*sparse, linear, scale, **small),
+        "dense": lambda: backend.dense_attention(
+            q[:, :, :128], q, q, blocks.kv_blocks if small else None, scale, **small
+        ),
+        "quantize": lambda: backend.quantize_kv(
+            q, q, blocks.kv_blocks, per_channel, values or torch.int8
+        ),
         "pool": lambda: backend.block_pool(q, blocks.q_blocks),
         "state": lambda: backend.block_pool_state(q, q, blocks, None),
         "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
@@ -175,7 +208,7 @@ def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) ->
             # A program of d_keys has the keys of one block.
             keys = FINE_BLOCK if name != plain and kernel_name == "d_keys" else BLOCK
             # And one of d_queries half of a wide block's rows.
-            wide = name.startswith("wide") and kernel_name != "d_queries"
+            wide = "wide" in name and kernel_name != "d_queries"
             queries = WIDE_BLOCK if wide else BLOCK
             needed = 2 * queries * keys * head_dim * products
             found["useful_mma"] = round(needed / loop.flops, 3) if loop and needed else None
@@ -193,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for target in options.targets:
-        calls = all_cases()
+        calls = all_cases(target)
         for name in CASES.get(target, ALL):
             for row in compile_case(target, name, calls[name]):
                 rows.append(row)

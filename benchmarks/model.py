@@ -28,7 +28,8 @@ class Chip(NamedTuple):
     flops: int  # bf16 with float32 sums, a clock and multiprocessor
     memory: float  # bytes a clock and multiprocessor, from the cache
     latency: int  # clocks until a tile from there has arrived
-    eight_bit: float = 2.0  # products of INT8 or FP8, in units of bf16's
+    int8: float = 2.0  # products of 8 bits, in units of bf16's
+    fp8: float = 2.0  # with float32 sums
 
     def tflops(self, flops_per_clock: float) -> float:
         return flops_per_clock * self.multiprocessors * self.clock * 1e-3

@@ -6,6 +6,7 @@ tokens, head_dim; Nq and Nk = number of query and key blocks. The bundles are th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .types import (
+    GAINS,
+    LARGEST,
     Background,
     BlockLayout,
     BlockMask,
+    EightBit,
     FeatureMap,
     LinearBranch,
     LinearState,
@@ -25,7 +29,10 @@ from .types import (
     RmsLowRank,
     SiluMap,
     TokenBlocks,
+    value_slots,
 )
+
+TILE = 64  # keys that 8-bit attention takes at a time
 
 
 def dense_attention(
@@ -109,6 +116,73 @@ def block_sparse_attention(
     far = torch.einsum("bhqd,bhnd->bhqn", q, pooled.k.to(q.dtype)) * scale + sizes.log()
     scores = torch.cat((scores, far.masked_fill(kept, -torch.inf)), dim=-1)
     return _softmax_read(scores, torch.cat((v, pooled.v.to(v.dtype)), dim=2))
+
+
+def quantize_kv(
+    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, dtype: torch.dtype
+) -> EightBit:
+    """Keys and values in 8 bits: one scale per key block, one per channel of the values.
+
+    k, v `(B, H, L, D)`, k_mean `(B, H, D)`: any vector gives the same attention, the keys' mean the
+    least error. dtype: of the values. Rounding is to the nearest, ties to even.
+    """
+
+    def ordered(x: Tensor) -> Tensor:
+        found = x[:, :, blocks.slots].unflatten(2, blocks.tokens.shape)
+        return found.masked_fill(blocks.empty[..., None], 0.0)
+
+    centred = ordered(k - k_mean[:, :, None])
+    k_scale = centred.abs().amax(dim=(-2, -1)).clamp(min=1e-20) / 127
+    listed = blocks.block_of_token < blocks.num_blocks
+    largest = v.masked_fill(~listed[:, None], 0.0).abs().amax(dim=2)
+    v_scale = largest.clamp(min=1e-20) / LARGEST[dtype]
+    values = ordered(v / v_scale[:, :, None])[..., value_slots(blocks.block_size), :].mT
+    return EightBit(
+        (centred / k_scale[..., None, None]).round().to(torch.int8),
+        k_scale,
+        k_mean,
+        values.round().to(dtype) if dtype == torch.int8 else values.to(dtype),
+        v_scale,
+    )
+
+
+def eight_bit_attention(
+    q: Tensor, mask: BlockMask, kv: EightBit, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse_attention` in 8 bits: a row's kept blocks in tiles of 64 keys, one by one.
+
+    Weights are rounded relative to the largest score so far: -> out `(B, H, Lq, D)`, LSE.
+    """
+    log2_scale = softmax_scale(q, scale) / math.log(2)
+    q_scale = q.abs().amax(dim=-1).clamp(min=1e-20) / 127
+    q8 = (q / q_scale[..., None]).round()
+    each, (blocks, size) = max(1, TILE // mask.kv_blocks.block_size), mask.kv_blocks.tokens.shape
+    there = ~F.pad(mask.kv_blocks.empty, (0, 0, 0, 1), value=True)
+    keys = F.pad(kv.k.to(q.dtype) * kv.k_scale[..., None, None].to(q.dtype), (0, 0, 0, 0, 0, 1))
+    values = F.pad(kv.v.to(q.dtype)[..., value_slots(size).argsort()].mT, (0, 0, 0, 0, 0, 1))
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
+    rows = mask.q_blocks.block_of_token
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        lists = F.pad(mask.head_lists(b, h, blocks), (0, -mask.head_lists(b, h, 0).shape[1] % each),
+                      value=blocks)  # fmt: skip
+        highest, total = q.new_full(q.shape[2:3], -torch.inf), q.new_zeros(q.shape[2:3])
+        sums, gain = q.new_zeros(q.shape[2:]), GAINS[kv.v.dtype]
+        for tile in lists.split(each, dim=1):
+            tile = tile[rows]  # (Lq, each)
+            own = keys[b, h][tile].flatten(1, 2)
+            scores = torch.einsum("qd,qkd->qk", q8[b, h], own) * q_scale[b, h, :, None] * log2_scale
+            scores = scores.masked_fill(~there[tile].flatten(1), -torch.inf)
+            new = torch.maximum(highest, scores.amax(dim=1))
+            shift = new.masked_fill(new == -torch.inf, 0.0)
+            weights, fade = torch.exp2(scores - shift[:, None] + gain), torch.exp2(highest - shift)
+            rounded = weights.round() if kv.v.dtype == torch.int8 else weights.to(kv.v.dtype)
+            read = torch.einsum("qk,qkd->qd", rounded.to(q.dtype), values[b, h][tile].flatten(1, 2))
+            highest, total = new, total * fade + weights.sum(dim=1)
+            sums = sums * fade[:, None] + read
+        out[b, h] = sums / total.clamp(min=1e-300)[:, None] * kv.v_scale[b, h]
+        lse[b, h] = (highest + total.log2() - gain) * math.log(2)
+    shifted = torch.einsum("bhqd,bhd->bhq", q, kv.k_mean.to(q.dtype)) * softmax_scale(q, scale)
+    return out, lse + shifted
 
 
 def prefix_attention(

@@ -6,6 +6,7 @@ r = rank. All of these are plain values: nothing here launches a kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
@@ -394,6 +395,35 @@ class PooledKV(NamedTuple):
 
     k: Tensor  # (B, H, Nk, D)
     v: Tensor  # (B, H, Nk, D)
+
+
+class EightBit(NamedTuple):
+    """Keys and values in 8 bits and in block order: what a sparse kernel reads in their place.
+
+    Scores are (q8 . k8) q_scale k_scale + q . k_mean; the kernel rounds q, with a scale per row.
+    Values lie transposed; within 16 slots their order is that of `value_slots`. Empty slots hold 0.
+    """
+
+    k: Tensor  # (B, H, Nk, S, D) int8: (k - k_mean) / k_scale
+    k_scale: Tensor  # (B, H, Nk) float32
+    k_mean: Tensor  # (B, H, D) float32
+    v: Tensor  # (B, H, Nk, D, S) int8 or float8_e4m3fn: v / v_scale
+    v_scale: Tensor  # (B, H, D) float32
+
+
+# What weights are scaled by before they are rounded, log2, and the largest value of `EightBit.v`.
+GAINS = {torch.int8: math.log2(127), torch.float8_e4m3fn: 8.0}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def value_slots(block_size: int) -> Tensor:
+    """Which slot of a block stands at each place of `EightBit.v`: `(S,)` int64.
+
+    A thread's weights of 16 keys, as one product leaves them, are then in the order in which the
+    next one takes them.
+    """
+    place = torch.arange(block_size)
+    return place // 16 * 16 + place // 2 % 2 * 8 + place % 16 // 4 * 2 + place % 2
 
 
 class RankedBlocks(NamedTuple):

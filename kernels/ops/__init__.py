@@ -22,6 +22,7 @@ from ..types import (
     Background,
     BlockLayout,
     BlockMask,
+    EightBit,
     FeatureMap,
     FirstOrder,
     Gate,
@@ -38,6 +39,7 @@ from ..types import (
 )
 from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low_rank
 from .attention import block_sparse_attention, dense_attention
+from .eight_bit import quantize_kv
 from .fused import block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
@@ -48,6 +50,7 @@ __all__ = [
     "BlockLayout",
     "BlockMask",
     "Choice",
+    "EightBit",
     "FeatureMap",
     "FirstOrder",
     "Gate",
@@ -80,6 +83,7 @@ __all__ = [
     "mask_from_bits",
     "mix_background",
     "prefix_attention",
+    "quantize_kv",
     "rms_low_rank",
     "why_not",
 ]

@@ -10,6 +10,7 @@ from ..pytorch.common import empty_nhd
 from ..types import (
     Background,
     BlockMask,
+    EightBit,
     FeatureMap,
     FirstOrder,
     Gate,
@@ -19,13 +20,22 @@ from ..types import (
     TokenBlocks,
 )
 from .attention import block_sparse_attention
-from .register import mask_of, mask_operands, mask_parts, operation, wants_gradients, write
+from .register import (
+    eight_bit_of,
+    mask_of,
+    mask_operands,
+    mask_parts,
+    operation,
+    wants_gradients,
+    write,
+)
 from .validate import (
     check_attention,
     check_backend,
     check_background,
     check_blocks,
     check_devices,
+    check_eight_bit,
     check_heads,
     check_map,
     check_mask,
@@ -46,11 +56,12 @@ def block_sparse_mixed(
     scale: float | None = None,
     backend: str = "auto",
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """Kept blocks and background, mixed by their shares of the softmax mass: -> `(B, H, Lq, D)`.
 
-    Where gradients are required, its parts one by one. out: where to write, where no gradients are
-    wanted.
+    Where gradients are required, its parts one by one. out, eight_bit: as of
+    `block_sparse_attention`.
     """
     check_backend(backend)
     check_attention(q, k, v)
@@ -58,16 +69,16 @@ def block_sparse_mixed(
     check_background(background, q, mask.q_blocks)
     gradients = wants_gradients(q, k, v, background)
     check_out(out, q, gradients)
+    check_eight_bit(eight_bit, mask.kv_blocks, q)
     scale = softmax_scale(q, scale)
     if gradients:
         sparse, lse = block_sparse_attention(q, k, v, mask, scale=scale, backend=backend)
         return pytorch.mix_background(q, sparse, lse, mask.q_blocks, background)
     if is_compiling():
-        pieces = (*mask_parts(mask), *_background_parts(background))
+        pieces = (*mask_parts(mask), *_background_parts(background), list(eight_bit or ()))
         return write(block_sparse_mixed_op(q, k, v, *pieces, scale, backend), out)
-    return dispatch.run(
-        "block_sparse_mixed", backend, mask_operands(q, mask), q, k, v, mask, background, scale, out
-    )
+    found, rest = mask_operands(q, mask), (mask, background, scale, out, eight_bit)
+    return dispatch.run("block_sparse_mixed", backend, found, q, k, v, *rest)
 
 
 @operation("block_sparse_mixed")
@@ -81,14 +92,14 @@ def block_sparse_mixed_op(
     low_rank: list[Tensor | None],
     eps: float,
     act: str,
+    eight_bit: list[Tensor],
     scale: float,
     backend: str,
 ) -> Tensor:
     found = mask_of(mask, kv_listed, q, k)
     mixed = _background_of(background, low_rank, eps, act)
-    return dispatch.run(
-        "block_sparse_mixed", backend, mask_operands(q, found), q, k, v, found, mixed, scale
-    )
+    rest = (found, mixed, scale, None, eight_bit_of(eight_bit))
+    return dispatch.run("block_sparse_mixed", backend, mask_operands(q, found), q, k, v, *rest)
 
 
 @block_sparse_mixed_op.register_fake
@@ -155,10 +166,12 @@ def block_sparse_linear(
     scale: float | None = None,
     backend: str = "auto",
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """Kept blocks plus a linear branch (SLA): -> `(B, H, Lq, D)`.
 
     out: where to write; not allowed where gradients are required, which run the parts one by one.
+    eight_bit: as of `block_sparse_attention`.
     """
     check_backend(backend)
     check_attention(q, k, v)
@@ -169,6 +182,7 @@ def block_sparse_linear(
     check_devices(q, branch)
     gradients = wants_gradients(q, k, v, branch)
     check_out(out, q, gradients)
+    check_eight_bit(eight_bit, mask.kv_blocks, q)
     scale = softmax_scale(q, scale)
     if gradients:
         sparse, _ = block_sparse_attention(q, k, v, mask, scale=scale, backend=backend)
@@ -176,13 +190,13 @@ def block_sparse_linear(
     if is_compiling():
         (act, *feature_map), state, bias = branch
         tensors = [*feature_map, state.kv_state, state.normalizer, bias]
+        small = list(eight_bit or ())
         found = block_sparse_linear_op(
-            q, k, v, *mask_parts(mask), tensors, state.eps, act, scale, backend
+            q, k, v, *mask_parts(mask), tensors, state.eps, act, small, scale, backend
         )
         return write(found, out)
-    return dispatch.run(
-        "block_sparse_linear", backend, mask_operands(q, mask), q, k, v, mask, branch, scale, out
-    )
+    found, rest = mask_operands(q, mask), (mask, branch, scale, out, eight_bit)
+    return dispatch.run("block_sparse_linear", backend, found, q, k, v, *rest)
 
 
 @operation("block_sparse_linear")
@@ -195,6 +209,7 @@ def block_sparse_linear_op(
     branch: list[Tensor | None],
     eps: float,
     act: str,
+    eight_bit: list[Tensor],
     scale: float,
     backend: str,
 ) -> Tensor:
@@ -202,9 +217,8 @@ def block_sparse_linear_op(
     *feature_map, kv_state, normalizer, bias = branch
     state = LinearState(kv_state, normalizer, eps)  # type: ignore[arg-type]
     linear = LinearBranch(FeatureMap(act, *feature_map), state, bias)  # type: ignore[arg-type]
-    return dispatch.run(
-        "block_sparse_linear", backend, mask_operands(q, found), q, k, v, found, linear, scale
-    )
+    rest = (found, linear, scale, None, eight_bit_of(eight_bit))
+    return dispatch.run("block_sparse_linear", backend, mask_operands(q, found), q, k, v, *rest)
 
 
 @block_sparse_linear_op.register_fake

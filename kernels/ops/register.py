@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from ..pytorch.common import acc_dtype
 from ..triton_support import Operands
-from ..types import BlockMask, Packing, TokenBlocks
+from ..types import BlockMask, EightBit, Packing, TokenBlocks
 
 
 def _free_namespace() -> str:
@@ -79,6 +79,10 @@ def mask_of(tensors: Sequence[Tensor], kv_listed: int, q: Tensor, k: Tensor) -> 
         Packing(*packing) if packing else None,
         trusted=True,
     )
+
+
+def eight_bit_of(tensors: Sequence[Tensor]) -> EightBit | None:
+    return EightBit(*tensors) if tensors else None
 
 
 def write(found: Tensor, out: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from ..types import (
     ACTS,
     Background,
     BlockMask,
+    EightBit,
     FeatureMap,
     LinearState,
     RmsLowRank,
@@ -104,6 +105,18 @@ def check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     if mask.packing is not None:
         lists.append(mask.packing.starts)
     check_devices(q, [q_blocks.tokens, kv_blocks.tokens, *lists])
+
+
+def check_eight_bit(eight_bit: EightBit | None, kv_blocks: TokenBlocks | None, q: Tensor) -> None:
+    """Keys and values in 8 bits that were made of these blocks."""
+    if eight_bit is None:
+        return
+    if kv_blocks is None:
+        raise ValueError("eight_bit needs the kv_blocks that it was made of; found None")
+    (batch, heads, _, head_dim), (blocks, size) = q.shape, kv_blocks.tokens.shape
+    check_shape("eight_bit.k", eight_bit.k, (batch, heads, blocks, size, head_dim))
+    check_shape("eight_bit.v", eight_bit.v, (batch, heads, blocks, head_dim, size))
+    check_devices(q, eight_bit)
 
 
 def check_out(out: Tensor | None, q: Tensor, gradients: bool) -> None:

@@ -7,6 +7,7 @@ per head: a bf16 score of 100 is off by a quarter.
 from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low_rank
 from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
+from .eight_bit import quantize_kv
 from .fused import add_linear, block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
@@ -31,5 +32,6 @@ __all__ = [
     "marginal_linear",
     "mix_background",
     "prefix_attention",
+    "quantize_kv",
     "rms_low_rank",
 ]

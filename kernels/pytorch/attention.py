@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import BlockMask, PooledKV, TokenBlocks
+from ..types import BlockMask, EightBit, PooledKV, TokenBlocks
 from .common import acc_dtype, gather, per_head, scatter
+from .eight_bit import eight_bit_attention, merged
 
 # Query blocks per step. On a CPU the gathered keys should stay in the cache (measured: 4 to 16
 # blocks are best, fewer where a head keeps many keys); elsewhere a step should be large enough to
@@ -18,6 +19,7 @@ from .common import acc_dtype, gather, per_head, scatter
 CPU_BLOCKS_PER_STEP = 8
 CPU_STEP_BYTES = 3 << 20
 STEP_BYTES = 256 << 20
+BLOCK = 64  # queries, where nobody has cut them
 
 
 def dense_attention(
@@ -27,8 +29,11 @@ def dense_attention(
     kv_blocks: TokenBlocks | None,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.dense_attention`; some queries of one head at a time."""
+    if eight_bit is not None and kv_blocks is not None:
+        return eight_bit_attention(q, every_block(q, kv_blocks), eight_bit, scale, out)
     dtype = acc_dtype(q.dtype)
     queries_per_step = max(1, STEP_BYTES // (4 * k.shape[2]))
     listed = None
@@ -56,8 +61,12 @@ def block_sparse_attention(
     pooled: PooledKV | None,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.block_sparse_attention`."""
+    """See `reference.block_sparse_attention`, and `reference.eight_bit_attention`."""
+    if eight_bit is not None:
+        near = eight_bit_attention(q, mask, eight_bit, scale, None if pooled else out)
+        return near if pooled is None else _with_pooled(q, near, mask, pooled, scale, out)
     dtype, head_dim = acc_dtype(q.dtype), q.shape[-1]
     q_blocks, kv_blocks = mask.q_blocks, mask.kv_blocks
     bias = empty_slot_bias(kv_blocks, dtype)
@@ -91,6 +100,37 @@ def block_sparse_attention(
             results.append((found.to(q.dtype), lse))
         found, lse = (scatter(torch.cat(parts), q_blocks) for parts in zip(*results))
         return found, lse
+
+    return per_head(q, attend, nhd_outputs=1, out=out)
+
+
+def every_block(q: Tensor, kv_blocks: TokenBlocks) -> BlockMask:
+    """The mask that keeps all key blocks for all queries."""
+    q_blocks = TokenBlocks.cut(torch.arange(q.shape[2], device=q.device), BLOCK)
+    shape = (*q.shape[:2], q_blocks.num_blocks, kv_blocks.num_blocks)
+    lists = torch.arange(shape[-1], dtype=torch.int32, device=q.device).expand(shape)
+    counts = lists.new_full(shape[:-1], shape[-1])
+    return BlockMask(q_blocks, kv_blocks, lists, counts, trusted=True)
+
+
+def _with_pooled(
+    q: Tensor,
+    near: tuple[Tensor, Tensor],
+    mask: BlockMask,
+    pooled: PooledKV,
+    scale: float,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks, and one pooled key for every block that is not."""
+    dtype, (q_blocks, kv_blocks) = acc_dtype(q.dtype), (mask.q_blocks, mask.kv_blocks)
+
+    def attend(b: int, h: int) -> tuple[Tensor, Tensor]:
+        queries, (far_k, far_v) = gather(q[b, h], q_blocks, dtype), (x[b, h] for x in pooled)
+        bias = dropped_bias(mask.head_lists(b, h, kv_blocks.num_blocks), kv_blocks, dtype)
+        far = softmax_attention(queries, far_k.to(dtype), far_v.to(dtype), scale, bias)
+        own = near[0][b, h], near[1][b, h]
+        found, lse = merged(own, (scatter(far[0], q_blocks), scatter(far[1], q_blocks)))
+        return found.to(q.dtype), lse
 
     return per_head(q, attend, nhd_outputs=1, out=out)
 

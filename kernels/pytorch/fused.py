@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Background, BlockMask, FeatureMap, LinearBranch, LinearState, TokenBlocks
+from ..types import (
+    Background,
+    BlockMask,
+    EightBit,
+    FeatureMap,
+    LinearBranch,
+    LinearState,
+    TokenBlocks,
+)
 from .attention import block_sparse_attention
 from .common import acc_dtype, channels, per_head
 from .pooling import features
@@ -22,9 +30,10 @@ def block_sparse_mixed(
     background: Background,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """See `reference.block_sparse_mixed`."""
-    sparse, lse = block_sparse_attention(q, k, v, mask, None, scale)
+    sparse, lse = block_sparse_attention(q, k, v, mask, None, scale, None, eight_bit)
     return mix_background(q, sparse, lse, mask.q_blocks, background, out)
 
 
@@ -66,9 +75,10 @@ def block_sparse_linear(
     branch: LinearBranch,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """See `reference.block_sparse_linear`."""
-    sparse, _ = block_sparse_attention(q, k, v, mask, None, scale)
+    sparse, _ = block_sparse_attention(q, k, v, mask, None, scale, None, eight_bit)
     return add_linear(q, sparse, branch, out)
 
 

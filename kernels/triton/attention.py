@@ -25,7 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pytorch.common import empty_nhd
-from ..types import BlockMask, FeatureMap, LinearState, PooledKV, TokenBlocks
+from ..types import (
+    GAINS,
+    BlockMask,
+    EightBit,
+    FeatureMap,
+    LinearState,
+    PooledKV,
+    TokenBlocks,
+)
+from .eight_bit import load_keys, load_values, quantized_queries, weighted
 from .features import ACT_NUMBERS, add_linear, feature_tile, linear_weights
 from .launch import (
     aligned,
@@ -46,11 +55,12 @@ from .tiles import (
     block_tokens,
     full_tiles,
     head_ptr,
-    kept_tokens,
+    kept_blocks,
     list_of,
     load_rows,
     softmax_weights,
     store_rows,
+    tokens_of,
 )
 
 BLOCK = 64  # where the caller has no table
@@ -96,6 +106,7 @@ def dense_attention(
     kv_blocks: TokenBlocks | None,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.dense_attention`."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
@@ -105,7 +116,7 @@ def dense_attention(
         blocks = Tables(
             kv_table=table(kv_blocks), num_full=kv_blocks.num_full, block_k=kv_blocks.block_size
         )
-    launch(q, k, v, blocks, scale, out, lse)
+    launch(q, k, v, blocks, scale, out, lse, eight_bit=eight_bit)
     return out, lse
 
 
@@ -117,6 +128,7 @@ def block_sparse_attention(
     pooled: PooledKV | None,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_sparse_attention`; pooled keys and values enter in q's dtype."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
@@ -126,7 +138,7 @@ def block_sparse_attention(
         # Sizes in 16 bits: no asynchronous copy is so small, so they take no buffer.
         sizes = mask.kv_blocks.sizes.short()
         far = (*(x.to(q.dtype).contiguous() for x in pooled), sizes)
-    launch(q, k, v, Tables.of(mask), scale, out, lse, far)
+    launch(q, k, v, Tables.of(mask), scale, out, lse, far, eight_bit=eight_bit)
     return out, lse
 
 
@@ -190,6 +202,7 @@ def launch(
     lse: Tensor | None = None,
     pooled: tuple[Tensor, ...] | None = None,
     epilogue: Epilogue = NOTHING,
+    eight_bit: EightBit | None = None,
 ) -> None:
     """Run the forward kernel; what is None leaves its code out."""
     batch, heads, tokens, head_dim = q.shape
@@ -201,6 +214,8 @@ def launch(
         kind = "dense"
     if tables.block_q > BLOCK:
         kind = f"wide {kind}"
+    if eight_bit is not None:
+        kind = f"8-bit {kind}"
     mixing = epilogue.mixing or (None,) * 7
     feature_map, rank, state = FeatureMap("softmax"), 0, (None,) * 5
     if epilogue.linear is not None:
@@ -217,6 +232,7 @@ def launch(
         target,
         lse,
         *tables.pointers,
+        *(eight_bit or (None,) * 5),
         *(pooled or (None,) * 3),
         *map(as_operand, mixing),
         as_operand(epilogue.bias),
@@ -244,6 +260,7 @@ def launch(
         TILE_K=tables.tile_k,
         ACT=ACT_NUMBERS[feature_map.act],
         LEAN=lean,
+        GAIN=0.0 if eight_bit is None else GAINS[eight_bit.v.dtype],
         **launch_options(kind),
     )
     if target is not out:
@@ -264,6 +281,8 @@ def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     # blocks and lists: without lists every block is kept; starts, longest_first: of packed lists
     q_table_ptr, kv_table_ptr, num_full_ptr, lists_ptr, counts_ptr, starts_ptr, longest_first_ptr,
+    # keys and values in 8 bits, in block order: read instead of k and v
+    k8_ptr, k_scale_ptr, k_mean_ptr, v8_ptr, v_scale_ptr,
     # one pooled pseudo-key per dropped block
     pooled_k_ptr, pooled_v_ptr, sizes_ptr,
     # mixing by mass
@@ -280,7 +299,7 @@ def _forward(
     heads, q_tokens, k_tokens, n_q, n_k, list_width, rank, pe_rows, scale,
     D: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, RP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, ACT: tl.constexpr,
-    LEAN: tl.constexpr,
+    LEAN: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """Every group of pointers is optional: None leaves its code out.
 
@@ -317,30 +336,87 @@ def _forward(
     l = tl.zeros((BLOCK_Q,), tl.float32)  # running sum  # noqa: E741
     acc = tl.zeros((BLOCK_Q, VP), tl.float32)
     acc_1 = tl.zeros((BLOCK_Q, VP), tl.float32)
-    # Two loops: what a short block needs would slow every tile down.
-    for i in tl.range(0, full, EACH):
-        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, True)
-        k = load_rows(k_ptr, rows, k_row, D, DP, FULL=True)
-        v = load_rows(v_ptr, rows, v_row, D, VP, FULL=True)
+    # Two loops each: what a short block needs would slow every tile down.
+    if k8_ptr is None:
+        for i in tl.range(0, full, EACH):
+            block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, True)
+            rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, True)
+            k = load_rows(k_ptr, rows, k_row, D, DP, FULL=True)
+            v = load_rows(v_ptr, rows, v_row, D, VP, FULL=True)
+            if VP < DP:
+                v_1 = load_rows(v_ptr, rows, v_row, D, VP, VP, True)
+            scores = tl.dot(q, k.T)
+            weights, fade, m, l = softmax_weights(scores, log2_scale, m, l, False)  # noqa: E741
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+            if VP < DP:
+                acc_1 = tl.dot(weights.to(v.dtype), v_1, acc_1 * fade[:, None])
+        for i in tl.range(full, count, EACH, num_stages=1):
+            block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, False)
+            rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, False)
+            k = load_rows(k_ptr, rows, k_row, D, DP)
+            scores = tl.where((rows >= 0)[None, :], tl.dot(q, k.T), -float("inf"))
+            weights, fade, m, l = softmax_weights(scores, log2_scale, m, l, True)  # noqa: E741
+            v = load_rows(v_ptr, rows, v_row, D, VP)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+            if VP < DP:
+                v = load_rows(v_ptr, rows, v_row, D, VP, VP)
+                acc_1 = tl.dot(weights.to(v.dtype), v, acc_1 * fade[:, None])
+        m = m * log2_scale
+    else:
+        k8_ptr += head * n_k * (BLOCK_K * D)
+        v8_ptr += head * n_k * (BLOCK_K * D)
+        k_scale_ptr += head * n_k
+        q8, q_scale = quantized_queries(q)
+        row_scale = q_scale * log2_scale
+        columns = tl.arange(0, DP)
+        mean = tl.load(k_mean_ptr + head * D + columns, mask=columns < D, other=0.0)
+        without_mean = tl.sum(q.to(tl.float32) * mean[None, :], 1) * log2_scale
+        inside = tl.arange(0, TILE_K) % BLOCK_K
+        for i in tl.range(0, full, EACH):
+            block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, True)
+            slots = block * BLOCK_K + inside
+            k = load_keys(k8_ptr, slots, D, DP)
+            k_scale = tl.load(k_scale_ptr + block + inside * 0)
+            v = load_values(v8_ptr, block, D, VP, 0, BLOCK_K, TILE_K)
+            if VP < DP:
+                v_1 = load_values(v8_ptr, block, D, VP, VP, BLOCK_K, TILE_K)
+            scores = tl.dot(q8, k.T).to(tl.float32) * k_scale[None, :]
+            weights, fade, m, l = softmax_weights(  # noqa: E741
+                scores, row_scale, m, l, False, GAIN, True
+            )
+            acc = acc * fade[:, None] + weighted(weights, v)
+            if VP < DP:
+                acc_1 = acc_1 * fade[:, None] + weighted(weights, v_1)
+        for i in tl.range(full, count, EACH, num_stages=1):
+            block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, False)
+            rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, False)
+            slots = block * BLOCK_K + inside
+            k = load_keys(k8_ptr, slots, D, DP)
+            k_scale = tl.load(k_scale_ptr + block + inside * 0)
+            scores = tl.dot(q8, k.T).to(tl.float32) * k_scale[None, :]
+            scores = tl.where((rows >= 0)[None, :], scores, -float("inf"))
+            weights, fade, m, l = softmax_weights(  # noqa: E741
+                scores, row_scale, m, l, True, GAIN, True
+            )
+            v = load_values(v8_ptr, block, D, VP, 0, BLOCK_K, TILE_K)
+            acc = acc * fade[:, None] + weighted(weights, v)
+            if VP < DP:
+                v = load_values(v8_ptr, block, D, VP, VP, BLOCK_K, TILE_K)
+                acc_1 = acc_1 * fade[:, None] + weighted(weights, v)
+        # Back to plain units: what follows continues the same softmax in 16 bits.
+        m = m * row_scale + without_mean
+        SMALL: tl.constexpr = 2.0**-GAIN
+        l *= SMALL  # noqa: E741
+        v_scale_ptr += head * D
+        columns = tl.arange(0, VP)
+        size = tl.load(v_scale_ptr + columns, mask=columns < D, other=0.0) * SMALL
+        acc = acc * size[None, :]
         if VP < DP:
-            v_1 = load_rows(v_ptr, rows, v_row, D, VP, VP, True)
-        weights, fade, m, l = softmax_weights(tl.dot(q, k.T), log2_scale, m, l, False)  # noqa: E741
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
-        if VP < DP:
-            acc_1 = tl.dot(weights.to(v.dtype), v_1, acc_1 * fade[:, None])
-    for i in tl.range(full, count, EACH, num_stages=1):
-        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, False)
-        k = load_rows(k_ptr, rows, k_row, D, DP)
-        scores = tl.where((rows >= 0)[None, :], tl.dot(q, k.T), -float("inf"))
-        weights, fade, m, l = softmax_weights(scores, log2_scale, m, l, True)  # noqa: E741
-        v = load_rows(v_ptr, rows, v_row, D, VP)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
-        if VP < DP:
-            v = load_rows(v_ptr, rows, v_row, D, VP, VP)
-            acc_1 = tl.dot(weights.to(v.dtype), v, acc_1 * fade[:, None])
-    m = m * log2_scale
+            size = tl.load(v_scale_ptr + VP + columns, mask=VP + columns < D, other=0.0) * SMALL
+            acc_1 = acc_1 * size[None, :]
 
     if pooled_k_ptr is not None:
+        plain = tl.full((), 1.0, tl.float32)  # these scores are in log2 units already
         offset = 0  # list entries before this tile: the list is sorted
         for start in tl.range(0, n_k, TILE_K, num_stages=2):
             blocks = start + tl.arange(0, TILE_K)
@@ -354,7 +430,7 @@ def _forward(
             sizes = tl.load(sizes_ptr + blocks, mask=blocks < n_k, other=1).to(tl.float32)
             scores = tl.dot(q, k.T) * log2_scale + tl.log2(sizes)[None, :]
             scores = tl.where(dropped[None, :], scores, -float("inf"))
-            weights, fade, m, l = softmax_weights(scores, 1.0, m, l, True)  # noqa: E741
+            weights, fade, m, l = softmax_weights(scores, plain, m, l, True)  # noqa: E741
             pooled_v = pooled_v_ptr + head * n_k * D
             v = load_rows(pooled_v, rows, D // STRIDE_UNIT, D, VP)
             acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])

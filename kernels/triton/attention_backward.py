@@ -22,10 +22,11 @@ from .tiles import (
     block_tokens,
     full_tiles,
     head_ptr,
-    kept_tokens,
+    kept_blocks,
     list_of,
     load_rows,
     store_rows,
+    tokens_of,
 )
 from .transpose import transposed_lists
 
@@ -187,14 +188,16 @@ def _d_queries(
     EACH: tl.constexpr = TILE_K // BLOCK_K
     full = full_tiles(lists_ptr, num_full_ptr, count, n_k, k_tokens, BLOCK_K, TILE_K)
     for i in tl.range(0, full, EACH):
-        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, True)
+        block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, True)
+        rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, True)
         k = load_rows(k_ptr, rows, k_row, D, DP, FULL=True)
         v = load_rows(v_ptr, rows, v_row, D, DP, FULL=True)
         weights = tl.exp2(tl.dot(q, k.T) * log2_scale - lse[:, None])
         d_scores = weights * (tl.dot(d_out, v.T) - delta[:, None])
         d_q = tl.dot(d_scores.to(k.dtype), k, d_q)
     for i in tl.range(full, count, EACH, num_stages=1):
-        rows = kept_tokens(kv_table_ptr, lists_ptr, i, count, k_tokens, BLOCK_K, TILE_K, False)
+        block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, False)
+        rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, False)
         k = load_rows(k_ptr, rows, k_row, D, DP)
         v = load_rows(v_ptr, rows, v_row, D, DP)
         weights = tl.exp2(tl.dot(q, k.T) * log2_scale - lse[:, None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..pytorch.common import empty_nhd
-from ..types import Background, BlockMask, FirstOrder, LinearBranch
+from ..types import Background, BlockMask, EightBit, FirstOrder, LinearBranch
 from .attention import Epilogue, Linear, Mixing, Tables, launch, normalised
 
 
@@ -17,6 +17,7 @@ def block_sparse_mixed(
     background: Background,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """See `reference.block_sparse_mixed`: mixed before anything is written."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
@@ -27,7 +28,7 @@ def block_sparse_mixed(
         epilogue = Epilogue("mixed", mixing)
     else:
         epilogue = Epilogue("low_rank", mixing, Linear(*low_rank))
-    launch(q, k, v, Tables.of(mask), scale, out, epilogue=epilogue)
+    launch(q, k, v, Tables.of(mask), scale, out, epilogue=epilogue, eight_bit=eight_bit)
     return out
 
 
@@ -52,10 +53,11 @@ def block_sparse_linear(
     branch: LinearBranch,
     scale: float,
     out: Tensor | None = None,
+    eight_bit: EightBit | None = None,
 ) -> Tensor:
     """See `reference.block_sparse_linear`."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
     linear = Linear(branch.feature_map, branch.state)
     epilogue = Epilogue("linear", linear=linear, bias=branch.bias)
-    launch(q, k, v, Tables.of(mask), scale, out, epilogue=epilogue)
+    launch(q, k, v, Tables.of(mask), scale, out, epilogue=epilogue, eight_bit=eight_bit)
     return out

@@ -65,28 +65,42 @@ def padded(width: int) -> int:
     return max(32, 1 << (width - 1).bit_length())
 
 
-# The forward by what it adds to its output; "wide": with query blocks of 128.
+# The forward by what it adds to its output; "wide": with query blocks of 128, "8-bit": with keys
+# and values in 8 bits.
 FORWARD = ("forward", "mixed", "pooled", "linear", "low_rank")
 
 
-def _forward(launch: Launch, wide: Launch, dense: Launch, **others: Launch) -> dict[str, Launch]:
-    """The launches of the forward: one of all kinds, but for some."""
-    found = dict.fromkeys(FORWARD, launch) | {f"wide {kind}": wide for kind in FORWARD}
-    return found | {"dense": dense} | others
+class Forward(NamedTuple):
+    """Launches of the forward, of all its kinds."""
+
+    narrow: Launch
+    wide: Launch
+    dense: Launch
+    narrow_8bit: Launch
+    wide_8bit: Launch
+
+    def by_name(self) -> dict[str, Launch]:
+        found = {"dense": self.dense, "8-bit dense": self.narrow_8bit}
+        for kind in FORWARD:
+            found |= {kind: self.narrow, f"wide {kind}": self.wide}
+            found |= {f"8-bit {kind}": self.narrow_8bit, f"8-bit wide {kind}": self.wide_8bit}
+        return found
 
 
 # Products that read and write registers (mma.sync).
-_LEAN = {
-    **_forward(Launch(4, 3, True), wide=Launch(8, 5, True), dense=Launch(4, 2, True)),
-    "d_queries": Launch(8, 2),
-    "d_keys": Launch(8, 2),
-}
+_LEAN = Forward(
+    narrow=Launch(4, 3, True),
+    wide=Launch(8, 5, True),
+    dense=Launch(4, 2, True),
+    narrow_8bit=Launch(4, 3, True),
+    wide_8bit=Launch(8, 4, True),
+)
 # Launch parameters by architecture and kernel for half precision at D = 128; chosen by static
 # checks and the estimate (benchmarks/results/compile.json, benchmarks/model.py), not yet by
 # measurement. "other" serves what is not named.
 TABLE: dict[str, dict[str, Launch]] = {
     "other": {
-        **_forward(Launch(4, 3), wide=Launch(8, 3), dense=Launch(4, 2)),
+        **Forward(Launch(4, 3), Launch(8, 3), Launch(4, 2), Launch(4, 3), Launch(8, 3)).by_name(),
         "d_queries": Launch(8, 2),
         "d_keys": Launch(8, 2),
         "mass": Launch(4, 3),
@@ -94,28 +108,33 @@ TABLE: dict[str, dict[str, Launch]] = {
         "state": Launch(8, 2),
         "features": Launch(8, 1),
         "select": Launch(8, 1),
+        "quantize": Launch(4, 1),
     },
-    "80": _LEAN | _forward(Launch(4, 5, True), wide=Launch(8, 5, True), dense=Launch(4, 3, True)),
-    "86": _LEAN,
-    "89": _LEAN,
-    "120": _LEAN,
+    # Shared memory for two buffers, and still two programs.
+    "80": _LEAN._replace(narrow=Launch(4, 5, True), dense=Launch(4, 3, True)).by_name(),
+    "86": _LEAN.by_name(),
+    "89": _LEAN.by_name(),
+    "120": _LEAN.by_name(),
     # One warpgroup of four warps owns 64 rows of a wgmma; two that share them issue up to half as
     # much again.
     "90": {
-        **_forward(Launch(4, 5), wide=Launch(8, 5), dense=Launch(4, 3)),
+        **Forward(
+            Launch(4, 5), Launch(8, 5), Launch(4, 3), Launch(4, 4, True), Launch(8, 4)
+        ).by_name(),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
     "100": {
-        **_forward(
-            Launch(4, 3), wide=Launch(8, 3, True), dense=Launch(8, 3), low_rank=Launch(8, 3)
-        ),
+        **Forward(
+            Launch(4, 3), Launch(8, 3, True), Launch(8, 3), Launch(4, 3), Launch(8, 3)
+        ).by_name(),
+        "low_rank": Launch(8, 3),
         "features": Launch(8, 2),
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 1),
     },
     "gfx942": {
-        **_forward(Launch(4, 3), wide=Launch(8, 3), dense=Launch(4, 2)),
+        **Forward(Launch(4, 3), Launch(8, 3), Launch(4, 2), Launch(4, 2), Launch(8, 2)).by_name(),
         "d_queries": Launch(4, 1),
         "d_keys": Launch(4, 1),
     },

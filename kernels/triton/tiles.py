@@ -76,39 +76,47 @@ def full_tiles(
 
 
 @triton.jit
-def kept_tokens(
-    table_ptr, lists_ptr, first, count, tokens,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Tokens `(TILE,)` of a list's blocks from entry `first` on, -1 where there are none.
+def kept_blocks(
+    lists_ptr, first, count, BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr
+):
+    """A list's blocks from entry `first` on, TILE // BLOCK of them, as the block of every key.
 
-    TILE // BLOCK entries make a tile; without a list its entries are all blocks in order. FULL:
-    each of them is there and has no empty slot, so that nothing needs a mask.
+    `(TILE,)`, or one number where a tile is a block; without a list all blocks are there, in order.
+    Entries from `count` on name block 0; FULL: there are none.
     """
-    slots = tl.arange(0, TILE)
     if TILE == BLOCK:
         block = first
         if lists_ptr is not None:
             block = tl.load(lists_ptr + first).to(tl.int32)
-        rows = block * BLOCK + slots
-        there = rows >= 0
     else:
-        entries = first + slots // BLOCK
-        there = entries < count
-        block = entries
+        block = first + tl.arange(0, TILE) // BLOCK
         if lists_ptr is not None:
             if FULL:
-                block = tl.load(lists_ptr + entries).to(tl.int32)
+                block = tl.load(lists_ptr + block).to(tl.int32)
             else:
-                block = tl.load(lists_ptr + entries, mask=there, other=0).to(tl.int32)
-        rows = block * BLOCK + slots % BLOCK
+                block = tl.load(lists_ptr + block, mask=block < count, other=0).to(tl.int32)
+        elif not FULL:
+            block = tl.where(block < count, block, 0)
+    return block
+
+
+@triton.jit
+def tokens_of(
+    table_ptr, block, first, count, tokens,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Tokens `(TILE,)` of what `kept_blocks` found, -1 where there are none.
+
+    FULL: each of them is there and has no empty slot, so that nothing needs a mask.
+    """
+    slots = tl.arange(0, TILE)
+    rows = block * BLOCK + slots % BLOCK
     if table_ptr is not None:
-        if FULL or TILE == BLOCK:
-            rows = tl.load(table_ptr + rows)
-        else:
-            rows = tl.load(table_ptr + rows, mask=there, other=-1)
+        rows = tl.load(table_ptr + rows)
     elif not FULL:
-        rows = tl.where(there & (rows < tokens), rows, -1)
+        rows = tl.where(rows < tokens, rows, -1)
+    if not FULL and TILE > BLOCK:
+        rows = tl.where(first + slots // BLOCK < count, rows, -1)
     return rows
 
 
@@ -157,17 +165,26 @@ def store_rows(
 
 
 @triton.jit
-def softmax_weights(scores, log2_scale, running_max, running_sum, ABSENT: tl.constexpr):
+def softmax_weights(
+    scores, log2_scale, running_max, running_sum,
+    ABSENT: tl.constexpr, GAIN: tl.constexpr = 0.0, PER_ROW: tl.constexpr = False,
+):  # fmt: skip
     """Take one tile of scores into the running softmax.
 
     -> their weights, what earlier sums fade by, and the new running_max and running_sum `(BLOCK,)`.
-    Scores are plain products: the scale is applied in float32, in the exponent, where it costs
-    nothing. ABSENT: some may be -inf, all of a row even.
+    Scores are plain products: the scale, one number or (PER_ROW) `(BLOCK,)`, is applied in float32,
+    in the exponent, where it costs nothing. ABSENT: some may be -inf, all of a row even. Weights
+    and their sum are 2 ** GAIN times as large.
     """
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     shift = new_max * log2_scale
     if ABSENT:
         shift = tl.where(new_max == -float("inf"), 0.0, shift)
-    weights = tl.exp2(scores * log2_scale - shift[:, None])
     fade = tl.exp2(running_max * log2_scale - shift)
+    if GAIN != 0.0:
+        shift -= GAIN
+    row_scale = log2_scale
+    if PER_ROW:
+        row_scale = log2_scale[:, None]
+    weights = tl.exp2(scores * row_scale - shift[:, None])
     return weights, fade, new_max, running_sum * fade + tl.sum(weights, 1)

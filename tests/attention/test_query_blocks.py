@@ -61,7 +61,7 @@ def test_a_dense_step_is_enough_to_know():
 
 def test_an_error_target_counts_blocks():
     for agree, expected in ((True, 128), (False, 64)):
-        found = run(target="error", error=0.02)
+        found = run(target="error", error=0.3)
         steps(found, states(agree))
         assert found.query_block == expected
 

@@ -56,6 +56,22 @@ def _round(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def _to_fp8(values: np.ndarray) -> np.ndarray:
+    """float32 -> e4m3 bits, to nearest even; stock rounds ties up, and small numbers to 0."""
+    small = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.float8_e4m3fn)
+    return small.view(torch.uint8).numpy()
+
+
+def _from_fp8(bits: np.ndarray) -> np.ndarray:
+    small = torch.from_numpy(np.ascontiguousarray(bits, np.uint8)).view(torch.float8_e4m3fn)
+    return small.float().numpy()
+
+
+def _as(handle: Any, dtype: Any) -> Any:
+    kind = {np.float64: tl.float64, np.int32: tl.int32}[dtype]
+    return Handle(handle.data.astype(dtype), kind)
+
+
 def _repair_bounds() -> None:
     stock = interpreter._patch_lang_tensor
 
@@ -90,6 +106,8 @@ def _repair_casts() -> None:
         return stock_cast(self, source, wanted)
 
     def fp_to_fp(self, source, wanted, rounding):
+        if wanted.scalar == tl.float8e4nv and source.dtype.scalar == tl.float32:
+            return Handle(_to_fp8(source.data), tl.float8e4nv)
         if source.dtype.scalar in FLOATS and wanted.scalar in FLOATS:
             return cast(self, source, wanted)
         return stock_fp(self, source, wanted, rounding)
@@ -118,11 +136,19 @@ def _repair_arithmetic() -> None:
             return stock_unary(self, value, operation)
         return Handle(_round(operation(_widen(value.data))), tl.bfloat16)
 
-    def dot(self, left, right, *rest):
-        left, right = (
-            Handle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (left, right)
-        )
-        return stock_dot(self, left, right, *rest)
+    def operand(x):
+        if _is_bf16(x):
+            return Handle(_widen(x.data), tl.float32)
+        if x.dtype.scalar == tl.float8e4nv:
+            return Handle(_from_fp8(x.data), tl.float32)
+        if x.dtype.scalar == tl.int8:  # exact in float64, and many times as fast
+            return Handle(x.data.astype(np.float64), tl.float64)
+        return x
+
+    def dot(self, left, right, start, *rest):
+        own, whole = (operand(left), operand(right)), left.dtype.scalar == tl.int8
+        found = stock_dot(self, *own, _as(start, np.float64) if whole else start, *rest)
+        return _as(found, np.int32) if whole else found
 
     Builder.binary_op, Builder.unary_op, Builder.create_dot = binary, unary, dot
 
