@@ -14,6 +14,7 @@ from ..kernels.types import BlockMask, blocks_needed
 from .accounting import AttentionCost, dense_flops
 from .call import AttentionCall, LayerInputs
 from .methods.calibration import Lesson
+from .methods.precision import Precision
 from .plan import ResolvedPlan
 from .run import AttentionRun
 
@@ -74,6 +75,16 @@ class MethodComparison:
     def lessons(self) -> dict[Hashable, list[Lesson]]:
         """None: what is learned here serves the comparison."""
         return {}
+
+    @property
+    def query_block(self) -> int:
+        """That of the first method."""
+        return next(iter(self.runs.values())).query_block
+
+    @property
+    def precision(self) -> Precision:
+        """That of the first method."""
+        return next(iter(self.runs.values())).precision
 
     def dense_reason(self, step: int, num_steps: int) -> None:
         """Nothing: every step is compared."""

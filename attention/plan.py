@@ -28,6 +28,7 @@ BLOCK = 64
 FINE = 16  # tokens of a key block where nothing asks for BLOCK
 KEY_BLOCKS = ("auto", "16", "32", "64")
 QUERY_BLOCKS = ("auto", "64", "128")
+PRECISIONS = ("auto", "16-bit", "8-bit")
 ALLOCATIONS = ("auto", "uniform")
 TARGETS = ("sparsity", "error")
 ALLOCATED = ("ropeslr", "top-k", "top-k plain")  # methods whose heads find their own share
@@ -61,6 +62,7 @@ class _Settings:
     target: str = "sparsity"
     error: float = 0.05
     query_block: str = "auto"
+    precision: str = "auto"
 
 
 CHOICES = {
@@ -71,6 +73,7 @@ CHOICES = {
     "sla_variant": SLA_VARIANTS,
     "key_block": KEY_BLOCKS,
     "query_block": QUERY_BLOCKS,
+    "precision": PRECISIONS,
     "allocation": ALLOCATIONS,
     "target": TARGETS,
 }
@@ -97,7 +100,8 @@ class SparsePlan(_Settings):
     schedule that stay dense. dense_layers: layers that stay dense. key_block: tokens of a key
     block. query_block: queries that keep the same key blocks. allocation: "auto" lets layers and
     heads share what sparsity leaves, "uniform" gives all the same. target "error": as many blocks
-    as keep the outputs' lost energy at `error` of theirs.
+    as keep the outputs' lost energy at `error` of theirs. precision: of keys and values; "auto": 8
+    bits where they were measured to be faster, for the layers that lose little by it.
 
     Every field is checked on construction; a ValueError names the field, what was found and what
     was expected. `resolve` replaces every "auto" by what it means.
@@ -183,8 +187,8 @@ class SparsePlan(_Settings):
 
 @dataclass(frozen=True)
 class ResolvedPlan(_Settings):
-    """A plan as it runs, with the adapter that its method uses. "auto" are only the backend, and
-    what the run finds out: allocation and, with it, query_block.
+    """A plan as it runs, with the adapter that its method uses. "auto" are only backend, precision,
+    and what the run finds out: allocation and, with it, query_block.
 
     calibrate: "off", "first step", "every step", "periodic" or "refine". asked: what it was before.
     """

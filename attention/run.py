@@ -14,8 +14,9 @@ from ..kernels.types import BlockMask
 from .accounting import AttentionCost, dense_flops, sparse_flops
 from .call import AttentionCall, LayerInputs
 from .methods import Method, MethodOutput, create
-from .methods.base import routing_cost
+from .methods.base import QKV, routing_cost
 from .methods.calibration import Lesson
+from .methods.precision import Precision
 from .plan import ResolvedPlan
 
 
@@ -42,6 +43,11 @@ class Attention(Protocol):
     @property
     def query_block(self) -> int:
         """Queries that keep the same key blocks, as far as that is known."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """How many calls attended in 8 bits, and which layers may."""
         ...
 
     def missing(self, inputs: LayerInputs) -> str | None:
@@ -82,6 +88,10 @@ class AttentionRun:
     @property
     def query_block(self) -> int:
         return self.method.query_block
+
+    @property
+    def precision(self) -> Precision:
+        return self.method.precision
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """See `Attention.dense_reason`."""
@@ -126,6 +136,7 @@ class AttentionRun:
         with _full_precision(q.device):
             own = None if out is None else out[:, :, video]
             found = self.method.attend(q[:, :, video], k, v, call, own)
+            self.method.judge_precision(QKV(q[:, :, video], k, v), call)
             if self.on_mask is not None and found.mask is not None:
                 self.on_mask(found.mask)
             if out is not None:

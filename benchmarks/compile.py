@@ -166,6 +166,7 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
             per_channel,
             empty(*by_block, head_dim, key_block, of=values),
             per_channel,
+            per_channel,
         )
     return {
         "plain": lambda: backend.block_sparse_attention(*sparse, None, scale, **small),
@@ -177,7 +178,7 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
             q[:, :, :128], q, q, blocks.kv_blocks if small else None, scale, **small
         ),
         "quantize": lambda: backend.quantize_kv(
-            q, q, blocks.kv_blocks, per_channel, values or torch.int8
+            q, q, blocks.kv_blocks, per_channel, per_channel, values or torch.int8
         ),
         "pool": lambda: backend.block_pool(q, blocks.q_blocks),
         "state": lambda: backend.block_pool_state(q, q, blocks, None),

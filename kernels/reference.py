@@ -119,12 +119,12 @@ def block_sparse_attention(
 
 
 def quantize_kv(
-    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, dtype: torch.dtype
+    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, v_mean: Tensor, dtype: torch.dtype
 ) -> EightBit:
     """Keys and values in 8 bits: one scale per key block, one per channel of the values.
 
-    k, v `(B, H, L, D)`, k_mean `(B, H, D)`: any vector gives the same attention, the keys' mean the
-    least error. dtype: of the values. Rounding is to the nearest, ties to even.
+    k, v `(B, H, L, D)`, k_mean, v_mean `(B, H, D)`: any vectors give the same attention, the means
+    the least error. dtype: of the values. Rounding is to the nearest, ties to even.
     """
 
     def ordered(x: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def quantize_kv(
     centred = ordered(k - k_mean[:, :, None])
     k_scale = centred.abs().amax(dim=(-2, -1)).clamp(min=1e-20) / 127
     listed = blocks.block_of_token < blocks.num_blocks
-    largest = v.masked_fill(~listed[:, None], 0.0).abs().amax(dim=2)
-    v_scale = largest.clamp(min=1e-20) / LARGEST[dtype]
+    v = (v - v_mean[:, :, None]).masked_fill(~listed[:, None], 0.0)
+    v_scale = v.abs().amax(dim=2).clamp(min=1e-20) / LARGEST[dtype]
     values = ordered(v / v_scale[:, :, None])[..., value_slots(blocks.block_size), :].mT
     return EightBit(
         (centred / k_scale[..., None, None]).round().to(torch.int8),
@@ -143,6 +143,7 @@ def quantize_kv(
         k_mean,
         values.round().to(dtype) if dtype == torch.int8 else values.to(dtype),
         v_scale,
+        v_mean,
     )
 
 
@@ -179,7 +180,8 @@ def eight_bit_attention(
             read = torch.einsum("qk,qkd->qd", rounded.to(q.dtype), values[b, h][tile].flatten(1, 2))
             highest, total = new, total * fade + weights.sum(dim=1)
             sums = sums * fade[:, None] + read
-        out[b, h] = sums / total.clamp(min=1e-300)[:, None] * kv.v_scale[b, h]
+        read = sums / total.clamp(min=1e-300)[:, None] * kv.v_scale[b, h]
+        out[b, h] = torch.where(total[:, None] > 0, read + kv.v_mean[b, h], 0.0)
         lse[b, h] = (highest + total.log2() - gain) * math.log(2)
     shifted = torch.einsum("bhqd,bhd->bhq", q, kv.k_mean.to(q.dtype)) * softmax_scale(q, scale)
     return out, lse + shifted

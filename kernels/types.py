@@ -407,8 +407,9 @@ class EightBit(NamedTuple):
     k: Tensor  # (B, H, Nk, S, D) int8: (k - k_mean) / k_scale
     k_scale: Tensor  # (B, H, Nk) float32
     k_mean: Tensor  # (B, H, D) float32
-    v: Tensor  # (B, H, Nk, D, S) int8 or float8_e4m3fn: v / v_scale
+    v: Tensor  # (B, H, Nk, D, S) int8 or float8_e4m3fn: (v - v_mean) / v_scale
     v_scale: Tensor  # (B, H, D) float32
+    v_mean: Tensor  # (B, H, D) float32
 
 
 # What weights are scaled by before they are rounded, log2, and the largest value of `EightBit.v`.

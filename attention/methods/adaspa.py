@@ -132,8 +132,9 @@ class AdaSpa(Method):
         call: AttentionCall,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        small = self.eight_bit(k, v, call)
         return ops.block_sparse_attention(
-            q, k, v, mask, scale=call.scale, backend=self.plan.backend, out=out
+            q, k, v, mask, scale=call.scale, backend=self.plan.backend, out=out, eight_bit=small
         )
 
     def _mask(self, found: SearchResult, call: AttentionCall, device: torch.device) -> BlockMask:

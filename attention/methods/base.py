@@ -12,6 +12,7 @@ from ...kernels import ops
 from ...kernels.types import (
     BlockLayout,
     BlockMask,
+    EightBit,
     PooledKV,
     Prefixes,
     RankedBlocks,
@@ -25,6 +26,7 @@ from ..call import AttentionCall
 from ..plan import BLOCK, ResolvedPlan
 from .adapter_terms import at_noise
 from .calibration import Lesson
+from .precision import Precision
 
 PROBED_ROWS = 64  # queries that a probe computes exactly; more change nothing that was measured
 WIDE = 2 * BLOCK  # queries of a block where the probes allow it: faster
@@ -99,6 +101,7 @@ class Method:
         self.query_block = plan.query_tokens
         # The same with query blocks of WIDE, until the run knows what those cost.
         self._wide: Allocation | None = None
+        self.precision = Precision(plan)
         if plan.allocates:
             self.allocation = Allocation(plan.probe_interval, plan.error_target)
             if plan.query_block == "auto" and plan.probes:
@@ -131,6 +134,43 @@ class Method:
         out `(B, H, Lv, D)`: where to write; without one, a new tensor.
         """
         raise NotImplementedError
+
+    def eight_bit(
+        self, k: Tensor, v: Tensor, call: AttentionCall, means: Tensor | None = None
+    ) -> EightBit | None:
+        """Keys and values in 8 bits, where this call attends in them; means: of the key blocks."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return None
+        blocks = self.blocks(call.layout, k.device).kv_blocks
+        return self.precision.keys_and_values(k, v, call.layer, blocks, means)
+
+    def judge_precision(
+        self,
+        qkv: QKV,
+        call: AttentionCall,
+        exact: tuple[Tensor, Tensor] | None = None,
+        lost: Tensor | None = None,
+    ) -> None:
+        """Find out whether a layer may attend in 8 bits, where that is open.
+
+        exact: some queries `(B, H, R, D)` and their exact outputs, where known; lost: see
+        `Precision.judge`.
+        """
+        if not self.precision.open(call.layer, qkv.q):
+            return
+        with torch.no_grad():
+            q, k, v = (x.detach() for x in qkv)
+            blocks, options = self.blocks(call.layout, q.device), dict(backend=self.plan.backend)
+            if exact is None:
+                some_q = q.index_select(2, self.some_queries(q, call, PROBED_ROWS).tokens)
+                seen = self.seen_keys(call.layout, q.device)
+                out, _ = ops.dense_attention(some_q, k, v, seen, scale=call.scale, **options)
+                exact = some_q, out
+            small = self.precision.quantized(k, v, blocks.kv_blocks, None)
+            found, _ = ops.dense_attention(
+                exact[0], k, v, blocks.kv_blocks, scale=call.scale, eight_bit=small, **options
+            )
+            self.precision.judge(call.layer, exact[1], found, lost)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
         """See a call that stays dense, for what follows it; arguments as of `attend`: -> FLOPs."""

@@ -62,8 +62,9 @@ class RmsMethod(Method):
             found = found if out is None else out.copy_(found)
             return MethodOutput(found, None, 0.0, background)
         routing = self.route(q, k, call)
+        small = self.eight_bit(k, v, call, routing.pooled_k)
         sparse, _ = ops.block_sparse_attention(
-            q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend
+            q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, eight_bit=small
         )
         found = ops.add_rms_low_rank(q, own_k, own_v, sparse, gate, branch, out=out)
         return MethodOutput(found, routing.mask, routing.density, background)

@@ -104,8 +104,9 @@ class RoPeSLR(Method):
         backend = self.plan.backend
         if self.plan.drops_nothing(q.shape[2]):
             routing = self.route(q, k, call)
+            small = self.eight_bit(k, v, call, routing.pooled_k)
             found, _ = ops.block_sparse_attention(
-                q, k, v, routing.mask, scale=call.scale, backend=backend, out=out
+                q, k, v, routing.mask, scale=call.scale, backend=backend, out=out, eight_bit=small
             )
             return MethodOutput(found, routing.mask, routing.density)
 
@@ -129,7 +130,15 @@ class RoPeSLR(Method):
         else:
             self._remember(q, call, parts.known)
             found = ops.block_sparse_mixed(
-                q, k, v, routing.mask, parts.background, scale=call.scale, backend=backend, out=out
+                q,
+                k,
+                v,
+                routing.mask,
+                parts.background,
+                scale=call.scale,
+                backend=backend,
+                out=out,
+                eight_bit=self.eight_bit(k, v, call, routing.pooled_k),
             )
         return MethodOutput(
             found, routing.mask, routing.density, background, cost, heads=routing.heads
@@ -198,11 +207,20 @@ class RoPeSLR(Method):
         self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
     ) -> tuple[Tensor, float]:
         """Compute some queries exactly and fit gate and channel scale by them: -> out, FLOPs."""
-        mask = parts.routing.mask
-        sparse = ops.block_sparse_attention(*qkv, mask, scale=call.scale, backend=self.plan.backend)
+        mask, means = parts.routing.mask, parts.routing.pooled_k
+        sparse = ops.block_sparse_attention(
+            *qkv,
+            mask,
+            scale=call.scale,
+            backend=self.plan.backend,
+            eight_bit=self.eight_bit(qkv.k, qkv.v, call, means),
+        )
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
+            if self.precision.open(call.layer, qkv.q):
+                lost = (mixed(exact, parts.state, known) - exact.out).square().sum()
+                self.judge_precision(qkv, call, (exact.q, exact.out), lost)
         batch, heads, count, head_dim = exact.q.shape
         self._remember(qkv.q, call, known, made_now=True)
         both = parts._replace(known=known).background

@@ -41,7 +41,8 @@ class SLA(Method):
         weights = layer_weights(self.plan.adapter, call.layer, q.device)
         weight, bias = weights["weight"].float(), weights["bias"].float()
         routing = self.route(q, k, call)
-        options = {"scale": call.scale, "backend": self.plan.backend}
+        small = self.eight_bit(k, v, call, routing.pooled_k)
+        options = {"scale": call.scale, "backend": self.plan.backend, "eight_bit": small}
         batch, heads, tokens, head_dim = q.shape
         if self.plan.sla_variant == "paper":
             blocks = self.blocks(call.layout, q.device)

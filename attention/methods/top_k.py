@@ -28,7 +28,14 @@ class TopK(Method):
         """See `Method.attend`."""
         routing = self.route(q, k, call)
         found, _ = ops.block_sparse_attention(
-            q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, out=out
+            q,
+            k,
+            v,
+            routing.mask,
+            scale=call.scale,
+            backend=self.plan.backend,
+            out=out,
+            eight_bit=self.eight_bit(k, v, call, routing.pooled_k),
         )
         cost = self.look(QKV(q, k, v), call, routing)
         return MethodOutput(
@@ -52,7 +59,15 @@ class PooledTopK(Method):
         routing, backend = self.route(q, k, call), self.plan.backend
         pooled = self._pooled(v, routing)
         found, _ = ops.block_sparse_attention(
-            q, k, v, routing.mask, pooled, scale=call.scale, backend=backend, out=out
+            q,
+            k,
+            v,
+            routing.mask,
+            pooled,
+            scale=call.scale,
+            backend=backend,
+            out=out,
+            eight_bit=self.eight_bit(k, v, call, routing.pooled_k),
         )
         cost = self.look(QKV(q, k, v), call, routing, pooled)
         batch, heads, tokens, head_dim = q.shape

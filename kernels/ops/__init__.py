@@ -18,6 +18,7 @@ from torch import Tensor
 from ..dispatch import Choice, choose
 from ..pytorch.common import empty_nhd
 from ..triton_support import Operands, TritonNotUsable
+from ..tuning import prefers_eight_bit
 from ..types import (
     Background,
     BlockLayout,
@@ -82,6 +83,7 @@ __all__ = [
     "marginal_linear",
     "mask_from_bits",
     "mix_background",
+    "prefers_eight_bit",
     "prefix_attention",
     "quantize_kv",
     "rms_low_rank",

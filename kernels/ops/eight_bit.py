@@ -17,20 +17,22 @@ def quantize_kv(
     v: Tensor,
     blocks: TokenBlocks,
     k_mean: Tensor,
+    v_mean: Tensor,
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> EightBit:
     """k, v `(B, H, L, D)` rounded to 8 bits and put in block order.
 
-    k_mean `(B, H, D)` is taken off the keys: any vector leaves attention as it is, their mean loses
-    least. dtype: of the values, int8 or float8_e4m3fn; None: what the device multiplies best. No
-    gradients.
+    k_mean and v_mean `(B, H, D)` are taken off: any vectors leave attention as it is, the means
+    lose least. dtype: of the values, int8 or float8_e4m3fn; None: what the device multiplies best.
+    No gradients.
     """
     check_backend(backend)
     check_heads(k=k, v=v)
     check_shape("v", v, k.shape)
-    check_shape("k_mean", k_mean, (*k.shape[:2], k.shape[3]))
+    for name, mean in (("k_mean", k_mean), ("v_mean", v_mean)):
+        check_shape(name, mean, (*k.shape[:2], k.shape[3]))
     check_blocks("blocks", blocks, k)
     if blocks.block_size % 16:
         raise ValueError(f"blocks must hold a multiple of 16 tokens; found {blocks.block_size}")
@@ -38,12 +40,14 @@ def quantize_kv(
     if dtype not in GAINS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, GAINS))}; found {dtype}")
     with torch.no_grad():
-        k, v, k_mean = k.detach(), v.detach(), k_mean.detach()
+        k, v, k_mean, v_mean = (x.detach() for x in (k, v, k_mean, v_mean))
         if is_compiling():
-            return EightBit(
-                *quantize_kv_op(k, v, blocks.tokens, blocks.num_listed, k_mean, dtype, backend)
+            pieces = blocks.tokens, blocks.num_listed
+            keys, k_scale, values, v_scale = quantize_kv_op(
+                k, v, *pieces, k_mean, v_mean, dtype, backend
             )
-        return _run(k, v, blocks, k_mean, dtype, backend)
+            return EightBit(keys, k_scale, k_mean.float(), values, v_scale, v_mean.float())
+        return _run(k, v, blocks, k_mean, v_mean, dtype, backend)
 
 
 def values_dtype(device: torch.device) -> torch.dtype:
@@ -55,9 +59,16 @@ def values_dtype(device: torch.device) -> torch.dtype:
 
 
 def _run(
-    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, dtype: torch.dtype, backend: str
+    k: Tensor,
+    v: Tensor,
+    blocks: TokenBlocks,
+    k_mean: Tensor,
+    v_mean: Tensor,
+    dtype: torch.dtype,
+    backend: str,
 ) -> EightBit:
-    return dispatch.run("quantize_kv", backend, operands(k, blocks), k, v, blocks, k_mean, dtype)
+    found, rest = operands(k, blocks), (blocks, k_mean, v_mean, dtype)
+    return dispatch.run("quantize_kv", backend, found, k, v, *rest)
 
 
 @operation("quantize_kv")
@@ -67,22 +78,22 @@ def quantize_kv_op(
     tokens: Tensor,
     num_listed: int,
     k_mean: Tensor,
+    v_mean: Tensor,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = TokenBlocks(tokens, k.shape[2], num_listed)
-    keys, k_scale, mean, values, v_scale = _run(k, v, blocks, k_mean, dtype, backend)
-    return keys, k_scale, mean.clone() if mean is k_mean else mean, values, v_scale
+    keys, k_scale, _, values, v_scale, _ = _run(k, v, blocks, k_mean, v_mean, dtype, backend)
+    return keys, k_scale, values, v_scale
 
 
 @quantize_kv_op.register_fake
-def _(k, v, tokens, num_listed, k_mean, dtype, backend):
+def _(k, v, tokens, num_listed, k_mean, v_mean, dtype, backend):
     (batch, heads, _, head_dim), (blocks, size) = k.shape, tokens.shape
     sums = dict(dtype=torch.float32)
     return (
         k.new_empty(batch, heads, blocks, size, head_dim, dtype=torch.int8),
         k.new_empty(batch, heads, blocks, **sums),
-        k.new_empty(batch, heads, head_dim, **sums),
         k.new_empty(batch, heads, blocks, head_dim, size, dtype=dtype),
         k.new_empty(batch, heads, head_dim, **sums),
     )

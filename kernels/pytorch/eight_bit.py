@@ -17,23 +17,26 @@ SMALLEST = 1e-20  # of what a scale is made of
 
 
 def quantize_kv(
-    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, dtype: torch.dtype
+    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, v_mean: Tensor, dtype: torch.dtype
 ) -> EightBit:
     """See `reference.quantize_kv`."""
     sums, slots = acc_dtype(k.dtype), value_slots(blocks.block_size).to(k.device)
+    empty = blocks.empty[..., None]
 
     def quantize(b: int, h: int) -> tuple[Tensor, ...]:
-        keys = gather(k[b, h], blocks, sums) - k_mean[b, h].to(sums)
-        keys = keys.masked_fill(blocks.empty[..., None], 0.0)
+        keys, values = (
+            (gather(x[b, h], blocks, sums) - mean[b, h].to(sums)).masked_fill(empty, 0.0)
+            for x, mean in ((k, k_mean), (v, v_mean))
+        )
         k_scale = keys.abs().amax(dim=(-2, -1)).clamp(min=SMALLEST) / 127
-        values = gather(v[b, h], blocks, sums, zero_empty=True)
         v_scale = values.abs().amax(dim=(0, 1)).clamp(min=SMALLEST) / LARGEST[dtype]
         values = (values / v_scale)[:, slots].mT
         rounded = values.round() if dtype == torch.int8 else values
         return (keys / k_scale[:, None, None]).round().to(torch.int8), k_scale, rounded, v_scale
 
     keys, k_scale, values, v_scale = per_head(k, quantize)
-    return EightBit(keys, k_scale.float(), k_mean.float(), values.to(dtype), v_scale.float())
+    scales = k_scale.float(), v_scale.float()
+    return EightBit(keys, scales[0], k_mean.float(), values.to(dtype), scales[1], v_mean.float())
 
 
 def eight_bit_attention(
@@ -64,7 +67,8 @@ def eight_bit_attention(
         read, lse = (torch.cat(parts) for parts in zip(*found))
         gain = GAINS[kv.v.dtype] * math.log(2)
         lse = lse - gain + scale * (queries @ kv.k_mean[b, h].to(dtype))
-        read = read * kv.v_scale[b, h].to(dtype)
+        read = read * kv.v_scale[b, h].to(dtype) + kv.v_mean[b, h].to(dtype)
+        read = read.masked_fill(lse[..., None] == -torch.inf, 0.0)
         return scatter(read.to(q.dtype), q_blocks), scatter(lse, q_blocks)
 
     def _softmax(

@@ -34,7 +34,7 @@ from ..types import (
     PooledKV,
     TokenBlocks,
 )
-from .eight_bit import load_keys, load_values, quantized_queries, weighted
+from .eight_bit import load_keys, load_values, plain_values, quantized_queries, weighted
 from .features import ACT_NUMBERS, add_linear, feature_tile, linear_weights
 from .launch import (
     aligned,
@@ -232,7 +232,7 @@ def launch(
         target,
         lse,
         *tables.pointers,
-        *(eight_bit or (None,) * 5),
+        *(eight_bit or (None,) * 6),
         *(pooled or (None,) * 3),
         *map(as_operand, mixing),
         as_operand(epilogue.bias),
@@ -282,7 +282,7 @@ def _forward(
     # blocks and lists: without lists every block is kept; starts, longest_first: of packed lists
     q_table_ptr, kv_table_ptr, num_full_ptr, lists_ptr, counts_ptr, starts_ptr, longest_first_ptr,
     # keys and values in 8 bits, in block order: read instead of k and v
-    k8_ptr, k_scale_ptr, k_mean_ptr, v8_ptr, v_scale_ptr,
+    k8_ptr, k_scale_ptr, k_mean_ptr, v8_ptr, v_scale_ptr, v8_mean_ptr,
     # one pooled pseudo-key per dropped block
     pooled_k_ptr, pooled_v_ptr, sizes_ptr,
     # mixing by mass
@@ -407,13 +407,11 @@ def _forward(
         m = m * row_scale + without_mean
         SMALL: tl.constexpr = 2.0**-GAIN
         l *= SMALL  # noqa: E741
-        v_scale_ptr += head * D
-        columns = tl.arange(0, VP)
-        size = tl.load(v_scale_ptr + columns, mask=columns < D, other=0.0) * SMALL
-        acc = acc * size[None, :]
+        acc = plain_values(acc, l, v_scale_ptr + head * D, v8_mean_ptr + head * D, SMALL, D, VP, 0)
         if VP < DP:
-            size = tl.load(v_scale_ptr + VP + columns, mask=VP + columns < D, other=0.0) * SMALL
-            acc_1 = acc_1 * size[None, :]
+            acc_1 = plain_values(
+                acc_1, l, v_scale_ptr + head * D, v8_mean_ptr + head * D, SMALL, D, VP, VP
+            )
 
     if pooled_k_ptr is not None:
         plain = tl.full((), 1.0, tl.float32)  # these scores are in log2 units already

@@ -24,14 +24,14 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off, it rounds t
 
 
 def quantize_kv(
-    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, dtype: torch.dtype
+    k: Tensor, v: Tensor, blocks: TokenBlocks, k_mean: Tensor, v_mean: Tensor, dtype: torch.dtype
 ) -> EightBit:
     """See `reference.quantize_kv`."""
     batch, heads, tokens, head_dim = k.shape
     count, size = blocks.tokens.shape
-    k, v, k_mean = aligned(k), aligned(v), k_mean.float().contiguous()
-    low, high = torch.aminmax(v, dim=2)
-    v_scale = torch.maximum(low.abs(), high.abs()).float().clamp(min=1e-20) / LARGEST[dtype]
+    k, v = aligned(k), aligned(v)
+    k_mean, v_mean = (x.float().contiguous() for x in (k_mean, v_mean))
+    v_scale = _reach(v, blocks, v_mean).clamp(min=1e-20) / LARGEST[dtype]
     keys = k.new_empty(batch, heads, count, size, head_dim, dtype=torch.int8)
     values = v.new_empty(batch, heads, count, head_dim, size, dtype=dtype)
     k_scale = k.new_empty(batch, heads, count, dtype=torch.float32)
@@ -44,6 +44,7 @@ def quantize_kv(
         k_scale,
         table(blocks),
         k_mean,
+        v_mean,
         v_scale,
         *strides(k),
         *strides(v),
@@ -55,12 +56,20 @@ def quantize_kv(
         TILE=tile,
         **launch_options("quantize"),
     )
-    return EightBit(keys, k_scale, k_mean, values, v_scale)
+    return EightBit(keys, k_scale, k_mean, values, v_scale, v_mean)
+
+
+def _reach(v: Tensor, blocks: TokenBlocks, mean: Tensor) -> Tensor:
+    """The largest distance from the mean of each channel: `(B, H, D)` float32."""
+    if not blocks.lists_every_token:  # hidden values may be anything
+        v = v.index_select(2, blocks.tokens[~blocks.empty].long())
+    low, high = torch.aminmax(v, dim=2)
+    return torch.maximum(high.float() - mean, mean - low.float())
 
 
 @kernel
 def _quantize(
-    k_ptr, v_ptr, k8_ptr, v8_ptr, k_scale_ptr, table_ptr, k_mean_ptr, v_scale_ptr,
+    k_ptr, v_ptr, k8_ptr, v8_ptr, k_scale_ptr, table_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr,
     k_batch, k_head, k_row, v_batch, v_head, v_row, heads, blocks,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +100,8 @@ def _quantize(
     rows = tl.load(table_ptr + tile * TILE + own, mask=tile * TILE + own < last, other=-1)
     v_scale = tl.load(v_scale_ptr + head * D + channels, mask=channels < D, other=1.0)
     v = load_rows(head_ptr(v_ptr, b, h, v_batch, v_head), rows, v_row, D, DP).to(tl.float32)
-    v = (v / v_scale[None, :]).T
+    mean = tl.load(v_mean_ptr + head * D + channels, mask=channels < D, other=0.0)
+    v = tl.where((rows >= 0)[:, None], (v - mean[None, :]) / v_scale[None, :], 0.0).T
     offsets = (
         slots[None, :] // BLOCK * (BLOCK * D) + channels[:, None] * BLOCK + slots[None, :] % BLOCK
     )
@@ -161,3 +171,15 @@ def weighted(weights, values):
     keys: tl.constexpr = weights.shape[1]
     small = small.reshape(rows, keys // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, keys)
     return tl.dot(small, values.T).to(tl.float32)
+
+
+@triton.jit
+def plain_values(
+    acc, total, scale_ptr, mean_ptr,
+    GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Sums of rounded values `(BLOCK, WIDTH)` in units of the values; total: of the weights."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    scale = tl.load(scale_ptr + channels, mask=channels < D, other=0.0) * GAIN
+    mean = tl.load(mean_ptr + channels, mask=channels < D, other=0.0)
+    return acc * scale[None, :] + total[:, None] * mean[None, :]
