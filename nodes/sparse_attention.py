@@ -18,6 +18,7 @@ from ..attention.plan import (
     MAX_RANK,
     MAX_SPARSITY,
     METHODS,
+    PRECISIONS,
     QUERY_BLOCKS,
     SLA_VARIANTS,
     TARGETS,
@@ -318,6 +319,19 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "few queries, computed exactly, show that it costs less than 5 % more "
                         "error than 64; else 64, or what the adapter was trained with. The log "
                         "and the report say which it was."
+                    ),
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Of keys and values in the kept blocks. 8-bit is faster on most GPUs, at "
+                        "an error of 1 to 3 %. auto: 8-bit on GPUs where RoPeSLR Doctor has "
+                        "measured that it is right and faster, and there for each layer that "
+                        "loses little by it; 16-bit everywhere else."
                     ),
                 ),
             ],

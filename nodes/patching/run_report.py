@@ -25,6 +25,8 @@ class RunReport:
     block_order: str
     key_block: int  # tokens of a key block
     query_block: int  # and of a query block, at the end of the run
+    eight_bit_calls: int  # sparse calls with keys and values in 8 bits
+    sixteen_bit_layers: int  # that 8 bits would have cost too much
     backend: str  # of the sparse calls, "" where there were none
     sparse_calls: int
     dense_calls: dict[str, int]  # self-attention calls that stayed dense, by reason
@@ -83,6 +85,10 @@ class RunReport:
         recall = "" if self.recall is None else f", recall {self.recall:.3f}"
         sizes = "" if self.key_block == BLOCK else f"key blocks of {self.key_block}, "
         sizes += "" if self.query_block == BLOCK else f"query blocks of {self.query_block}, "
+        if self.eight_bit_calls or self.sixteen_bit_layers:
+            stayed = self.sixteen_bit_layers
+            sizes += f"{self.eight_bit_calls} in 8 bits"
+            sizes += f" ({stayed} layers stayed in 16 bits), " if stayed else ", "
         return (
             f" in {self.backend} (density {self.density:.3f}{self._range()}, "
             f"{self.block_order} order, {sizes}"

@@ -199,6 +199,10 @@ class SamplingRun:
             block_order=plan.block_order,
             key_block=plan.key_tokens,
             query_block=self.query_block,
+            eight_bit_calls=sum(each.precision.calls for each in self._attentions.values()),
+            sixteen_bit_layers=max(
+                (each.precision.refused for each in self._attentions.values()), default=0
+            ),
             backend=tally.backend,
             sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense_calls),

@@ -10,6 +10,7 @@ const SETTINGS = {
   method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
   dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
   keep_first_frame: false, sla_variant: "released", key_block: "auto", allocation: "auto", target: "sparsity", error: 0.05,
+  query_block: "auto", precision: "auto",
 };
 const SIZE_480 = { width: 832, height: 480, length: 81 };
 const SIZE_720 = { width: 1280, height: 720, length: 81 };
@@ -35,7 +36,7 @@ test("kept blocks round down, never below one, and 1 - 0.9 counts as a tenth", (
 });
 
 test("required blocks are added to those kept by score", () => {
-  const options = { sparsity: 0.9, order: "raster", keyBlock: 64, keepDiagonal: true, keepFirstFrame: false };
+  const options = { sparsity: 0.9, order: "raster", keyBlock: 64, queryBlock: 64, keepDiagonal: true, keepFirstFrame: false };
   const { keys, kept } = blockDensity([1, 64, 64], 0, options);
   assert.deepEqual([keys, kept], [64, 7]);
   const all = blockDensity([1, 64, 64], 0, { ...options, keepFirstFrame: true });
@@ -52,11 +53,11 @@ test("the first frame of a raster fills its blocks; in cube order it touches tho
 
 test("auto follows the adapter, and released weights start sparse", () => {
   const auto = (adapter) => resolve(SETTINGS, adapter);
-  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", keyBlock: 16, shared: true, first: 1 });
-  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", keyBlock: 64, shared: false, first: 0 });
+  assert.deepEqual(auto(""), { method: "ropeslr", trained: false, order: "cube", keyBlock: 16, queryBlock: 64, shared: true, first: 1 });
+  assert.deepEqual(auto("rola"), { method: "rola", trained: true, order: "raster", keyBlock: 64, queryBlock: 64, shared: false, first: 0 });
   assert.equal(resolve({ ...SETTINGS, method: "sla" }, "").first, 1);
   assert.equal(resolve({ ...SETTINGS, method: "adaspa" }, "").first, 0);
-  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", keyBlock: 64, shared: false, first: 1 });
+  assert.deepEqual(auto("unknown"), { method: "ropeslr", trained: true, order: "cube", keyBlock: 64, queryBlock: 64, shared: false, first: 1 });
   for (const [method, keyBlock, shared] of [["top-k", 16, true], ["top-k plain", 16, true], ["adaspa", 64, false]]) {
     const found = resolve({ ...SETTINGS, method }, "rola");
     assert.deepEqual([found.keyBlock, found.shared], [keyBlock, shared], method);
@@ -130,7 +131,7 @@ test("higher sparsity and lower rank never cost more; a step gains less than its
 
 test("methods differ in what replaces dropped blocks", () => {
   const total = (method, trained = false) => attentionCost([21, 30, 52], 0, 128, 12, {
-    method, trained, order: "cube", keyBlock: 64, rank: 0, sparsity: 0.9, slaVariant: "released",
+    method, trained, order: "cube", keyBlock: 64, queryBlock: 64, rank: 0, sparsity: 0.9, slaVariant: "released",
   }).total;
   assert.ok(total("adaspa") < total("top-k plain") && total("top-k plain") < total("ropeslr"));
   assert.equal(total("rola"), total("top-k plain"));
@@ -139,7 +140,7 @@ test("methods differ in what replaces dropped blocks", () => {
 
 test("text tokens of HunyuanVideo are kept whole", () => {
   const cost = attentionCost([10, 30, 52], 256, 128, 24, {
-    method: "top-k plain", order: "cube", keyBlock: 64, rank: 0, sparsity: 0.9, trained: false,
+    method: "top-k plain", order: "cube", keyBlock: 64, queryBlock: 64, rank: 0, sparsity: 0.9, trained: false,
   });
   const blocks = Math.ceil(15600 / 64);
   const video = (keptBlocks(0.9, blocks) + 4) / (blocks + 4);

@@ -68,6 +68,7 @@ def draw_cases(count=64):
             "sparsity": dice.choice((0.0, 0.3, 0.5, 0.77, 0.8, 0.9, 0.93, 0.95, 0.98)),
             "order": dice.choice(("cube", "raster")),
             "key_block": dice.choice((16, 32, 64)),
+            "query_block": dice.choice((64, 128)),
             "diagonal": dice.random() < 0.3,
             "first": dice.random() < 0.3,
         }
@@ -91,6 +92,7 @@ def in_script(case):
             "trained": case["method"] in ("ropeslr with weights", "rola", "sla", "sla paper"),
             "order": case["order"],
             "keyBlock": case["key_block"],
+            "queryBlock": case["query_block"],
             "rank": case["rank"],
             "sparsity": case["sparsity"],
             "slaVariant": "paper" if case["method"] == "sla paper" else "released",
@@ -104,7 +106,8 @@ def in_python(case):
     """The same from the pack: layout, plan and accounting, put together as AttentionRun does."""
     head_dim, heads, rank = case["width"], case["heads"], case["rank"]
     layout = layouts.TokenLayout(case["grid"], before=case["extra"], order=case["order"])
-    blocks = layout.blocks(case["diagonal"], case["first"], key_block=case["key_block"])
+    sizes = dict(key_block=case["key_block"], query_block=case["query_block"])
+    blocks = layout.blocks(case["diagonal"], case["first"], **sizes)
     n_q, n_k = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
     topk = planning.topk_of(case["sparsity"], blocks.num_ranked)
     share = layout.video_tokens / layout.tokens
@@ -227,6 +230,7 @@ def test_costs_are_those_of_a_real_call(method):
                     "trained": False,
                     "order": run.plan.block_order,
                     "keyBlock": run.plan.key_tokens,
+                    "queryBlock": run.query_block,
                     "rank": 9,
                     "sparsity": 0.5,
                 },
@@ -240,7 +244,7 @@ def test_costs_are_those_of_a_real_call(method):
 
 def an_adapter(method, block_order):
     """What a plan asks of an adapter."""
-    info = SimpleNamespace(method=method, block_order=block_order, block_k=64)
+    info = SimpleNamespace(method=method, block_order=block_order, block_q=64, block_k=64)
     return SimpleNamespace(info=info, use_rank=0, has=lambda name: False)
 
 
@@ -263,6 +267,7 @@ def test_auto_means_what_it_means_in_the_plan():
                     "method": method,
                     "block_order": order,
                     "key_block": key_block,
+                    "query_block": "auto",
                     "allocation": "auto",
                     "dense_first_steps": first,
                 },
@@ -281,6 +286,7 @@ def test_auto_means_what_it_means_in_the_plan():
             "method": plan.method,
             "order": plan.block_order,
             "keyBlock": plan.key_tokens,
+            "queryBlock": plan.query_tokens,
             "first": plan.dense_first_steps,
             "shared": plan.allocates,
         }

@@ -39,15 +39,15 @@ export function firstFrameBlocks([frames, height, width], order, keyBlock) {
  * @param {RoPeSLR.BlockSettings} settings
  * @returns {RoPeSLR.BlockCounts}
  */
-export function blockDensity(grid, extra, { sparsity, order, keyBlock, keepDiagonal, keepFirstFrame }) {
+export function blockDensity(grid, extra, { sparsity, order, keyBlock, queryBlock, keepDiagonal, keepFirstFrame }) {
   const tokens = grid[0] * grid[1] * grid[2];
-  const queries = Math.ceil(tokens / BLOCK);
+  const queries = Math.ceil(tokens / queryBlock);
   const ranked = Math.ceil(tokens / keyBlock); // the video's key blocks
   const extraBlocks = Math.ceil(extra / keyBlock);
   const keys = ranked + extraBlocks;
   const keep = keptBlocks(sparsity, ranked);
   const first = keepFirstFrame ? firstFrameBlocks(grid, order, keyBlock) : 0;
-  const own = BLOCK / keyBlock; // key blocks of a query block
+  const own = queryBlock / keyBlock; // key blocks of a query block
   /** @param {number} query */
   const keptBy = (query) => {
     const start = Math.max(query * own, first); // the first frame's blocks are kept already

@@ -13,10 +13,11 @@ const FINE = 16; // tokens of a key block where nothing asks for BLOCK
 const LONGEST_LAYERS = 1000; // characters of dense_layers, as in attention/plan.py
 
 /**
- * The method that runs, its block order and key block, its dense first steps, whether it has trained weights, and
- * whether heads share the kept blocks. An unknown adapter is taken to fit, and every adapter to have been trained with
- * key blocks of 64.
- * @param {Pick<RoPeSLR.Settings, "method" | "block_order" | "key_block" | "allocation" | "dense_first_steps">} settings
+ * The method that runs, its block order and blocks, its dense first steps, whether it has trained weights, and whether
+ * heads share the kept blocks. Query blocks whose size the run itself finds out are taken to be the smaller ones; an
+ * unknown adapter is taken to fit, and every adapter to have been trained with key blocks of 64.
+ * @param {Pick<RoPeSLR.Settings,
+ *   "method" | "block_order" | "key_block" | "query_block" | "allocation" | "dense_first_steps">} settings
  * @param {RoPeSLR.AdapterMethod} adapter
  * @returns {RoPeSLR.ResolvedPlan}
  */
@@ -29,10 +30,11 @@ export function resolve(settings, adapter) {
   const order = settings.block_order === "auto" ? (released ? "raster" : "cube") : settings.block_order;
   const free = !trained && ALLOCATED.includes(method);
   const keyBlock = settings.key_block === "auto" ? (free ? FINE : BLOCK) : Number(settings.key_block);
+  const queryBlock = settings.query_block === "auto" ? BLOCK : Number(settings.query_block);
   let first = settings.dense_first_steps;
   if (first < 0) first = (released && trained) || method === "adaspa" ? 0 : 1;
   const shared = free && settings.allocation === "auto";
-  return { method, trained, order, keyBlock, shared, first };
+  return { method, trained, order, keyBlock, queryBlock, shared, first };
 }
 
 /**
@@ -116,8 +118,8 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   const plan = resolve(settings, adapter);
   const grid = gridOf(model, size);
   const cost = attentionCost(grid, extraTokens(model), model.dim / model.heads, model.heads, {
-    method: plan.method, trained: plan.trained, order: plan.order, keyBlock: plan.keyBlock, rank: settings.rank,
-    sparsity: settings.sparsity, slaVariant: settings.sla_variant,
+    method: plan.method, trained: plan.trained, order: plan.order, keyBlock: plan.keyBlock,
+    queryBlock: plan.queryBlock, rank: settings.rank, sparsity: settings.sparsity, slaVariant: settings.sla_variant,
     keepDiagonal: settings.keep_diagonal,
     // How many tokens a frame has is not known from a count of them; what is left out keeps this an upper bound.
     keepFirstFrame: settings.keep_first_frame && !("tokens" in size),

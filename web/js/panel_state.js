@@ -16,7 +16,7 @@ const DEFAULTS = {
   method: "auto", sparsity: 0.9, rank: 0, start_percent: 0, end_percent: 1, dense_first_steps: -1, dense_last_steps: 0,
   dense_layers: "", backend: "auto", block_order: "auto", min_tokens: 4096, keep_diagonal: false,
   keep_first_frame: false, sla_variant: "released", key_block: "auto", allocation: "auto", target: "sparsity",
-  error: 0.05,
+  error: 0.05, query_block: "auto", precision: "auto",
 };
 
 /**

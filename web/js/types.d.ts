@@ -179,6 +179,8 @@ declare namespace RoPeSLR {
     allocation: string;
     target: string;
     error: number;
+    query_block: string;
+    precision: string;
   }
 
   /** Settings without an "auto". */
@@ -187,6 +189,7 @@ declare namespace RoPeSLR {
     trained: boolean;
     order: string;
     keyBlock: number;
+    queryBlock: number;
     shared: boolean;
     first: number;
   }
@@ -195,6 +198,7 @@ declare namespace RoPeSLR {
     sparsity: number;
     order: string;
     keyBlock: number;
+    queryBlock: number;
     keepDiagonal?: boolean;
     keepFirstFrame?: boolean;
   }
