@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from ..kernels import ops, triton_support
+from ..kernels import ops, triton_support, tuning
 from ..kernels.dispatch import Choice
 from ..kernels.triton_support import Operands, TritonNotUsable
 from .plan import BLOCK, ResolvedPlan
 
-__all__ = ["Choice", "TritonNotUsable", "backend_of", "check_triton", "shape_reason"]
+__all__ = [
+    "Choice",
+    "TritonNotUsable",
+    "backend_of",
+    "check_triton",
+    "shape_reason",
+    "tuned",
+    "use_tuning",
+]
 
 
 def shape_reason(head_dim: int, num_heads: int, num_kv_heads: int) -> str | None:
@@ -21,6 +31,16 @@ def shape_reason(head_dim: int, num_heads: int, num_kv_heads: int) -> str | None
 def backend_of(plan: ResolvedPlan, q: Tensor) -> Choice:
     """Which backend attends for q `(B, H, L, D)`, and where it is not Triton, why."""
     return ops.backend_for(q, plan.backend, BLOCK)
+
+
+def use_tuning(path: Path, device: torch.device) -> str:
+    """Go by what RoPeSLR Doctor measured on this machine: -> what that is, in words."""
+    return tuning.use(path, device)
+
+
+def tuned(device: torch.device) -> str:
+    """Whether something was measured, in words; empty where there is nothing to measure."""
+    return tuning.state(device)
 
 
 def check_triton(

@@ -9,17 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import ops, reference, triton_support
+from ..kernels import ops, reference, triton_support, tuning
 from ..kernels.dispatch import Choice, choose
 from ..kernels.triton_support import Cause, Operands, explain
 from .block_layout import TokenLayout
 from .call import AttentionCall
-from .plan import BLOCK, SparsePlan
+from .plan import BLOCK, FINE, SparsePlan
 from .run import AttentionRun
 
 METHODS = ("ropeslr", "top-k", "top-k plain")
@@ -122,6 +123,42 @@ def _verdict(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> str
     same = ", which is the same code here" if error == 0 else ""
     verdict = "right" if good else "WRONG (please report this)"
     return f"{name}: relative error {error:.1e}{same}, {verdict}"
+
+
+def tune(
+    device: torch.device,
+    grid: tuple[int, int, int],
+    sparsity: float,
+    path: Path | None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> list[str]:
+    """Try the kernels' variants at this size, and keep what was found in a file, if there is one.
+
+    Each is tried in a process of its own that may crash; only what is right there is ever used.
+    """
+    backend, obstacle = _backend(device)
+    if backend != "triton":
+        return [f"nothing to tune: {obstacle}"]
+    dtype = str(working_dtype(device)).removeprefix("torch.")
+    trial = tuning.Trial(
+        str(device), math.prod(grid), HEADS, HEAD_DIM, sparsity, FINE, dtype, backend
+    )
+    found = tuning.run_trials(tuning.short_list(device), trial, progress)
+    lines = []
+    for each in found.outcomes:
+        figures = f"not used, {each.failed}"
+        if not each.failed:
+            figures = f"{each.ms:.2f} ms, error {each.error:.1e}"
+        lines.append(f"{each.variant.name}: {figures}")
+    best = found.best("8-bit" if found.eight_bit_pays else "16-bit")
+    if best is None:
+        return [*lines, "No variant is right here: please report this. Set backend to pytorch."]
+    lines.append(f"fastest: {best.variant.name}; precision auto goes by it")
+    if path is not None:
+        tuning.save(path, found, device)
+        tuning.use(path, device)
+        lines.append(f"kept in {path.name}")
+    return lines
 
 
 def measure(
@@ -242,11 +279,17 @@ def examine(
     sparsity: float,
     seconds: float = 20.0,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    kept_in: Path | None = None,
 ) -> str:
-    """Everything above as one text. grid: frames, height, width of tokens."""
+    """Everything above as one text. grid: frames, height, width of tokens.
+
+    kept_in: a file for what was tuned.
+    """
     lines = ["Machine", *(f"  {line}" for line in facts(device)), "Self-test"]
     try:
         lines += [f"  {line}" for line in self_test(device)]
+        lines.append("Tuning")
+        lines += [f"  {line}" for line in tune(device, grid, sparsity, kept_in, progress)]
         measured = measure(device, grid, sparsity, seconds, progress)
         lines += [
             "Speed",

@@ -42,15 +42,13 @@ PRODUCTS = {
 }
 FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
 FINE = ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
-WIDE = ("plain", "pooled", "mixed", "linear", "low_rank", "backward")
+WIDE = ("plain", "pooled", "mixed", "linear", "backward")
 EIGHT_BIT = ("plain", "pooled", "mixed", "linear", "dense")
 ALL = (
     *FORWARD,
     *(f"8-bit fine {name}" for name in EIGHT_BIT),
-    *(f"8-bit wide {name}" for name in EIGHT_BIT[:-1]),
-    "8-bit mixed",
+    *(f"8-bit wide {name}" for name in ("plain", "mixed")),
     "fine quantize",
-    "quantize",
     *(f"fine {name}" for name in FINE),
     *(f"wide {name}" for name in WIDE),
     "pool",

@@ -1,8 +1,9 @@
-"""RoPeSLR Doctor's text without ComfyUI: `python -m benchmarks.doctor [--size 832x480x81]`."""
+"""RoPeSLR Doctor without ComfyUI: `python -m benchmarks.doctor [--size 832x480x81] [--tune]`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,10 @@ def main() -> None:
     )
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--tune", action="store_true", help="try the kernels' variants, no more")
+    parser.add_argument(
+        "--keep", type=Path, help="keep what was tuned in this file (ComfyUI's: see the node)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     width, height, length = (int(side) for side in options.size.lower().split("x"))
@@ -29,7 +34,11 @@ def main() -> None:
         max(1, height // options.pixels),
         max(1, width // options.pixels),
     )
-    print(doctor.examine(torch.device(options.device), grid, options.sparsity, options.seconds))
+    device = torch.device(options.device)
+    if options.tune:
+        print("\n".join(doctor.tune(device, grid, options.sparsity, options.keep)))
+        return
+    print(doctor.examine(device, grid, options.sparsity, options.seconds, kept_in=options.keep))
 
 
 if __name__ == "__main__":

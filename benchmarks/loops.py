@@ -7,6 +7,7 @@ is asked for before the present one is done with, and whether weights travel thr
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Loop:
     warps_per_dot: tuple[tuple[int, int], ...]  # of each product with tensor cores, rows first
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # as it is read back: without tuples
 
 
 def hottest_loop(kernel: Any) -> Loop | None:

@@ -1,22 +1,27 @@
 """What compiled kernels should reach, estimated: `python -m benchmarks.model [--out FILE.json]`.
 
+Reads the compile record (benchmarks/results/compile.json), so it needs neither Triton nor a GPU.
+
 An ESTIMATE, from instructions that were compiled and rates from data sheets; nothing runs on a GPU.
 A simulation of one quarter of a multiprocessor (four warp schedulers behave alike) runs the warps
 of its resident programs through the tiles of the forward's loop: issue slots, exponentials, tensor
 cores, shared memory and memory are queues, and a tile can only be worked on once it is there. Load
 latency, memory bandwidth to a multiprocessor and how far tensor cores reach their rate are guesses,
-the same for all kernels; `--anchors` shows what they say about kernels that others measured.
+the same for all kernels; the anchors show what they say about kernels that others measured.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import heapq
 import itertools
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .loops import Loop
+from . import ROOT
 
 
 class Chip(NamedTuple):
@@ -43,6 +48,7 @@ CHIPS = {
     "RTX 5090": Chip("cuda:120", 170, 2.50, 512, 20, 600, 4.0),
     "RTX PRO 5000": Chip("cuda:120", 110, 2.36, 1024, 20, 600),
 }
+FP8_TARGETS = ("cuda:89", "cuda:90", "cuda:120")
 REACHED = 0.95  # of the tensor cores' rate
 PRODUCT_LATENCY = 40
 SHARED = 128  # bytes a clock and multiprocessor
@@ -75,21 +81,26 @@ class Program:
     bytes_per_number: float = 2.0
 
     @classmethod
-    def of(cls, loop: Loop, rows: int, warps: int, resident: int, target: str) -> Program:
-        """What was compiled; tiles of 64 keys of 128 channels."""
-        hopper = target == "cuda:90"
+    def of(cls, row: dict[str, Any], chip: Chip) -> Program:
+        """What was compiled, a row of the record; tiles of 64 keys of 128 channels."""
+        loop, small = row["loop"], row["case"].startswith("8-bit")
+        hopper = row["target"] == "cuda:90"
+        fp8 = row["target"] in FP8_TARGETS
         return cls(
-            rows=rows,
+            rows=128 if "wide" in row["case"] else 64,
             keys=64,
-            warps=warps,
-            resident=resident,
-            before=loop.before,
-            between=loop.between,
-            after=loop.after,
-            exp2=loop.exp2,
-            depth=max(1, loop.buffers),
-            shared_bytes=loop.shared_bytes,
+            warps=row["warps"],
+            resident=max(1, row["blocks_per_sm"]),
+            before=loop["before"],
+            between=loop["between"],
+            after=loop["after"],
+            exp2=loop["exp2"],
+            depth=max(1, loop["buffers"]),
+            shared_bytes=0 if hopper else loop["shared_bytes"],
             asynchronous=hopper,
+            scores_rate=chip.int8 if small else 1.0,
+            values_rate=(chip.fp8 if fp8 else chip.int8) if small else 1.0,
+            bytes_per_number=1.0 if small else 2.0,
         )
 
 
@@ -232,3 +243,93 @@ def flops_per_clock(chip: Chip, program: Program, tiles: int = 118, waves: int =
 def estimate(chip: Chip, program: Program) -> float:
     """TFLOPS on kept blocks."""
     return chip.tflops(flops_per_clock(chip, program))
+
+
+# What others measured, with instruction counts of such kernels as far as those can be known:
+# compiled sketches of the same scheme, or their own listings.
+ANCHORS = {
+    "ThunderKittens VSA 64x64, H100": (
+        "H100",
+        Program(64, 64, 4, 4, 20, 271, 30, 34, 1, asynchronous=True, early=True),
+        524,
+    ),
+    "FlashAttention 3 dense, H100": (
+        "H100",
+        Program(128, 128, 8, 1, 20, 500, 40, 66, 2, asynchronous=True, overlap=True, early=True),
+        630,
+    ),
+    "FlashAttention 2 dense, RTX 4090": (
+        "RTX 4090",
+        Program(128, 64, 4, 1, 30, 560, 30, 68, 1, shared_bytes=49152, early=True),
+        164,
+    ),
+    "FlashAttention 2 dense, A100": (
+        "A100",
+        Program(128, 64, 4, 1, 30, 560, 30, 68, 1, shared_bytes=49152, early=True),
+        204,
+    ),
+    "FastVideo's Triton 64x64, RTX PRO 5000": (
+        "RTX PRO 5000",
+        Program(64, 64, 4, 1, 60, 780, 46, 34, 1, shared_bytes=45000),
+        128,
+    ),
+}
+SHOWN = ("A100", "RTX 4090", "H200", "RTX 5090")
+CASES = ("mixed", "fine mixed", "wide mixed", "8-bit fine mixed", "8-bit wide mixed")
+
+
+def anchors() -> list[dict[str, Any]]:
+    rows = []
+    for name, (chip, program, measured) in ANCHORS.items():
+        found = estimate(CHIPS[chip], program)
+        rows.append(
+            {
+                "anchor": name,
+                "estimate": round(found),
+                "measured": measured,
+                "off_percent": round(100 * (found / measured - 1)),
+            }
+        )
+    return rows
+
+
+def estimates(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the kernels in a compile record, on the chips that are shown."""
+    rows = []
+    for name in SHOWN:
+        chip = CHIPS[name]
+        for case in CASES:
+            for row in record["rows"]:
+                if (row["target"], row["case"]) == (chip.target, case) and row["loop"]:
+                    found = estimate(chip, Program.of(row, chip))
+                    rows.append({"chip": name, "case": case, "tflops": round(found)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results = ROOT / "benchmarks" / "results"
+    parser.add_argument("--record", default=results / "compile.json", help="of benchmarks.compile")
+    parser.add_argument("--out", help="write the estimates to this JSON file")
+    options = parser.parse_args()
+    with open(options.record, encoding="utf-8") as file:
+        record = json.load(file)
+    found = {"anchors": anchors(), "estimates": estimates(record)}
+    print("Estimates, TFLOPS on kept blocks at 118 tiles of 64 keys a row. Nothing was run.")
+    for row in found["estimates"]:
+        print(f"{row['chip']:>12} {row['case']:>18} {row['tflops']:>6}")
+    print("Anchors: what others measured, beside what this says of such kernels.")
+    for row in found["anchors"]:
+        off = row["off_percent"]
+        print(f"{row['anchor']:>40} {row['estimate']:>6} {row['measured']:>6} {off:>+4} %")
+    if options.out:
+        date = datetime.date.today().isoformat()
+        head = {"benchmark": "model", "date": date, "commit": record["commit"]}
+        with open(options.out, "w", encoding="utf-8") as file:
+            file.write(json.dumps(head | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,11 +36,12 @@ UNIFORM = dict(allocation="uniform")
 METHODS: dict[str, dict[str, Any]] = {
     "kept blocks alone": dict(method="top-k plain", **UNIFORM),
     "pooled tail": dict(method="top-k", **UNIFORM),
-    "pooled tail, allocated": dict(method="top-k"),
+    "pooled tail, allocated": dict(method="top-k", query_block="64"),
     "AdaSpa": dict(method="adaspa"),
     "ropeslr, not calibrated": dict(method="ropeslr", calibrate="off", **UNIFORM),
     "ropeslr, calibrated": dict(method="ropeslr", **UNIFORM),
-    "ropeslr, calibrated and allocated": dict(method="ropeslr"),
+    "ropeslr, calibrated and allocated": dict(method="ropeslr", query_block="64"),
+    "the same, query blocks of 128": dict(method="ropeslr", query_block="128"),
 }
 KEY_BLOCKS = ("64", "16")
 # From worst to best at MAIN, the first two about alike; and then the default.
@@ -77,7 +78,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--weights", type=Path, default=DATA / FILE, help="another tiny Wan")
     parser.add_argument("--quick", action="store_true", help="a few samples; fails by their order")
-    parser.add_argument("--only", default="", help="methods whose name holds this")
+    parser.add_argument(
+        "--only", default="", help="methods whose name holds this; others stay as --out has them"
+    )
     parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw the record of --out to this SVG, no runs")
     options = parser.parse_args()
@@ -99,6 +102,9 @@ def main() -> None:
         if not max(without) + 3 < calibrated < default - 3:
             raise SystemExit("The methods are not in their order, worst to best, 3 dB apart.")
     if options.out:
+        if options.only and options.out.exists():
+            known = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+            rows = [row for row in known if options.only not in row["method"]] + rows
         record = {
             "benchmark": "quality",
             "date": datetime.date.today().isoformat(),

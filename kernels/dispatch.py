@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import pytorch, triton_support
+from . import pytorch, triton_support, tuning
 from .triton_support import LIMITS, ON_TOKENS, Cause, Obstacle, Operands, TritonNotUsable, explain
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,9 @@ def run(operation: str, backend: str, operands: Operands, *arguments: Any) -> An
     except Exception as error:  # a missing compiler, an old driver: many kinds, all of Triton's
         if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
             raise
+        if tuning.is_tuned(arguments):  # the shipped parameters, and 16 bits, are a way out
+            tuning.withdraw_all(arguments, _last_words(error))
+            return run(operation, backend, operands, *tuning.in_sixteen_bits(arguments))
         why = Cause.KERNEL_FAILED.because(operation=operation, error=_last_words(error))
         if backend == "triton":
             raise TritonNotUsable(explain(why)) from error

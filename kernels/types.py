@@ -236,7 +236,8 @@ class Packing(NamedTuple):
         """For `rows` lists of each head, as wide as `widths` says, batch row by batch row."""
         starts = torch.tensor([0, *widths], dtype=torch.int64).cumsum(0) * rows
         longest_first = torch.tensor(widths).argsort(descending=True, stable=True).int()
-        return cls(*(x.to(device, non_blocking=True) for x in (starts, longest_first)), starts)
+        there = starts.to(device, non_blocking=True)
+        return cls(there, longest_first.to(device, non_blocking=True), starts)
 
     @property
     def num_entries(self) -> int:

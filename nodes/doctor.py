@@ -11,6 +11,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..attention.doctor import examine
+from .folders import tuning_file
 from .host import comfyui_version
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ class RoPeSLRDoctor(io.ComfyNode):
             display_name="RoPeSLR Doctor",
             category="RoPeSLR",
             description=(
-                "Shows which backend runs on this machine and why, checks its results, times it at "
-                "your video's size and recommends settings. Needs no model."
+                "Shows which backend runs on this machine and why, checks its results, finds the "
+                "fastest kernels for this GPU, times all at your video's size and recommends "
+                "settings. Run it once, and again after an update. Needs no model."
             ),
             search_aliases=["sparse attention benchmark", "triton check"],
             inputs=[
@@ -110,6 +112,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     sparsity,
                     seconds,
                     lambda done, of: bar.update_absolute(done, of),
+                    tuning_file(),
                 ),
             )
         )

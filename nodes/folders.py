@@ -41,6 +41,11 @@ def register() -> None:
         folder_paths.folder_names_and_paths[ADAPTERS] = (paths, set(EXTENSIONS))
 
 
+def tuning_file() -> Path:
+    """Where RoPeSLR Doctor keeps what it measured: in ComfyUI's user folder."""
+    return Path(folder_paths.get_user_directory()) / "ropeslr" / "tuning.json"
+
+
 def free_path(folder: str, name: str) -> Path:
     """A path in a model folder where no file is: `name`, or `name` with a number.
 

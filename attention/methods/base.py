@@ -160,15 +160,21 @@ class Method:
             return
         with torch.no_grad():
             q, k, v = (x.detach() for x in qkv)
-            blocks, options = self.blocks(call.layout, q.device), dict(backend=self.plan.backend)
+            blocks, backend = self.blocks(call.layout, q.device), self.plan.backend
             if exact is None:
                 some_q = q.index_select(2, self.some_queries(q, call, PROBED_ROWS).tokens)
                 seen = self.seen_keys(call.layout, q.device)
-                out, _ = ops.dense_attention(some_q, k, v, seen, scale=call.scale, **options)
+                out, _ = ops.dense_attention(some_q, k, v, seen, scale=call.scale, backend=backend)
                 exact = some_q, out
             small = self.precision.quantized(k, v, blocks.kv_blocks, None)
             found, _ = ops.dense_attention(
-                exact[0], k, v, blocks.kv_blocks, scale=call.scale, eight_bit=small, **options
+                exact[0],
+                k,
+                v,
+                blocks.kv_blocks,
+                scale=call.scale,
+                backend=backend,
+                eight_bit=small,
             )
             self.precision.judge(call.layer, exact[1], found, lost)
 

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import tuning
 from ..types import FeatureMap, TokenBlocks
 from .tiles import STRIDE_UNIT
 
@@ -122,7 +123,7 @@ TABLE: dict[str, dict[str, Launch]] = {
             Launch(4, 5), Launch(8, 5), Launch(4, 3), Launch(4, 4, True), Launch(8, 4)
         ).by_name(),
         "d_queries": Launch(4, 2),
-        "d_keys": Launch(4, 1),
+        "d_keys": Launch(4, 3),
     },
     "100": {
         **Forward(
@@ -163,7 +164,19 @@ def pe_rows(feature_map: FeatureMap) -> int:
 
 
 def launch_of(name: str) -> Launch:
-    """The parameters of a kernel on the active device."""
+    """The parameters of a kernel on the active device: tuned there, or as shipped."""
+    kind = name.removeprefix("8-bit ").removeprefix("wide ")
+    if kind in FORWARD:
+        precision = "8-bit" if name.startswith("8-bit") else "16-bit"
+        tuned = tuning.launch_here(precision, 128 if "wide" in name else 64)
+        if tuned is not None:
+            return Launch(*tuned)
+    return TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
+
+
+def shipped(precision: str, rows: int) -> Launch:
+    """The forward's parameters on the active device before anything is measured."""
+    name = ("8-bit " if precision == "8-bit" else "") + ("wide " if rows > 64 else "") + "mixed"
     return TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from ...attention import ResolvedPlan, SparsePlan
 from ...attention.adapters import Adapter, check_model
-from ...attention.backend import check_triton
+from ...attention.backend import check_triton, use_tuning
 from ...attention.plan import ALLOCATED, NEED_WEIGHTS
+from ..folders import tuning_file
 from .adapter_weights import as_comfy_weights
 from .dense_reason import SparseNotPossible
 from .model_info import ModelInfo, model_info
@@ -46,6 +48,7 @@ def install(
     """
     if adapter is not None and not isinstance(adapter, Adapter):
         raise ValueError(NOT_AN_ADAPTER.format(kind=type(adapter).__name__))
+    _go_by_tuning(model.load_device)
     info = model_info(model.model.diffusion_model)
     resolved = plan.resolve(adapter)
     if info.unsupported:
@@ -62,6 +65,13 @@ def install(
         patched.set_additional_models(KEY, [patcher])
     put_on(patched, SparsePatch(resolved, node_id))
     return patched
+
+
+@cache
+def _go_by_tuning(device: torch.device) -> None:
+    """What RoPeSLR Doctor measured on this GPU, read once."""
+    if device.type == "cuda":
+        logger.info("RoPeSLR: kernels %s", use_tuning(tuning_file(), device))
 
 
 def _check_fit(model: Any, info: ModelInfo, plan: ResolvedPlan, adapter: Adapter | None) -> None:

@@ -27,6 +27,7 @@ class RunReport:
     query_block: int  # and of a query block, at the end of the run
     eight_bit_calls: int  # sparse calls with keys and values in 8 bits
     sixteen_bit_layers: int  # that 8 bits would have cost too much
+    tuned: str  # whether the kernels were tuned here, in words; "" where there is nothing to tune
     backend: str  # of the sparse calls, "" where there were none
     sparse_calls: int
     dense_calls: dict[str, int]  # self-attention calls that stayed dense, by reason
@@ -89,8 +90,9 @@ class RunReport:
             stayed = self.sixteen_bit_layers
             sizes += f"{self.eight_bit_calls} in 8 bits"
             sizes += f" ({stayed} layers stayed in 16 bits), " if stayed else ", "
+        backend = f"{self.backend}, {self.tuned}" if self.tuned else self.backend
         return (
-            f" in {self.backend} (density {self.density:.3f}{self._range()}, "
+            f" in {backend} (density {self.density:.3f}{self._range()}, "
             f"{self.block_order} order, {sizes}"
             f"{self.calibrations} {learned}{recall})"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...attention import AttentionRun, ResolvedPlan
 from ...attention.adapters import Adapter, AdapterInfo
-from ...attention.backend import backend_of, shape_reason
+from ...attention.backend import backend_of, shape_reason, tuned
 from ...attention.learned import Lesson, learned_adapter
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
@@ -157,6 +157,11 @@ class SamplingRun:
         known = [each.query_block for each in self._attentions.values()]
         return max(known, default=self.plan.query_tokens)
 
+    def _tuned(self) -> str:
+        """Whether the kernels that ran were tuned here, in words."""
+        devices = list(self._attentions)
+        return tuned(devices[0]) if devices and self.tally.backend == "triton" else ""
+
     def learned(self) -> Adapter | None:
         """What the run has learned, on all devices, as an adapter on the CPU; None for nothing."""
         lessons: dict[Hashable, list[Lesson]] = {}
@@ -199,6 +204,7 @@ class SamplingRun:
             block_order=plan.block_order,
             key_block=plan.key_tokens,
             query_block=self.query_block,
+            tuned=self._tuned(),
             eight_bit_calls=sum(each.precision.calls for each in self._attentions.values()),
             sixteen_bit_layers=max(
                 (each.precision.refused for each in self._attentions.values()), default=0

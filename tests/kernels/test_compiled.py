@@ -1,6 +1,7 @@
 """Every launcher compiled for every GPU: fits, spills nothing, uses tensor cores, compiles once."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -50,10 +51,52 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
             mine = (target, name, row["kernel"])
             known = [x for x in RECORD["rows"] if (x["target"], x["case"], x["kernel"]) == mine]
             same = ("warps", "stages", "registers", "spilled_bytes", "shared_bytes", "useful_mma")
+            same = (*same, "loop")
             assert known and all(known[0][key] == row[key] for key in same), (
                 f"{row} is not what benchmarks/results/compile.json holds: run python -m "
                 "benchmarks.compile --out ..."
             )
+
+
+class Bar(NamedTuple):
+    """What the loop of a shipped forward may cost, at most or at least."""
+
+    instructions: int
+    buffers: int
+    programs: int  # on a multiprocessor
+
+
+BARS = {
+    ("cuda:90", "mixed"): Bar(520, 2, 2),
+    ("cuda:90", "fine mixed"): Bar(520, 2, 2),
+    ("cuda:90", "wide mixed"): Bar(440, 2, 1),
+    ("cuda:80", "mixed"): Bar(700, 2, 2),
+    ("cuda:80", "fine mixed"): Bar(760, 2, 2),
+    ("cuda:89", "mixed"): Bar(700, 1, 2),
+    ("cuda:89", "fine mixed"): Bar(760, 1, 2),
+    ("cuda:89", "8-bit fine mixed"): Bar(620, 2, 2),
+    ("cuda:89", "8-bit wide mixed"): Bar(620, 2, 1),
+    ("cuda:120", "mixed"): Bar(780, 1, 2),
+    ("cuda:120", "fine mixed"): Bar(820, 1, 2),
+    ("cuda:120", "8-bit fine mixed"): Bar(620, 2, 2),
+    ("cuda:120", "8-bit wide mixed"): Bar(620, 2, 1),
+}
+
+
+@pytest.mark.skipif(not RECORDED, reason="the bars are those of the recorded compiler")
+@pytest.mark.parametrize("target, name", BARS)
+def test_the_loop_stays_as_lean_as_it_is(target, name):
+    """From the record, which the test above holds to what is compiled."""
+    bar = BARS[target, name]
+    (row,) = [x for x in RECORD["rows"] if (x["target"], x["case"]) == (target, name)]
+    loop = row["loop"]
+    assert row["spilled_bytes"] == 0 and row["blocks_per_sm"] >= bar.programs
+    assert loop["instructions"] <= bar.instructions and loop["buffers"] >= bar.buffers
+    # Weights stay in the thread that made them: no product spreads over the warps by columns.
+    assert all(columns == 1 for _, columns in loop["warps_per_dot"]), loop
+    assert "shared store" not in loop["kinds"], loop
+    # The next tile is under way before the present one is waited for.
+    assert bar.buffers == 1 or min(loop["waits"]) > 0, loop
 
 
 @pytest.mark.slow
