@@ -213,6 +213,7 @@ class RoPeSLR(Method):
             mask,
             scale=call.scale,
             backend=self.plan.backend,
+            out=out,  # it is mixed in place
             eight_bit=self.eight_bit(qkv.k, qkv.v, call, means),
         )
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
@@ -224,7 +225,9 @@ class RoPeSLR(Method):
         batch, heads, count, head_dim = exact.q.shape
         self._remember(qkv.q, call, known, made_now=True)
         both = parts._replace(known=known).background
-        found = ops.mix_background(qkv.q, *sparse, mask.q_blocks, both, out=out)
+        found = ops.mix_background(
+            qkv.q, *sparse, mask.q_blocks, both, backend=self.plan.backend, out=out
+        )
         tokens = call.layout.attended_tokens
         return found, batch * calibration_flops(tokens, head_dim, heads, count)
 

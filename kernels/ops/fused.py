@@ -25,6 +25,7 @@ from .register import (
     mask_of,
     mask_operands,
     mask_parts,
+    operands,
     operation,
     wants_gradients,
     write,
@@ -138,14 +139,23 @@ def mix_background(
     q_blocks: TokenBlocks,
     background: Background,
     *,
+    backend: str = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """The mixing alone, for who has the sparse output: -> `(B, H, Lq, D)`. Plain PyTorch."""
+    """The mixing alone, for who has the sparse output and needs it no more: -> `(B, H, Lq, D)`.
+
+    A kernel mixes in place of `sparse`; what is compiled or needs gradients, plain PyTorch.
+    """
+    check_backend(backend)
     check_heads(q=q, sparse=sparse)
     check_blocks("q_blocks", q_blocks, q)
     check_background(background, q, q_blocks)
-    check_out(out, q, wants_gradients(q, sparse, lse, background))
-    return pytorch.mix_background(q, sparse, lse, q_blocks, background, out)
+    gradients = wants_gradients(q, sparse, lse, background)
+    check_out(out, q, gradients)
+    if gradients or is_compiling():
+        return pytorch.mix_background(q, sparse, lse, q_blocks, background, out)
+    found, rest = operands(q, q_blocks), (sparse, lse, q_blocks, background, out)
+    return dispatch.run("mix_background", backend, found, q, *rest)
 
 
 def linear_read(q: Tensor, feature_map: FeatureMap, state: LinearState) -> Tensor:

@@ -203,14 +203,18 @@ def launch(
     pooled: tuple[Tensor, ...] | None = None,
     epilogue: Epilogue = NOTHING,
     eight_bit: EightBit | None = None,
+    done: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Run the forward kernel; what is None leaves its code out."""
+    """Run the forward kernel; what is None leaves its code out.
+
+    done: attention and its LSE, laid out as `out` is, to be given its epilogue.
+    """
     batch, heads, tokens, head_dim = q.shape
     q, k, v = aligned(q), aligned(k), aligned(v)
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
     kind = "pooled" if pooled is not None else epilogue.kind
-    if tables.lists is None:
+    if tables.lists is None and done is None:
         kind = "dense"
     if tables.block_q > BLOCK:
         kind = f"wide {kind}"
@@ -233,6 +237,7 @@ def launch(
         lse,
         *tables.pointers,
         *(eight_bit or (None,) * 6),
+        *(done or (None,) * 2),
         *(pooled or (None,) * 3),
         *map(as_operand, mixing),
         as_operand(epilogue.bias),
@@ -283,6 +288,8 @@ def _forward(
     q_table_ptr, kv_table_ptr, num_full_ptr, lists_ptr, counts_ptr, starts_ptr, longest_first_ptr,
     # keys and values in 8 bits, in block order: read instead of k and v
     k8_ptr, k_scale_ptr, k_mean_ptr, v8_ptr, v_scale_ptr, v8_mean_ptr,
+    # attention that is there already: only the epilogue is left to do
+    done_ptr, done_lse_ptr,
     # one pooled pseudo-key per dropped block
     pooled_k_ptr, pooled_v_ptr, sizes_ptr,
     # mixing by mass
@@ -320,13 +327,19 @@ def _forward(
     k_ptr = head_ptr(k_ptr, b, h, k_batch, k_head)
     v_ptr = head_ptr(v_ptr, b, h, v_batch, v_head)
     out_ptr = head_ptr(out_ptr, b, h, out_batch, out_head)
+    if done_ptr is not None:  # laid out as the result is
+        done_ptr = head_ptr(done_ptr, b, h, out_batch, out_head)
     line = head * n_q + q_block
-    if lists_ptr is None:
+    if done_ptr is not None:
+        count = 0
+    elif lists_ptr is None:
         count = n_k
     else:
         count = tl.load(counts_ptr + line)
         lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
-    full = full_tiles(lists_ptr, num_full_ptr, count, n_k, k_tokens, BLOCK_K, TILE_K)
+    full = 0
+    if done_ptr is None:
+        full = full_tiles(lists_ptr, num_full_ptr, count, n_k, k_tokens, BLOCK_K, TILE_K)
 
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
     q = load_rows(q_ptr, q_rows, q_row, D, DP)
@@ -337,7 +350,13 @@ def _forward(
     acc = tl.zeros((BLOCK_Q, VP), tl.float32)
     acc_1 = tl.zeros((BLOCK_Q, VP), tl.float32)
     # Two loops each: what a short block needs would slow every tile down.
-    if k8_ptr is None:
+    if done_ptr is not None:
+        acc = load_rows(done_ptr, q_rows, out_row, D, VP).to(tl.float32)
+        if VP < DP:
+            acc_1 = load_rows(done_ptr, q_rows, out_row, D, VP, VP).to(tl.float32)
+        m = tl.load(done_lse_ptr + head * q_tokens + q_rows, mask=q_rows >= 0, other=0.0) * LOG2_E
+        l = tl.where(m > -float("inf"), 1.0, 0.0)  # noqa: E741
+    elif k8_ptr is None:
         for i in tl.range(0, full, EACH):
             block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, True)
             rows = tokens_of(kv_table_ptr, block, i, count, k_tokens, BLOCK_K, TILE_K, True)

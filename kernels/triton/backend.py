@@ -3,7 +3,7 @@
 from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .eight_bit import quantize_kv
-from .fused import block_sparse_linear, block_sparse_mixed
+from .fused import block_sparse_linear, block_sparse_mixed, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .selection import block_mass, block_select, lists_from_bits
 
@@ -19,5 +19,6 @@ __all__ = [
     "dense_attention",
     "lists_from_bits",
     "low_rank_state",
+    "mix_background",
     "quantize_kv",
 ]

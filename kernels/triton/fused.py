@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..pytorch.common import empty_nhd
-from ..types import Background, BlockMask, EightBit, FirstOrder, LinearBranch
+from ..types import Background, BlockMask, EightBit, FirstOrder, LinearBranch, TokenBlocks
 from .attention import Epilogue, Linear, Mixing, Tables, launch, normalised
+from .launch import aligned, table
 
 
 def block_sparse_mixed(
@@ -21,15 +23,38 @@ def block_sparse_mixed(
 ) -> Tensor:
     """See `reference.block_sparse_mixed`: mixed before anything is written."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
-    gate, first, low_rank = background
-    matrix, size = normalised(_whole_matrix(first).float(), q.dtype)
-    mixing = Mixing(*gate, matrix, size, first.v_mean)
-    if low_rank is None:
-        epilogue = Epilogue("mixed", mixing)
-    else:
-        epilogue = Epilogue("low_rank", mixing, Linear(*low_rank))
+    epilogue = _epilogue(background, q.dtype)
     launch(q, k, v, Tables.of(mask), scale, out, epilogue=epilogue, eight_bit=eight_bit)
     return out
+
+
+def mix_background(
+    q: Tensor,
+    sparse: Tensor,
+    lse: Tensor,
+    q_blocks: TokenBlocks,
+    background: Background,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `reference.mix_background`: the same epilogue, on attention that is there already.
+
+    Written in place of `sparse` where nobody says where to.
+    """
+    found = sparse if aligned(sparse) is sparse else sparse.contiguous()
+    tables = Tables(q_table=table(q_blocks), block_q=q_blocks.block_size)
+    epilogue = _epilogue(background, q.dtype)
+    done = found, lse.float().contiguous()
+    launch(q, q, q, tables, 1.0, found, epilogue=epilogue, done=done)
+    return found if out is None or out is found else out.copy_(found)
+
+
+def _epilogue(background: Background, dtype: torch.dtype) -> Epilogue:
+    gate, first, low_rank = background
+    matrix, size = normalised(_whole_matrix(first).float(), dtype)
+    mixing = Mixing(*gate, matrix, size, first.v_mean)
+    if low_rank is None:
+        return Epilogue("mixed", mixing)
+    return Epilogue("low_rank", mixing, Linear(*low_rank))
 
 
 def _whole_matrix(first: FirstOrder) -> Tensor:

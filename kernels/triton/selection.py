@@ -1,8 +1,8 @@
 """Choosing blocks: the best of each row by an exact threshold, as sorted lists or as bits.
 
-The threshold is found bit by bit on order-preserving integers, so a row of any length costs 32
-counting passes over data that stays in the cache, whatever is kept. Equal scores at the threshold
-go to the lower block number.
+The threshold is found on order-preserving integers, so a row of any length costs some ten counting
+passes over data that stays in the cache, whatever is kept. Equal scores at the threshold go to the
+lower block number.
 """
 
 from __future__ import annotations
@@ -167,44 +167,112 @@ def _is_required(required_ptr, columns, n_k):
 
 
 @triton.jit
-def _ranks(scores_ptr, required_ptr, columns, n_k):
-    """The order of a row's scores as uint32; 0, below every score, where required or beyond n_k."""
+def _ranks(scores_ptr, required_ptr, columns, n_k, READY: tl.constexpr):
+    """The order of a row's scores as uint32; 0, below every score, where required or beyond n_k.
+
+    READY: they are there already, in the place of the scores.
+    """
     mask = columns < n_k
     bits = tl.load(scores_ptr + columns, mask=mask, other=0.0).to(tl.uint32, bitcast=True)
-    ranks = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    free = mask & (_is_required(required_ptr, columns, n_k) == 0)
-    return tl.where(free, ranks, tl.zeros_like(ranks))
+    ranks = bits
+    if not READY:
+        ranks = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+        free = mask & (_is_required(required_ptr, columns, n_k) == 0)
+        ranks = tl.where(free, ranks, tl.zeros_like(ranks))
+    return ranks
 
 
 @triton.jit
-def _threshold(scores_ptr, required_ptr, n_k, topk, CHUNK: tl.constexpr):
-    """The rank of a row's topk-th best score, and how many of that very rank are kept."""
+def _scores_of(ranks):
+    """Scores from their ranks; nothing sensible where the rank is 0."""
+    bits = tl.where(ranks >= 0x80000000, ranks ^ 0x80000000, ranks ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bounds(scores_ptr, required_ptr, n_k, CHUNK: tl.constexpr, REPLACE: tl.constexpr):
+    """Least and largest rank of a row, and how many there are. REPLACE: the scores by ranks."""
     lanes = tl.arange(0, CHUNK)
-    threshold = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(0, 32):
-        candidate = threshold | bit
+    least, largest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
+    count = 0
+    for start in range(0, n_k, CHUNK):
+        columns = start + lanes
+        ranks = _ranks(scores_ptr, required_ptr, columns, n_k, False)
+        if REPLACE:
+            tl.store(scores_ptr + columns, ranks.to(tl.float32, bitcast=True), mask=columns < n_k)
+        free = ranks > 0
+        count += tl.sum(free.to(tl.int32), 0)
+        largest = tl.maximum(largest, tl.max(ranks, 0))
+        least = tl.minimum(least, tl.min(tl.where(free, ranks, 0xFFFFFFFF), 0))
+    return least, largest, count
+
+
+@triton.jit
+def _threshold(
+    scores_ptr, required_ptr, n_k, topk, least, largest, count,
+    CHUNK: tl.constexpr, READY: tl.constexpr,
+):  # fmt: skip
+    """A rank that a row's topk best reach, and how many of that very rank are not to be kept.
+
+    Between bounds whose counts are known, by interpolation and halving in turns, until a count is
+    topk: some ten passes, where going bit by bit takes 32.
+    """
+    lanes = tl.arange(0, CHUNK)
+    low, high = least.to(tl.int64), largest.to(tl.int64) + 1
+    n_low, n_high = count, 0
+    if topk <= 0:
+        low, n_low = high, topk
+    if topk >= count:  # all there are
+        n_low = topk
+    halve = False
+    while (n_low != topk) & (high - low > 1):
+        span = high - low
+        share = (n_low - topk).to(tl.float32) / (n_low - n_high).to(tl.float32)
+        step = (span.to(tl.float32) * share).to(tl.int64)
+        step = tl.where(halve, span // 2, step)
+        middle = low + tl.minimum(tl.maximum(step, 1), span - 1)
         reached = 0
         for start in range(0, n_k, CHUNK):
-            ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k)
-            reached += tl.sum((ranks >= candidate).to(tl.int32), 0)
-        threshold = tl.where(reached >= topk, candidate, threshold)
-        bit = bit >> 1
-    above = 0
-    for start in range(0, n_k, CHUNK):
-        ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k)
-        above += tl.sum((ranks > threshold).to(tl.int32), 0)
-    return threshold, topk - above
+            ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
+            reached += tl.sum((ranks >= middle.to(tl.uint32)).to(tl.int32), 0)
+        enough = reached >= topk
+        low, n_low = tl.where(enough, middle, low), tl.where(enough, reached, n_low)
+        high, n_high = tl.where(enough, high, middle), tl.where(enough, n_high, reached)
+        halve = halve == 0
+    return low, tl.maximum(n_low - topk, 0)
 
 
 @triton.jit
-def _kept(scores_ptr, required_ptr, columns, n_k, threshold, equals_left):
+def _kept(
+    scores_ptr, required_ptr, columns, n_k, threshold, too_many, equals_left,
+    READY: tl.constexpr,
+):  # fmt: skip
     """Which of some columns are kept, and how many of the threshold's rank may still be."""
-    ranks = _ranks(scores_ptr, required_ptr, columns, n_k)
-    equal = ((ranks == threshold) & (ranks > 0)).to(tl.int32)
-    chosen = (ranks > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= equals_left))
-    equals_left -= tl.minimum(tl.sum(equal, 0), equals_left)
-    return (columns < n_k) & (chosen | _is_required(required_ptr, columns, n_k)), equals_left
+    ranks = _ranks(scores_ptr, required_ptr, columns, n_k, READY)
+    own = ranks.to(tl.int64)
+    chosen = (own >= threshold) & (ranks > 0)
+    if too_many > 0:  # more than wanted have the very rank of the threshold
+        equal = chosen & (own == threshold)
+        place = tl.cumsum(equal.to(tl.int32), 0)
+        chosen = chosen & ((equal == 0) | (place <= equals_left))
+        equals_left -= tl.minimum(tl.sum(equal.to(tl.int32), 0), equals_left)
+    return (columns < n_k) & (chosen | _is_required(required_ptr, columns, n_k)), ranks, equals_left
+
+
+@triton.jit
+def _equals(
+    scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK: tl.constexpr, READY: tl.constexpr
+):
+    """How many of the threshold's rank are to be kept, where not all of them are."""
+    left = 0
+    if too_many > 0:
+        lanes = tl.arange(0, CHUNK)
+        for start in range(0, n_k, CHUNK):
+            ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
+            equal = (ranks.to(tl.int64) == threshold) & (ranks > 0)
+            left += tl.sum(equal.to(tl.int32), 0)
+        left -= too_many
+    return left
 
 
 @kernel
@@ -214,7 +282,8 @@ def _select_lists(
     first_line, n_q, n_k, topk, list_width,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Kept blocks and the log-mass of the others: one program per row of scores `(n_q, n_k)`.
+    """Kept blocks and the log-mass of the others: one program per row of scores `(n_q, n_k)`, which
+    become ranks.
 
     Scores hold some heads at a time; their first row is row first_line of the outputs. topks, where
     given, has a number for each head, and its lists lie packed from starts on.
@@ -230,7 +299,12 @@ def _select_lists(
         list_width = ((tl.load(starts_ptr + line // n_q + 1) - first) // n_q).to(tl.int32)
     lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
     lanes = tl.arange(0, CHUNK)
-    threshold, equals_left = _threshold(scores_ptr, required_ptr, n_k, topk, CHUNK)
+    bounds = _bounds(scores_ptr, required_ptr, n_k, CHUNK, True)
+    tl.debug_barrier()  # the ranks that replace the scores are read back
+    threshold, too_many = _threshold(
+        scores_ptr, required_ptr, n_k, topk, bounds[0], bounds[1], bounds[2], CHUNK, True
+    )
+    left = _equals(scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK, True)
 
     written = 0
     running_max = tl.full((), -float("inf"), tl.float32)
@@ -238,11 +312,13 @@ def _select_lists(
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
         mask = columns < n_k
-        kept, equals_left = _kept(scores_ptr, required_ptr, columns, n_k, threshold, equals_left)
+        kept, ranks, left = _kept(
+            scores_ptr, required_ptr, columns, n_k, threshold, too_many, left, True
+        )
         place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(lists_ptr + place, columns, mask=kept & (place < list_width))
         written += tl.sum(kept.to(tl.int32), 0)
-        scores = tl.load(scores_ptr + columns, mask=mask, other=0.0) * LOG2_E
+        scores = _scores_of(ranks) * LOG2_E
         scores += tl.load(log_sizes_ptr + columns, mask=mask, other=0.0)
         dropped = tl.where(mask & (kept == 0), scores, -float("inf"))
         new_max = tl.maximum(running_max, tl.max(dropped, 0))
@@ -271,12 +347,18 @@ def _select_bits(
     line = (line + first_line) * choices + choice
     lanes = tl.arange(0, CHUNK)
     topk = tl.load(topks_ptr + choice)
-    threshold, equals_left = _threshold(mass_ptr, required_ptr, n_k, topk, CHUNK)
+    bounds = _bounds(mass_ptr, required_ptr, n_k, CHUNK, False)
+    threshold, too_many = _threshold(
+        mass_ptr, required_ptr, n_k, topk, bounds[0], bounds[1], bounds[2], CHUNK, False
+    )
+    left = _equals(mass_ptr, required_ptr, n_k, threshold, too_many, CHUNK, False)
 
     kept_mass = 0.0
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
-        kept, equals_left = _kept(mass_ptr, required_ptr, columns, n_k, threshold, equals_left)
+        kept, _, left = _kept(
+            mass_ptr, required_ptr, columns, n_k, threshold, too_many, left, False
+        )
         mass = tl.load(mass_ptr + columns, mask=columns < n_k, other=0.0)
         kept_mass += tl.sum(tl.where(kept, mass, 0.0), 0)
         word = kept.reshape(CHUNK // 32, 32).to(tl.int32) << tl.arange(0, 32)[None, :]
