@@ -44,8 +44,9 @@ def block_select(
         list_width = layout.list_width(topk)
         indices = q.new_empty(batch, heads, n_q, list_width, dtype=list_dtype(n_k))
     else:
-        packing = Packing.of(layout.widths(topk), n_q, q.device)
-        indices = q.new_empty(packing.num_entries, dtype=list_dtype(n_k))
+        widths = layout.widths(topk)
+        packing = Packing.of(widths, n_q, q.device)
+        indices = q.new_empty(n_q * sum(widths), dtype=list_dtype(n_k))
         starts = packing.starts
         topks = torch.tensor(topk, dtype=torch.int32).to(q.device, non_blocking=True)
         topk = 0
