@@ -16,7 +16,10 @@ __all__ = ["ROOT", "commit", "load_pack"]
 
 def commit() -> str:
     """The commit of this tree, "unknown" where there is no git."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+    except OSError:  # no git at all
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def dense(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Exact attention: what ComfyUI or a person would use instead."""
+def dense(
+    device: torch.device, compiled: bool = False
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Exact attention: what ComfyUI or a person would use instead; also what is compiled first."""
     if device.type != "cuda":
         return {"sdpa": F.scaled_dot_product_attention}
     found = {
         "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex_attention": _flex,
     }
+    if compiled:
+        found["flex_attention"] = _flex
     if _there("flash_attn_interface"):
         found["FlashAttention-3"] = _flash_3
     if _there("sageattention"):
@@ -37,6 +40,8 @@ def sparse(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor, 
         found["thu-ml/SLA"] = _sla
     if device.type == "cuda" and _there("fastvideo_kernel"):
         found["FastVideo VSA"] = _vsa
+    if device.type == "cuda" and _there("comfy_kitchen"):
+        found["comfy-kitchen sol_attn"] = _sol
     return found
 
 
@@ -93,6 +98,12 @@ def _sla_module(width: int, keep: float) -> torch.nn.Module:
 
 def _sla(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
     return _sla_module(q.shape[3], keep)(q, k, v)
+
+
+def _sol(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
+    import comfy_kitchen
+
+    return comfy_kitchen.sol_attn(q, k, v, topk=keep)
 
 
 def _vsa(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:

@@ -6,7 +6,8 @@ What is allocated holds NaN beforehand.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import load_pack
 
 ops, reference, types = (load_pack(f".kernels.{name}") for name in ("ops", "reference", "types"))
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+EIGHT_BIT_LIMIT = 6e-2
 TOKENS, BLOCK, FINE_BLOCK = 1000, 64, 16
 
 
@@ -29,37 +31,45 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def errors(device: torch.device) -> dict[str, dict]:
-    """ "operation dtype head_dim[, key blocks of 16]" -> relative error and limit, or error text.
+def kinds(device: torch.device) -> dict[str, tuple[torch.dtype, int, int]]:
+    """Groups of comparisons by name: dtype, head_dim, tokens of a key block.
 
     float16 at one head_dim only: every pair of dtype and width is compiled anew.
     """
-    found = {}
     first = torch.float16 if device.type == "cuda" else torch.float32
-    kinds = (
+    found = {}
+    for dtype, width, key_block in (
         (torch.bfloat16, 128, BLOCK),
         (torch.bfloat16, 128, FINE_BLOCK),
         (torch.bfloat16, 80, BLOCK),
         (first, 64, BLOCK),
-    )
-    for dtype, width, key_block in kinds:
+    ):
         name = f"{str(dtype).removeprefix('torch.')} {width}"
-        if key_block != BLOCK:
-            name += f", key blocks of {key_block}"
-        try:
-            with poisoned(), torch.inference_mode(False):
-                for operation, error in _one(device, dtype, width, key_block).items():
-                    found[f"{operation} {name}"] = {"error": error, "limit": LIMITS[dtype]}
-        except Exception as failure:
-            found[f"failed {name}"] = {
-                "error": float("inf"),
-                "limit": LIMITS[dtype],
-                "error_text": str(failure)[:500],
-            }
+        name += f", key blocks of {key_block}" if key_block != BLOCK else ""
+        found[name] = dtype, width, key_block
     return found
 
 
-def _one(device: torch.device, dtype: torch.dtype, width: int, key_block: int) -> dict[str, float]:
+def errors(device: torch.device, name: str) -> dict[str, dict]:
+    """One of `kinds`: "operation kind" -> relative error and limit, or error text."""
+    dtype, width, key_block = kinds(device)[name]
+    found = {}
+    with poisoned(), torch.inference_mode(False):
+        for operation, compare in _comparisons(device, dtype, width, key_block).items():
+            limit = EIGHT_BIT_LIMIT if "8-bit" in operation else LIMITS[dtype]
+            row: dict = {"error": float("inf"), "limit": limit}
+            try:  # one that fails says nothing about the next
+                row["error"] = compare()
+            except Exception as failure:
+                row["error_text"] = f"{type(failure).__name__}: {str(failure)[:500]}"
+            found[f"{operation} {name}"] = row
+    return found
+
+
+def _comparisons(
+    device: torch.device, dtype: torch.dtype, width: int, key_block: int
+) -> dict[str, Callable[[], float]]:
+    """Operation -> a call that gives its error."""
     generator = torch.Generator().manual_seed(width)
 
     def random(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
@@ -114,22 +124,37 @@ def _one(device: torch.device, dtype: torch.dtype, width: int, key_block: int) -
     }
     # By name on a GPU: a kernel that fails must show, not be stood in for.
     backend = "triton" if device.type == "cuda" else "pytorch"
-    found = {}
-    for name, (arguments, output) in calls.items():
+
+    def compared(name: str) -> float:
+        arguments, output = calls[name]
         operation = name.split()[0]
         there = getattr(ops, operation)(*_to(arguments, device), backend=backend)
         exact = getattr(reference, operation)(*_to(arguments, torch.device("cpu"), torch.float64))
-        there, exact = (_output(x, output) for x in (there, exact))
-        found[name] = _error(there, exact)
-    leaves = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
-    out, _ = ops.block_sparse_attention(*leaves, *_to(sparse[3:], device), backend=backend)
-    there = torch.autograd.grad(out, leaves, d_out.to(device))
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact = torch.autograd.grad(
-        reference.block_sparse_attention(*leaves, *sparse[3:])[0], leaves, d_out.double()
-    )
-    for name, a, b in zip(("dq", "dk", "dv"), there, exact):
-        found[f"block_sparse_attention_backward {name}"] = _error(a, b)
+        return _error(*(_output(x, output) for x in (there, exact)))
+
+    def eight_bit() -> float:
+        means = k.float().mean(dim=2), v.float().mean(dim=2)
+        own = _to((k, v, keys, *means), device)
+        small = ops.quantize_kv(*own, backend=backend)
+        there, _ = ops.block_sparse_attention(
+            *_to(sparse, device), eight_bit=small, backend=backend
+        )
+        exact = reference.block_sparse_attention(*_to(sparse, torch.device("cpu"), torch.float64))
+        return _error(there, exact[0])
+
+    def gradient(number: int) -> float:
+        leaves = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
+        out, _ = ops.block_sparse_attention(*leaves, *_to(sparse[3:], device), backend=backend)
+        there = torch.autograd.grad(out, leaves, d_out.to(device))
+        leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        out, _ = reference.block_sparse_attention(*leaves, *sparse[3:])
+        exact = torch.autograd.grad(out, leaves, d_out.double())
+        return _error(there[number], exact[number])
+
+    found: dict[str, Callable[[], float]] = {name: partial(compared, name) for name in calls}
+    found["block_sparse_attention 8-bit"] = eight_bit
+    for number, name in enumerate(("dq", "dk", "dv")):
+        found[f"block_sparse_attention_backward {name}"] = partial(gradient, number)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import statistics
@@ -15,6 +16,8 @@ import torch
 from . import commit
 
 LEAST_SAMPLES = 20
+SHORT = 1e-4  # seconds of a call that is replayed from a graph
+REPLAYED = 20  # calls in a graph
 
 
 class Time(NamedTuple):
@@ -42,12 +45,17 @@ class Stopwatch:
         each = max(time.perf_counter() - started, 1e-6)
         turns = int(min(max(self.least, self.seconds / each), 200))
         samples = (
-            self._on_gpu(call, turns) if self.device.type == "cuda" else self._on_cpu(call, turns)
+            self._on_gpu(call, turns, each)
+            if self.device.type == "cuda"
+            else self._on_cpu(call, turns)
         )
         quarters = statistics.quantiles(samples, n=4) if turns > 1 else samples * 3
         return Time(statistics.median(samples), quarters[0], quarters[2], turns)
 
-    def _on_gpu(self, call: Callable[[int], object], turns: int) -> list[float]:
+    def _on_gpu(self, call: Callable[[int], object], turns: int, each: float) -> list[float]:
+        if each < SHORT:
+            with contextlib.suppress(RuntimeError):  # what cannot be captured is called
+                return self._replayed(call, turns)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(turns + 1)]
         marks[0].record()
         for turn in range(turns):
@@ -55,6 +63,19 @@ class Stopwatch:
             marks[turn + 1].record()
         self._wait()
         return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
+
+    def _replayed(self, call: Callable[[int], object], turns: int) -> list[float]:
+        """Of a call so short that Python's part would be measured: many of it as one graph."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            for turn in range(REPLAYED):
+                call(turn)
+        samples = self._on_gpu(lambda _: graph.replay(), turns, SHORT)
+        return [each / REPLAYED for each in samples]
 
     @staticmethod
     def _on_cpu(call: Callable[[int], object], turns: int) -> list[float]:

@@ -1,11 +1,18 @@
-"""The kernels on one GPU, in one command: `python -m benchmarks.kernels [--out FILE.json]`.
+"""The kernels on one GPU: `python -m benchmarks.kernels [--stage ...] [--out FILE.json]`.
 
-Needs torch, triton, einops and safetensors, no ComfyUI; builds nothing; ends within eight minutes.
-In this order: cold start, correctness of every operation against float64, ceilings (matrix product,
-copy), and for each case exact attention of others, ours part by part and as the WHOLE replaced
-call, memory, backward. What does not fit into --minutes is left out and named. --quick takes the
-smallest case alone. Random inputs, larger than the cache. With --device cpu it runs at small sizes
-in plain PyTorch, to test this program.
+Needs torch, triton, einops and safetensors, no ComfyUI and no git; builds nothing. Two commands of
+at most eight minutes measure everything, the second adds to the first one's file:
+
+    python -m benchmarks.kernels --out FILE.json --stage correctness cold forward
+    python -m benchmarks.kernels --out FILE.json --stage backward others
+
+and `--stage variants` every variant of the forward side by side. correctness: every operation
+against float64; cold: the first calls of a new user, and the ceilings (matrix product, copy);
+forward: for each case exact attention of others, ours part by part and as the WHOLE replaced call,
+memory. Each job runs in a process of its own, and the file is written after each: what crashes
+costs itself. What does not fit into --minutes is left out and named. --quick takes the smallest
+case alone. Random inputs, larger than the cache. With --device cpu it runs at small sizes in plain
+PyTorch, to test this program.
 """
 
 from __future__ import annotations
@@ -14,23 +21,27 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import baselines, load_pack
+from . import ROOT, baselines, load_pack
 from .adapters import layer_inputs, random_adapter
-from .correctness import errors
+from .correctness import errors, kinds
 from .gpu import Stopwatch, clocks, machine
 from .kernels_report import table, targets
 
 attention, ops = load_pack(".attention"), load_pack(".kernels.ops")
-types = load_pack(".kernels.types")
+types, tuning = load_pack(".kernels.types"), load_pack(".kernels.tuning")
+STAGES = ("correctness", "cold", "forward", "backward", "others", "variants")
+GRACE = 60.0  # seconds that a job may end after its time
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Run:
         self.backend = {"backend": "triton" if device.type == "cuda" else "pytorch"}
         self.watch = Stopwatch(device, seconds, least)
         self.ends = time.monotonic() + 60 * minutes
-        self.record: dict = {"benchmark": "kernels", **machine(device), "skipped": [], "cases": []}
+        self.record: dict = {"skipped": []}
 
     def has_time(self, what: str, seconds: float = 0.0) -> bool:
         """Whether something that takes about so long still ends in time."""
@@ -109,42 +120,172 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", help="write the measurements to this JSON file")
+    parser.add_argument("--out", help="write the measurements to this JSON file, stage by stage")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES[:-1])
     parser.add_argument("--quick", action="store_true", help="one case, one sparsity")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="begin nothing new after so many"
     )
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # one job: its part goes into --out
     options = parser.parse_args()
-    device = torch.device(options.device)
+    cases = cases_of(options)
+    if options.child:
+        child(options, cases)
+        return
+    device, record = torch.device(options.device), new_record(torch.device(options.device))
+    if options.out and Path(options.out).exists():  # a later command adds its stages
+        known = json.loads(Path(options.out).read_text(encoding="utf-8"))
+        if known.get("commit") == record["commit"] and known["machine"] == record["machine"]:
+            record |= known
+    ends = time.monotonic() + 60 * options.minutes
+    for stage in options.stage:
+        for name in jobs(stage, cases, device):
+            left = ends - time.monotonic()
+            if left <= 0:
+                record["skipped"].append(f"{stage} {name}".strip())
+                continue
+            part = in_a_child(options, f"{stage}:{name}", left + GRACE)
+            merge(record, stage, name, part, cases)
+            print(f"# {stage} {name} done", file=sys.stderr, flush=True)
+            record["clocks_at_end"] = clocks()
+            record["targets"] = targets(record)
+            if options.out:
+                text = json.dumps(record, indent=1) + "\n"
+                Path(options.out).write_text(text, encoding="utf-8")
+    print(table(record))
+
+
+def cases_of(options: argparse.Namespace) -> tuple[Case, ...]:
+    if not options.device.startswith("cuda"):
+        return CPU
+    return QUICK if options.quick else CASES
+
+
+def new_record(device: torch.device) -> dict:
+    return {
+        "benchmark": "kernels",
+        **machine(device),
+        "skipped": [],
+        "cold_start": {},
+        "errors": {},
+        "ceilings": {},
+        "variants": [],
+        "cases": [],
+    }
+
+
+def jobs(stage: str, cases: tuple[Case, ...], device: torch.device) -> list[str]:
+    """What a stage consists of, each in a process of its own; "" for the whole of it."""
+    if stage == "correctness":
+        return list(kinds(device))
+    if stage in ("cold", "variants"):
+        return [""]
+    if stage == "others":
+        return [case.name for case in cases if baselines.sparse(device)]
+    return [case.name for case in cases]
+
+
+def in_a_child(options: argparse.Namespace, job: str, seconds: float) -> dict:
+    """The part of the record that one job gives; what it had written is kept when it fails."""
+    with tempfile.TemporaryDirectory(prefix="ropeslr-") as folder:
+        part = Path(folder) / "part.json"
+        command = [sys.executable, "-m", "benchmarks.kernels", "--child", job, "--out", str(part)]
+        command += ["--device", options.device, "--minutes", str((seconds - GRACE) / 60)]
+        command += ["--quick"] * options.quick
+        # An empty cache of compiled kernels shows what a new user waits for; the stages share it.
+        failed = ""
+        try:
+            done = subprocess.run(command, cwd=ROOT, timeout=seconds)
+            if done.returncode:
+                failed = f"the process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            failed = f"took longer than {seconds:.0f} s"
+        found = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+    return found | ({"error": failed} if failed else {})
+
+
+def merge(record: dict, stage: str, name: str, part: dict, cases: tuple[Case, ...]) -> None:
+    """Put a job's part where it belongs."""
+    record["skipped"] += part.pop("skipped", [])
+    if stage == "correctness":
+        record["errors"] |= part.pop("errors", {})
+        if "error" in part:
+            infinite = {"error": float("inf"), "limit": 1.0, "error_text": part["error"]}
+            record["errors"][f"failed {name}"] = infinite
+    elif stage == "cold":
+        record |= {key: part[key] for key in ("cold_start", "ceilings") if key in part}
+        record["cold_start"] |= {key: x for key, x in part.items() if key == "error"}
+    elif stage == "variants":
+        record["variants"] = part.get("variants", [])
+    else:
+        (case,) = [case for case in cases if case.name == name]
+        known = next((x for x in record["cases"] if x["case"] == name), None)
+        if known is None:
+            known = {
+                "case": name,
+                "tokens": case.tokens,
+                "heads": case.heads,
+                "width": case.width,
+            }
+            record["cases"].append(known)
+        known |= part
+
+
+def child(options: argparse.Namespace, cases: tuple[Case, ...]) -> None:
+    """One job, its part written after each of its steps."""
+    device, (stage, _, name) = torch.device(options.device), options.child.partition(":")
     on_gpu = device.type == "cuda"
     run = Run(device, options.minutes, 1.0 if on_gpu else 0.1, 20 if on_gpu else 3)
-    cases = (QUICK if options.quick else CASES) if on_gpu else CPU
     if on_gpu:
         torch.cuda.set_device(device)
-    # An empty cache of compiled kernels, so that the first calls show what a new user waits for.
-    with tempfile.TemporaryDirectory(prefix="ropeslr-triton-") as folder, torch.inference_mode():
-        os.environ["TRITON_CACHE_DIR"] = folder
-        run.record["cold_start"] = run.guarded(lambda: cold_start(run, cases[0]))
-        run.record["errors"] = errors(device)
-        run.record["ceilings"] = run.guarded(lambda: ceilings(run))
-        for case in cases:
-            if run.has_time(case.name):
-                found = {
-                    "case": case.name,
-                    "tokens": case.tokens,
-                    "heads": case.heads,
-                    "width": case.width,
-                }
-                run.record["cases"].append(found)
-                found |= run.guarded(lambda case=case: measure_case(run, case))
-                print(f"# {case.name} done", file=sys.stderr, flush=True)
-            run.record["clocks_at_end"] = clocks()
-            run.record["targets"] = targets(run.record)
-            if options.out:
-                with open(options.out, "w", encoding="utf-8") as file:
-                    file.write(json.dumps(run.record, indent=1) + "\n")
-    print(table(run.record))
+
+    def write(part: dict) -> None:
+        Path(options.out).write_text(
+            json.dumps(part | {"skipped": run.record["skipped"]}), encoding="utf-8"
+        )
+
+    case = next((case for case in cases if case.name == name), cases[0])
+    with torch.inference_mode():
+        if stage == "correctness":
+            write({"errors": errors(device, name)})
+        elif stage == "cold":
+            with tempfile.TemporaryDirectory(prefix="ropeslr-triton-") as folder:
+                os.environ["TRITON_CACHE_DIR"] = folder
+                found = {"cold_start": run.guarded(lambda: cold_start(run, case))}
+                write(found)
+                write(found | {"ceilings": run.guarded(lambda: ceilings(run))})
+        elif stage == "variants":
+            write({"variants": variants(run, case)})
+        elif stage == "forward":
+            measure_case(run, case, write)
+        elif stage == "backward":
+            write({"backward": run.guarded(lambda: backward(run, case))})
+        elif stage == "others":
+            write({"others": others(run, case)})
+
+
+def variants(run: Run, case: Case) -> list[dict]:
+    """Every variant of the forward side by side, each tried in a process of its own."""
+    if run.device.type != "cuda":
+        return []
+    trial = tuning.Trial(str(run.device), math.prod(case.grid), case.heads, case.width)
+    found = tuning.run_trials(tuning.short_list(run.device), trial)
+    return [{**asdict(each), "name": each.variant.name} for each in found.outcomes]
+
+
+def others(run: Run, case: Case) -> dict:
+    """Other packages' sparse attention at every sparsity."""
+    sets, found = inputs(run, case), {}
+    for sparsity in case.sparsities:
+        row = found[str(sparsity)] = {}
+        for name, call in baselines.sparse(run.device).items():
+
+            def other(turn: int, call: Callable = call, keep: float = 1 - sparsity):
+                return call(*sets[turn % len(sets)], keep)
+
+            row[name] = run.measure(other)
+    return found
 
 
 def inputs(run: Run, case: Case, requires_grad: bool = False) -> list[tuple[Tensor, ...]]:
@@ -197,16 +338,19 @@ def whole_call(
     )
 
 
-def measure_case(run: Run, case: Case) -> dict:
-    """Exact attention, ours and others', forward and backward, of one case."""
+def measure_case(run: Run, case: Case, write: Callable[[dict], None]) -> dict:
+    """Exact attention and ours, forward, of one case; written as it goes."""
     sets = inputs(run, case)
     found: dict = {"rows": []}
+    # One shape is enough for what is compiled anew for each.
+    exact = baselines.dense(run.device, compiled=case is CASES[0] or run.device.type != "cuda")
     found["dense"] = {
         name: run.measure(lambda turn, f=attend: f(*sets[turn % len(sets)]))
-        for name, attend in baselines.dense(run.device).items()
+        for name, attend in exact.items()
     }
     known = [row["ms"] for row in found["dense"].values() if "ms" in row]
     found["dense_ms"] = min(known) if known else None
+    write(found)
     for sparsity in case.sparsities:
         if run.has_time(f"{case.name} at {sparsity:.2f}"):
             row = {"sparsity": sparsity}
@@ -214,11 +358,7 @@ def measure_case(run: Run, case: Case) -> dict:
             row |= run.guarded(
                 lambda s=sparsity: measure_sparsity(run, case, sets, s, found["dense_ms"])
             )
-    sets.clear()  # the backward makes its own
-    # Two exact ones, forward and both, 22 turns each.
-    expected = 2 * 22 * 4.5 * (found["dense_ms"] or 0) / 1e3
-    if run.has_time(f"{case.name}, backward", expected):
-        found["backward"] = run.guarded(lambda: backward(run, case))
+            write(found)
     return found
 
 
@@ -226,7 +366,7 @@ def measure_sparsity(
     run: Run, case: Case, sets: list, sparsity: float, dense_ms: float | None
 ) -> dict:
     """Parts, whole calls, memory and other packages at one sparsity."""
-    row: dict = {"whole": {}, "others": {}}
+    row: dict = {"whole": {}}
     row |= parts(run, case, sets, sparsity, BLOCK)
     if sparsity == DEFAULT_SPARSITY:
         row["fine"] = parts(run, case, sets, sparsity, FINE_BLOCK)
@@ -251,12 +391,6 @@ def measure_sparsity(
         row["share_of_routing_and_background"] = beside / row["ropeslr_ms"]
         row["kept_tflops"] = row["kept_tflop"] / ms["sparse"] * 1e3
     row["memory_mb"] = run.guarded(lambda: memory(run, case, sets, sparsity))
-    for name, call in baselines.sparse(run.device).items():
-
-        def other(turn: int, call: Callable = call):
-            return call(*sets[turn % len(sets)], 1 - sparsity)
-
-        row["others"][name] = run.measure(other)
     return row
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ OPERATIONS = {
     "dense_attention some keys",
     "block_sparse_attention",
     "block_sparse_attention pooled",
+    "block_sparse_attention 8-bit",
     "block_sparse_attention_backward dq",
     "block_sparse_attention_backward dk",
     "block_sparse_attention_backward dv",
@@ -112,3 +114,29 @@ def test_the_tables_show_the_records_as_they_are(name):
     assert name in texts.RECORDS
     found = (ROOT / name).read_text(encoding="utf-8")
     assert found == texts.processed(name), "run `python dev.py texts`"
+
+
+def test_a_job_of_the_kernel_benchmark_that_dies_costs_itself(monkeypatch):
+    """It ends with a code, or takes too long; what it had written is kept."""
+    import torch
+
+    from benchmarks import kernels
+
+    options = SimpleNamespace(device="cpu", quick=False)
+    part = kernels.in_a_child(options, "correctness:nothing of that name", 60.0)
+    assert part == {"error": "the process ended with 1"}
+    assert "took longer than 0 s" in kernels.in_a_child(options, "cold:", 0.01)["error"]
+    record = kernels.new_record(torch.device("cpu"))
+    kernels.merge(record, "correctness", "bfloat16 128", dict(part), kernels.CPU)
+    kernels.merge(record, "forward", "small", {"rows": [{"sparsity": 0.8}], **part}, kernels.CPU)
+    kernels.merge(record, "cold", "", dict(part), kernels.CPU)
+    assert record["errors"]["failed bfloat16 128"]["error_text"] == part["error"]
+    assert record["cases"][0]["rows"] and record["cases"][0]["error"] == part["error"]
+    assert record["cold_start"] == part
+
+
+def test_no_git_is_no_reason_to_fail(monkeypatch):
+    import benchmarks
+
+    monkeypatch.setenv("PATH", "")
+    assert benchmarks.commit() == "unknown"
