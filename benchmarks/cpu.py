@@ -5,7 +5,8 @@ learns as often as it does (a probe, the choice of each head's share and calibra
 calls); adaspa between its searches; rola and sla with random weights. "ropeslr, uniform" keeps as
 many blocks of 64 in every head. "kernel" is the sparse kernel alone. Times are medians of
 interleaved runs, ratios within one run; random inputs whose heads are sharp or flat to different
-degrees, so that they keep different numbers of blocks.
+degrees, so that they keep different numbers of blocks. "flex" is PyTorch's compiled flex_attention
+over the same lists as "kernel", tokens in block order beforehand; it needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main() -> None:
         record = {
             "benchmark": "cpu",
             "date": datetime.date.today().isoformat(),
-            "machine": platform.processor() or platform.machine(),
+            "machine": cpu_name(),
+            "flags": cpu_flags(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -95,6 +97,8 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
         candidates |= {name: run.steady for name, run in runs.items()}
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
+        if (peer := flex(q, k, v, layout, sparsity)) is not None:
+            candidates["flex"] = peer
         candidates |= {f"{name} learning": runs[name].learning for name in LEARNING}
         seconds = interleaved(candidates, repeats)
         learning = {}
@@ -185,10 +189,52 @@ def kernel(q, k, v, layout, sparsity: float) -> Callable:
     return lambda: ops.block_sparse_attention(q, k, v, mask)
 
 
+def flex(q, k, v, layout, sparsity: float) -> Callable | None:
+    """The same blocks by compiled flex_attention; None where it cannot run."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    blocks = layout.blocks()
+    topk = attention.SparsePlan(sparsity=sparsity).resolve().topk(blocks.num_ranked)
+    pooled_q, pooled_k = (ops.block_pool(x, blocks.kv_blocks) for x in (q, k))
+    mask, _ = ops.block_select(pooled_q, pooled_k, blocks, topk)
+    lists = mask.fill_unused(0).int()
+    pad = torch.zeros(*lists.shape[:3], blocks.kv_blocks.num_blocks - lists.shape[3]).int()
+    given = mask.kv_num_blocks, torch.cat((lists, pad), -1)
+    own = BlockMask.from_kv_blocks(*given, BLOCK_SIZE=64)
+    order = blocks.kv_blocks.slots
+    q, k, v = (x.index_select(2, order).contiguous() for x in (q, k, v))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    try:
+        with torch.no_grad():
+            compiled(q, k, v, block_mask=own)
+    except Exception as error:
+        print(f"flex_attention cannot run here: {type(error).__name__}")
+        return None
+    return lambda: compiled(q, k, v, block_mask=own)
+
+
+def cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """Of the instructions that products of matrices use."""
+    known = _cpuinfo("flags").split()
+    return [flag for flag in known if flag.startswith(("amx", "avx2", "avx512f", "avx512_bf16"))]
+
+
+def _cpuinfo(name: str) -> str:
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+    except OSError:
+        return ""
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith(name)), "")
+
+
 def interleaved(candidates: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each, measured in turns so that a busy moment meets all of them."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.inference_mode():
+    with torch.no_grad():
         for turn in range(repeats + 1):
             for name, function in candidates.items():
                 seconds = timed(function)

@@ -15,6 +15,9 @@ SHOWN = {  # case of the compile table -> what a reader calls it
     "pooled": "with pooled keys",
     "mixed": "with first-order background (default)",
     "fine mixed": "the same, key blocks of 16",
+    "wide mixed": "the same, query blocks of 128",
+    "8-bit fine mixed": "key blocks of 16, in 8 bits",
+    "8-bit wide mixed": "the same, query blocks of 128, in 8 bits",
     "low_rank": "with low-rank background",
     "linear": "with linear branch (SLA)",
 }
@@ -23,23 +26,25 @@ SHOWN = {  # case of the compile table -> what a reader calls it
 def cpu_table(record: dict) -> str:
     """The record of `benchmarks.cpu` as a Markdown table."""
     lines = [
-        "| | tokens | sparsity | dense | kernel alone | ropeslr | ropeslr, uniform, key blocks of "
-        "64 | top-k | top-k plain | adaspa | rola | sla | learning, share of ropeslr |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | tokens | sparsity | dense | kernel alone | compiled flex_attention | ropeslr | "
+        "ropeslr, uniform, key blocks of 64 | top-k | top-k plain | adaspa | rola | sla | "
+        "learning, share of ropeslr |",
+        "|---" * 14 + "|",
     ]
     for row in record["rows"]:
-        names = ("kernel", "ropeslr", "ropeslr, uniform", "top-k", "top-k plain", "adaspa")
+        names = ("kernel", "flex", "ropeslr", "ropeslr, uniform", "top-k", "top-k plain", "adaspa")
         names += ("rola", "sla")
-        ratios = " | ".join(f"{row['times_dense'][name]:.1f}x" for name in names)
+        known = row["times_dense"]
+        ratios = " | ".join(f"{known[name]:.1f}x" if name in known else "" for name in names)
         lines.append(
             f"| {row['dtype']} | {row['tokens']:,} | {row['sparsity']:.2f} | "
             f"{row['ms']['dense']:.0f} ms | {ratios} | "
             f"{100 * row['learning_ms']['ropeslr'] / row['ms']['ropeslr']:.0f} % |"
         )
     lines.append(
-        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "
-        f"{record['torch']}; "
-        "4 heads of 128; times faster than dense SDPA."
+        f"\n{record['date']}, {record['machine']} ({', '.join(record.get('flags', []))}), "
+        f"{record['threads']} threads, torch {record['torch']}; 4 heads of 128; times faster than "
+        "dense SDPA. The fourth sparsity is 0.975."
     )
     return "\n".join(lines) + "\n"
 
@@ -225,6 +230,71 @@ def coverage_table(record: dict) -> str:
 
 def _share(cell: list[int] | str) -> str:
     return "dense" if isinstance(cell, str) else f"{cell[0]} / {cell[1]}"
+
+
+def model_table(record: dict) -> str:
+    """The record of `benchmarks.model`: estimates by chip and kernel, and what they are worth."""
+    chips = list(dict.fromkeys(row["chip"] for row in record["estimates"]))
+    cases = list(dict.fromkeys(row["case"] for row in record["estimates"]))
+    known = {(row["chip"], row["case"]): row["tflops"] for row in record["estimates"]}
+    lines = [
+        "| estimated TFLOPS on kept blocks | " + " | ".join(chips) + " |",
+        "|---" * (len(chips) + 1) + "|",
+    ]
+    for case in cases:
+        cells = " | ".join(str(known.get((chip, case), "")) for chip in chips)
+        lines.append(f"| {SHOWN[case]} | {cells} |")
+    lines += ["", "| anchor | estimate | measured by others | off |", "|---|---|---|---|"]
+    for row in record["anchors"]:
+        off = f"{row['off_percent']:+} %"
+        lines.append(f"| {row['anchor']} | {row['estimate']} | {row['measured']} | {off} |")
+    field = record["field"]
+    if field:
+        ours = " and ".join(
+            f"{row['ours_ms']} ms ({'8 bits' if '8-bit' in row['case'] else '16 bits'})"
+            for row in field
+        )
+        row = field[0]
+        lines.append(
+            f"\nThe bar of the field, on an {row['chip']}: {row['tokens']:,} tokens, "
+            f"{row['heads']} heads of 128, {100 * row['kept']:.0f} % kept: {row['ms']} ms by "
+            f"ComfyUI's own INT8 top-k with a pooled tail, {row['dense_ms']:,} ms dense in bf16, "
+            f"both as its authors measured. Our kept blocks alone should take {ours} there: an "
+            "estimate."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def study_table(record: dict) -> str:
+    """The record of `benchmarks.study`: another small model, by number of kept blocks."""
+    counts = sorted({row["kept"] for row in record["rows"]})
+    lines = [
+        "| | key block | " + " | ".join(f"{100 * n / 24:.1f} %" for n in counts) + " |",
+        "|---" * (len(counts) + 2) + "|",
+    ]
+    for name, size in dict.fromkeys((x["method"], x["key_block"]) for x in record["rows"]):
+        cells = []
+        for count in counts:
+            mine = (name, size, count)
+            row = next(
+                x for x in record["rows"] if (x["method"], x["key_block"], x["kept"]) == mine
+            )
+            cells.append(f"{row['psnr']:.1f} ± {row['spread']:.1f}")
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nPSNR in dB as above, {record['seeds']} seeds, 20 steps, 1,536 tokens. "
+        f"{record['date']}, {record['processor_minutes']:.0f} processor minutes of training, torch "
+        f"{record['torch']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def model() -> str:
+    return model_table(_read("model.json"))
+
+
+def study() -> str:
+    return study_table(_read("study.json"))
 
 
 def cpu() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...attention import TokenLayout
-from ...attention.backend import shape_reason
+from ...attention.backend import dense_is_faster, shape_reason
 from ...attention.schedule import FIRST_STEPS
 
 if TYPE_CHECKING:
@@ -106,6 +106,11 @@ def _heads(candidate: Candidate) -> DenseReason | None:
     return None if text is None else DenseReason(text)
 
 
+def _speed(candidate: Candidate) -> DenseReason | None:
+    text = dense_is_faster(candidate.plan, candidate.host.q)
+    return None if text is None else DenseReason(text)
+
+
 def _tokens(candidate: Candidate) -> DenseReason | None:
     """Where the video lies, and what a mask hides."""
     layout = candidate.layout
@@ -148,6 +153,7 @@ CHECKS: tuple[Callable[[Candidate], DenseReason | None], ...] = (
     _layer,
     _gradients,
     _heads,
+    _speed,
     _tokens,
     _length,
     _sparsity,

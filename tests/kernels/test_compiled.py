@@ -15,7 +15,9 @@ RECORDED = triton.__version__ == RECORD["triton"]
 # Another compiler allocates registers its own way: what is free of spills with one may spill a
 # little with another.
 ALLOWED_SPILLS = 0 if RECORDED else 64
-SOME_SPILLS = {"pooled": 128, "low_rank": 700, "linear": 16, "plain": 8}
+SOME_SPILLS = {"pooled": 128, "low_rank": 400, "linear": 64, "plain": 8, "backward": 64}
+# Nor do 8 bits where no default takes them, or (sm_86) before their loop.
+SOME_IN_8_BITS = {"cuda:86": 32, "cuda:100": 144, "hip:gfx942": 16}
 CORES = {"cuda:90": "wgmma", "cuda:100": "tcgen05", "hip:gfx942": "mfma"}
 MATRIX = [
     (target, name)
@@ -33,7 +35,10 @@ def test_kernels_fit_and_use_tensor_cores(target, name):
         assert row["fits"], row
         plain = table.plain_name(name)
         # An epilogue that is run once may spill where the loop that counts does not.
-        assert row["spilled_bytes"] <= ALLOWED_SPILLS + SOME_SPILLS.get(plain, 0), row
+        some = SOME_SPILLS.get(plain, 0)
+        if name.startswith("8-bit"):
+            some = max(some, SOME_IN_8_BITS.get(target, 0))
+        assert row["spilled_bytes"] <= ALLOWED_SPILLS + some, row
         assert row["loop"] is None or row["loop"]["kinds"].get("spill", 0) == 0, row
         if plain not in ("pool", "select", "unpack", "quantize") and row["kernel"] not in (
             "delta",
