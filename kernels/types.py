@@ -182,6 +182,11 @@ class BlockLayout:
             )
 
     @cached_property
+    def required_bytes(self) -> Tensor | None:
+        """What is required as kernels read it: `(Nq, Nk)` uint8; None where nothing is."""
+        return None if self.required is None else self.required.mask.to(torch.uint8).contiguous()
+
+    @cached_property
     def num_ranked(self) -> int:
         """How many key blocks hold the queries' own tokens: those that a score may keep or drop."""
         return blocks_needed(self.q_blocks.num_listed, self.kv_blocks.block_size)

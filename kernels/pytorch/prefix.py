@@ -63,9 +63,14 @@ def prefix_attention(
         kept = rank < wanted
         if needed is not None:
             kept = kept | needed
-        # All counts in one product.
-        near = (weights.view(len(queries), *kv_blocks.tokens.shape) * kept[..., None]).flatten(-2)
+        # All counts in one product; one that keeps nothing needs none.
+        none = int(needed is None and counts[0] == 0)
+        near = weights.view(len(queries), *kv_blocks.tokens.shape) * kept[none:, :, :, None]
+        near = near.flatten(-2)
         total, out = near.sum(dim=-1), near @ values
+        if none:
+            total = torch.cat((torch.zeros_like(exact_sum)[None], total))
+            out = torch.cat((torch.zeros_like(exact_out)[None], out))
         if far is not None:
             beyond = (queries @ far[0].T * scale + log_sizes - shift).exp_() * ~kept
             total, out = total + beyond.sum(dim=-1), out + beyond @ far[1]

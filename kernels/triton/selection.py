@@ -53,7 +53,7 @@ def block_select(
     counts = q.new_empty(batch, heads, n_q, dtype=torch.int32)
     dropped_lse = q.new_empty(batch, heads, n_q)
     log_sizes = layout.kv_blocks.log2_sizes
-    required = _required(layout)
+    required = layout.required_bytes
     for some in head_chunks(batch * heads, n_q * n_k):
         scores = torch.bmm(q[some] * scale, k[some].mT)
         _select_lists[(scores.shape[0] * n_q,)](
@@ -90,7 +90,7 @@ def block_mass(
     kept_mass = q.new_empty(batch * heads, n_q, choices, dtype=torch.float32)
     all_mass = []
     wanted = torch.tensor(topks, dtype=torch.int32).to(q.device, non_blocking=True)
-    required = _required(layout)
+    required = layout.required_bytes
     for some in head_chunks(batch * heads, n_q * n_k):
         mass = q.new_empty(some.stop - some.start, n_q, n_k, dtype=torch.float32)
         _mass[(n_q, mass.shape[0])](
@@ -151,12 +151,6 @@ def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor,
         **launch_options("select"),
     )
     return indices, counts
-
-
-def _required(layout: BlockLayout) -> Tensor | None:
-    if layout.required is None:
-        return None
-    return layout.required.mask.to(torch.uint8).contiguous()
 
 
 @triton.jit
