@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,9 +103,8 @@ def _sla(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
 
 
 def _sol(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
-    import comfy_kitchen
-
-    return comfy_kitchen.sol_attn(q, k, v, topk=keep)
+    kitchen: Any = importlib.import_module("comfy_kitchen")  # newer ones have it
+    return kitchen.sol_attn(q, k, v, topk=keep)
 
 
 def _vsa(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:

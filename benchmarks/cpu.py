@@ -6,7 +6,7 @@ calls); adaspa between its searches; rola and sla with random weights. "ropeslr,
 many blocks of 64 in every head. "kernel" is the sparse kernel alone. Times are medians of
 interleaved runs, ratios within one run; random inputs whose heads are sharp or flat to different
 degrees, so that they keep different numbers of blocks. "flex" is PyTorch's compiled flex_attention
-over the same lists as "kernel", tokens in block order beforehand; it needs a C++ compiler.
+over the same lists as "kernel", tokens in block order beforehand (--flex; needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> None:
         "--tokens", type=int, nargs="+", choices=sorted(GRIDS), default=sorted(GRIDS)
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--flex", action="store_true", help="compiled flex_attention too")
     parser.add_argument("--out", help="write the measurements to this JSON file")
     options = parser.parse_args()
     rows = []
@@ -64,7 +65,7 @@ def main() -> None:
     )
     for dtype in options.dtypes.split(","):
         for tokens in options.tokens:
-            rows += measure(tokens, getattr(torch, dtype), options.repeats)
+            rows += measure(tokens, getattr(torch, dtype), options.repeats, options.flex)
     if options.out:
         record = {
             "benchmark": "cpu",
@@ -81,7 +82,7 @@ def main() -> None:
             file.write(json.dumps(record, indent=1) + "\n")
 
 
-def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
+def measure(tokens: int, dtype: torch.dtype, repeats: int, with_flex: bool) -> list[dict]:
     """All sparsities of one length."""
     generator = torch.Generator().manual_seed(0)
     # As the host hands them over: heads side by side in each token.
@@ -97,7 +98,7 @@ def measure(tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
         candidates: dict[str, Callable] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
         candidates |= {name: run.steady for name, run in runs.items()}
         candidates["kernel"] = kernel(q, k, v, layout, sparsity)
-        if (peer := flex(q, k, v, layout, sparsity)) is not None:
+        if with_flex and (peer := flex(q, k, v, layout, sparsity)) is not None:
             candidates["flex"] = peer
         candidates |= {f"{name} learning": runs[name].learning for name in LEARNING}
         seconds = interleaved(candidates, repeats)
