@@ -55,6 +55,7 @@ ALL = (
     "state",
     "low_rank_state",
     "linear_state",
+    "rms",
     "select",
     "mass",
     "unpack",
@@ -149,6 +150,10 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     state = types.LinearState(empty(1, heads, rank, head_dim), empty(1, heads, rank))
     mixed = types.Background(gate, first)
     low_rank = types.Background(gate, first, types.LowRank(fmap, state, empty(heads)))
+    silu = types.SiluMap(
+        empty(heads, rank, head_dim), *[angles] * 2, learned, axis_ids, *[empty(tokens, 16)] * 2
+    )
+    rms = types.RmsLowRank(silu, silu, 1e-5)
     plain = types.FeatureMap("softmax")
     folded = types.LinearState(empty(1, heads, head_dim, head_dim), per_channel)
     linear = types.LinearBranch(plain, folded, empty(head_dim))
@@ -182,6 +187,7 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
         "state": lambda: backend.block_pool_state(q, q, blocks, None),
         "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
         "linear_state": lambda: backend.low_rank_state(q, q, plain),
+        "rms": lambda: backend.add_rms_low_rank(q, q, q, q, lse, rms),
         "select": lambda: backend.block_select(pooled_q, pooled_k, blocks, kept, scale),
         "mass": lambda: backend.block_mass(q, q, lse, blocks, [kept, 20, 70], scale),
         "unpack": lambda: backend.lists_from_bits(bits, blocks.kv_blocks.num_blocks, kept),

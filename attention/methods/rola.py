@@ -66,7 +66,9 @@ class RmsMethod(Method):
         sparse, _ = ops.block_sparse_attention(
             q, k, v, routing.mask, scale=call.scale, backend=self.plan.backend, eight_bit=small
         )
-        found = ops.add_rms_low_rank(q, own_k, own_v, sparse, gate, branch, out=out)
+        found = ops.add_rms_low_rank(
+            q, own_k, own_v, sparse, gate, branch, backend=self.plan.backend, out=out
+        )
         return MethodOutput(found, routing.mask, routing.density, background)
 
     def _branch(

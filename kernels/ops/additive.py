@@ -1,13 +1,21 @@
-"""Linear branches added to the sparse output: RoLA's, SLA's paper form; PyTorch everywhere."""
+"""Linear branches added to the sparse output: RoLA's; SLA's paper form, in PyTorch everywhere."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .. import pytorch
+from .. import dispatch, pytorch
 from ..types import BlockLayout, RmsLowRank
-from .register import wants_gradients
-from .validate import check_attention, check_blocks, check_out, check_rms_low_rank, check_shape
+from .register import operands, wants_gradients
+from .validate import (
+    check_attention,
+    check_backend,
+    check_blocks,
+    check_out,
+    check_rms_low_rank,
+    check_shape,
+)
 
 
 def add_rms_low_rank(
@@ -18,15 +26,24 @@ def add_rms_low_rank(
     gate: Tensor,
     branch: RmsLowRank,
     *,
+    backend: str = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Sparse output plus RoLA's branch, gate `(B, H, Lq)`: -> `(B, H, Lq, D)`."""
+    """Sparse output plus RoLA's branch, gate `(B, H, Lq)`: -> `(B, H, Lq, D)`.
+
+    For who needs the sparse output no more: a kernel adds in its place.
+    """
+    check_backend(backend)
     check_shape("sparse", sparse, q.shape)
     check_shape("gate", gate, q.shape[:3])
     check_attention(q, k, v)
     check_rms_low_rank(branch, q, k)
-    check_out(out, q, wants_gradients(q, k, v, sparse, gate, branch))
-    return pytorch.add_rms_low_rank(q, k, v, sparse, gate, branch, out)
+    gradients = wants_gradients(q, k, v, sparse, gate, branch)
+    check_out(out, q, gradients)
+    if gradients or is_compiling():
+        return pytorch.add_rms_low_rank(q, k, v, sparse, gate, branch, out)
+    rest = k, v, sparse, gate, branch, out
+    return dispatch.run("add_rms_low_rank", backend, operands(q), q, *rest)
 
 
 def rms_low_rank(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:

@@ -1,5 +1,6 @@
 """The operations on Triton kernels, under the names and with the contracts of `pytorch`."""
 
+from .additive import add_rms_low_rank
 from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .eight_bit import quantize_kv
@@ -8,6 +9,7 @@ from .pooling import block_pool, block_pool_state, low_rank_state
 from .selection import block_mass, block_select, lists_from_bits
 
 __all__ = [
+    "add_rms_low_rank",
     "block_mass",
     "block_pool",
     "block_pool_state",

@@ -18,7 +18,53 @@ def feature_tile(
     x_ptr, rows, row, head, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows, rank,
     D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """phi `(BLOCK, RP)` float32 of rows of x `(L, D)`; 0 on empty slots and beyond the rank.
+    """phi `(BLOCK, RP)` float32 of rows of x `(L, D)`; 0 on empty slots and beyond the rank."""
+    features = tl.arange(0, RP)
+    logits = feature_logits(
+        x_ptr, rows, row, head, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows, rank,
+        D, DP, RP, BLOCK,
+    )  # fmt: skip
+    if ACT == SOFTMAX:
+        logits = tl.where((features < rank)[None, :], logits, -float("inf"))
+        phi = tl.exp(logits - tl.max(logits, 1)[:, None])
+        phi = phi / tl.sum(phi, 1)[:, None]
+    else:  # elu + 1
+        phi = tl.where(logits > 0, logits + 1.0, tl.exp(tl.minimum(logits, 0.0)))
+    return tl.where((features < rank)[None, :] & (rows >= 0)[:, None], phi, 0.0)
+
+
+@triton.jit
+def silu_tile(
+    x_ptr, rows, row, head, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr,
+    turn_cos_ptr, turn_sin_ptr, turned, pe_rows, rank,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same with SiLU; turn_cos, turn_sin `(L, turned)` rotate that many pairs of features."""
+    features = tl.arange(0, RP)
+    filled = rows >= 0
+    logits = feature_logits(
+        x_ptr, rows, row, head, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows, rank,
+        D, DP, RP, BLOCK,
+    )  # fmt: skip
+    phi = logits * tl.sigmoid(logits)
+    phi = tl.where((features < rank)[None, :] & filled[:, None], phi, 0.0)
+    if turn_cos_ptr is not None:
+        pairs = tl.arange(0, RP // 2)
+        mask = filled[:, None] & (pairs < turned)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * turned + pairs[None, :]
+        cos = tl.load(turn_cos_ptr + offsets, mask=mask, other=1.0)
+        sin = tl.load(turn_sin_ptr + offsets, mask=mask, other=0.0)
+        even, odd = tl.split(phi.reshape(BLOCK, RP // 2, 2))
+        phi = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(BLOCK, RP)
+    return phi
+
+
+@triton.jit
+def feature_logits(
+    x_ptr, rows, row, head, proj_ptr, cos_ptr, sin_ptr, pe_ptr, axis_ids_ptr, pe_rows, rank,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the activation is applied to, `(BLOCK, RP)` float32.
 
     proj `(H, rank, D)`: without it the channels themselves are the logits (SLA). cos, sin
     `(L, D / 2)` float32: RoPE's, undone here. pe `(H, pe_rows, rank)` float32 and axis_ids `(L, 3)`
@@ -57,13 +103,7 @@ def feature_tile(
             axis_id = tl.load(axis_ids_ptr + rows * 3 + axis, mask=filled, other=0)
             offsets = axis_id[:, None] * rank + features[None, :]
             logits += tl.load((pe_ptr + head * pe_rows * rank) + offsets, mask=mask, other=0.0)
-    if ACT == SOFTMAX:
-        logits = tl.where((features < rank)[None, :], logits, -float("inf"))
-        phi = tl.exp(logits - tl.max(logits, 1)[:, None])
-        phi = phi / tl.sum(phi, 1)[:, None]
-    else:  # elu + 1
-        phi = tl.where(logits > 0, logits + 1.0, tl.exp(tl.minimum(logits, 0.0)))
-    return tl.where(mask, phi, 0.0)
+    return logits
 
 
 @triton.jit

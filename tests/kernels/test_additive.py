@@ -1,10 +1,13 @@
-"""RoLA's branch and SLA's paper form against their definition in float64; always plain PyTorch."""
+"""RoLA's branch and SLA's paper form against their definition in float64.
+
+Triton adds RoLA's branch; all else is plain PyTorch.
+"""
 
 import pytest
 import torch
 
 from pack_loader import load
-from support.data.backend import same
+from support.data.backend import BACKEND, HALF, same
 from support.data.blocks import blocks_of, layout_of, reference, sparse_case, tensors, types, wide
 
 ops = load(".kernels.ops")
@@ -38,11 +41,13 @@ def test_rolas_branch_matches_its_definition(dtype, turned, positions):
     same(found, reference.rms_low_rank(*wide((q, k, v, branch))), dtype)
     (gate,) = tensors((1, 2, 170), dtype=found.dtype, seed=8)
     (sparse,) = tensors(q.shape, dtype=dtype, seed=9)
-    mixed = ops.add_rms_low_rank(q, k, v, sparse, gate, branch)
+    case, out = (q, k, v, sparse, gate, branch), torch.empty_like(q)
+    expected = reference.add_rms_low_rank(*wide(case))
+    own = BACKEND if dtype in HALF else {}
+    mixed = ops.add_rms_low_rank(q, k, v, sparse.clone(), gate, branch, **own)
     assert mixed.dtype == dtype
-    same(mixed, reference.add_rms_low_rank(*wide((q, k, v, sparse, gate, branch))), dtype)
-    out = torch.empty_like(q)
-    assert torch.equal(ops.add_rms_low_rank(q, k, v, sparse, gate, branch, out=out), mixed)
+    same(mixed, expected, dtype)
+    assert ops.add_rms_low_rank(*case, out=out, **own) is out and torch.equal(out, mixed)
     energy = ops.feature_energy(q, k, v, branch)
     same(energy, reference.feature_energy(*wide((q, k, v, branch))), dtype)
 

@@ -15,7 +15,7 @@ RECORDED = triton.__version__ == RECORD["triton"]
 # Another compiler allocates registers its own way: what is free of spills with one may spill a
 # little with another.
 ALLOWED_SPILLS = 0 if RECORDED else 64
-SOME_SPILLS = {"pooled": 128, "low_rank": 400, "linear": 64, "plain": 8, "backward": 64}
+SOME_SPILLS = {"pooled": 128, "low_rank": 400, "linear": 64, "plain": 8, "backward": 64, "rms": 48}
 # Nor do 8 bits where no default takes them, or (sm_86) before their loop.
 SOME_IN_8_BITS = {"cuda:86": 32, "cuda:100": 144, "hip:gfx942": 16}
 CORES = {"cuda:90": "wgmma", "cuda:100": "tcgen05", "hip:gfx942": "mfma"}
