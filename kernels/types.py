@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -238,11 +238,13 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, widths: Sequence[int], rows: int, device: torch.device) -> Packing:
-        """For `rows` lists of each head, as wide as `widths` says, batch row by batch row."""
-        starts = torch.tensor([0, *widths], dtype=torch.int64).cumsum(0) * rows
-        longest_first = torch.tensor(widths).argsort(descending=True, stable=True).int()
-        there = starts.to(device, non_blocking=True)
-        return cls(there, longest_first.to(device, non_blocking=True), starts)
+        """For `rows` lists of each head, as wide as `widths` says, batch row by batch row.
+
+        Made once for the same numbers, which stand for some steps.
+        """
+        if torch.compiler.is_compiling():
+            return _packing(tuple(widths), rows, device)
+        return _known_packing(tuple(widths), rows, device, torch.is_inference_mode_enabled())
 
     @property
     def num_entries(self) -> int:
@@ -252,6 +254,21 @@ class Packing(NamedTuple):
         """The lists `(rows, K)` of one of B * H heads in `flat`."""
         start, stop = self.starts_on_cpu[head : head + 2].tolist()
         return flat[start:stop].view(rows, (stop - start) // rows)
+
+
+def _packing(widths: tuple[int, ...], rows: int, device: torch.device) -> Packing:
+    starts = torch.tensor([0, *widths], dtype=torch.int64).cumsum(0) * rows
+    longest_first = torch.tensor(widths).argsort(descending=True, stable=True).int()
+    there = starts.to(device, non_blocking=True)
+    return Packing(there, longest_first.to(device, non_blocking=True), starts)
+
+
+@lru_cache(maxsize=1024)
+def _known_packing(
+    widths: tuple[int, ...], rows: int, device: torch.device, inference: bool
+) -> Packing:
+    """inference: tensors that are made in inference mode can be used there only."""
+    return _packing(widths, rows, device)
 
 
 @dataclass(frozen=True, eq=False)

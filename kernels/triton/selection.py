@@ -10,6 +10,7 @@ from __future__ import annotations
 # Kernel bodies are Triton's own language, which a type checker takes for Python.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -48,7 +49,7 @@ def block_select(
         packing = Packing.of(widths, n_q, q.device)
         indices = q.new_empty(n_q * sum(widths), dtype=list_dtype(n_k))
         starts = packing.starts
-        topks = torch.tensor(topk, dtype=torch.int32).to(q.device, non_blocking=True)
+        topks = numbers(tuple(topk), q.device)
         topk = 0
     counts = q.new_empty(batch, heads, n_q, dtype=torch.int32)
     dropped_lse = q.new_empty(batch, heads, n_q)
@@ -89,7 +90,7 @@ def block_mass(
     bits = q.new_empty(batch * heads, n_q, choices, words, dtype=torch.int32)
     kept_mass = q.new_empty(batch * heads, n_q, choices, dtype=torch.float32)
     all_mass = []
-    wanted = torch.tensor(topks, dtype=torch.int32).to(q.device, non_blocking=True)
+    wanted = numbers(tuple(topks), q.device)
     required = layout.required_bytes
     for some in head_chunks(batch * heads, n_q * n_k):
         mass = q.new_empty(some.stop - some.start, n_q, n_k, dtype=torch.float32)
@@ -151,6 +152,12 @@ def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor,
         **launch_options("select"),
     )
     return indices, counts
+
+
+@lru_cache(maxsize=1024)
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 on a device, made once: kernels read them, and nothing else does."""
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @triton.jit

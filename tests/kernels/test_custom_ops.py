@@ -53,6 +53,8 @@ def arguments():
     linear = [None] * 5 + [*reference.low_rank_state(k, v, types.FeatureMap("softmax"))]
     last = "pytorch"
     own = mask.q_blocks.num_listed
+    means = k.mean(dim=2), v.mean(dim=2)
+    small = list(ops.quantize_kv(k, v, mask.kv_blocks, *means))
     return {
         "block_pool": (q, tokens[0], TOKENS, last),
         "block_pool_state": (k, v, tokens[1], [listed, own], channel_ids, last),
@@ -60,14 +62,15 @@ def arguments():
         "block_select": (pooled, pooled, *pieces, [1], layout.widths([1]), 0.2, last),
         "block_mass": (q, k, lse, *pieces, [1, 2], 0.2, last),
         "lists_from_bits": (bits, 3, 2, last),
-        "dense_attention": (q, k, v, tokens[1], listed, 0.2, last),
-        "block_sparse_attention": (q, k, v, tokens, listed, [pooled, pooled], 0.2, last),
+        "quantize_kv": (k, v, tokens[1], listed, *means, torch.int8, last),
+        "dense_attention": (q, k, v, tokens[1], listed, small, 0.2, last),
+        "block_sparse_attention": (q, k, v, tokens, listed, [pooled, pooled], [], 0.2, last),
         "block_sparse_attention_backward": (
             out, sparse_lse, [q, k, v, out, sparse_lse], tokens, listed, [], 0.2, last
         ),
-        "block_sparse_mixed": (q, k, v, tokens, listed, *parts, 0.2, last),
+        "block_sparse_mixed": (q, k, v, tokens, listed, *parts, small, 0.2, last),
         "block_sparse_linear": (
-            q, k, v, tokens, listed, [*linear, torch.ones(HEAD_DIM)], 1e-5, "softmax", 0.2, last
+            q, k, v, tokens, listed, [*linear, torch.ones(HEAD_DIM)], 1e-5, "softmax", [], 0.2, last
         ),
     }  # fmt: skip
 
@@ -82,10 +85,10 @@ def test_every_operation_keeps_the_rules_of_custom_ops(name):
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_gradients_keep_the_rules_of_custom_ops(pooled):
-    q, k, v, mask, listed, far, scale, last = OPERATIONS["block_sparse_attention"]
+    q, k, v, mask, listed, far, small, scale, last = OPERATIONS["block_sparse_attention"]
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     far = [x.clone().requires_grad_() for x in far] if pooled else []
-    opcheck(DEFINED["block_sparse_attention"], (q, k, v, mask, listed, far, scale, last))
+    opcheck(DEFINED["block_sparse_attention"], (q, k, v, mask, listed, far, small, scale, last))
 
 
 def test_packed_lists_keep_the_rules_of_custom_ops():
@@ -94,12 +97,12 @@ def test_packed_lists_keep_the_rules_of_custom_ops():
     topk = [0, 2]
     case = (pooled_q, pooled_k, *pieces, topk, layout.widths(topk), scale, last)
     opcheck(DEFINED["block_select"], case)
-    q, k, v, _, listed, _, scale, last = OPERATIONS["block_sparse_attention"]
+    q, k, v, _, listed, *_, scale, last = OPERATIONS["block_sparse_attention"]
     mask, _ = ops.block_select(pooled_q, pooled_k, layout, topk)
     q = q.clone().requires_grad_()
     opcheck(
         DEFINED["block_sparse_attention"],
-        (q, k, v, register.mask_parts(mask)[0], listed, [], scale, last),
+        (q, k, v, register.mask_parts(mask)[0], listed, [], [], scale, last),
     )
 
 
@@ -170,7 +173,7 @@ def test_meta_tensors_of_a_million_tokens_cost_nothing():
     )
     assert indices.shape == lists.shape and dropped.shape == found.shape == counts.shape
     out, lse = DEFINED["block_sparse_attention"](
-        q, q, q, *register.mask_parts(mask), [], 0.1, "auto"
+        q, q, q, *register.mask_parts(mask), [], [], 0.1, "auto"
     )
     assert out.shape == q.shape and out.stride() == q.stride()
     assert lse.shape == (1, 40, 1_048_576)
