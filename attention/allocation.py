@@ -219,7 +219,9 @@ class _Group:
         for row in range(errors.shape[0]):
             if not bool(torch.isfinite(errors[row]).all()):
                 rows.append([first.mean] * sum(heads))
-            elif error is None:
+                self.lost = math.inf
+                continue
+            if error is None:
                 rows.append(deal(errors[row], *known, first.mean * sum(heads)))
             else:
                 rows.append(by_error(errors[row], *known, energy[row], error))

@@ -44,7 +44,9 @@ def dense_is_faster(plan: ResolvedPlan, q: Tensor) -> str | None:
     """Why dense attention would be faster for q, in words; None where it is not known to be."""
     if plan.backend != "auto" or q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return None
-    if plan.sparsity >= AMX_BREAK_EVEN or not _has_amx():
+    if plan.sparsity >= AMX_BREAK_EVEN or plan.error_target is not None or not _has_amx():
+        return None
+    if plan.adapter is not None:  # weights that were trained sparse are another function
         return None
     return (
         f"on this CPU (AMX) dense bfloat16 attention is faster than sparsity {plan.sparsity:.2f}; "

@@ -150,7 +150,12 @@ def tune(
         if not each.failed:
             figures = f"{each.ms:.2f} ms, error {each.error:.1e}"
         lines.append(f"{each.variant.name}: {figures}")
-    best = found.best("8-bit" if found.eight_bit_pays else "16-bit")
+    if any("out of memory" in (each.failed or "").lower() for each in found.outcomes):
+        return [
+            *lines,
+            "Not kept: memory ran out. Try again with a smaller size, or a fresh ComfyUI.",
+        ]
+    best = found.best("8-bit" if found.eight_bit_pays() else "16-bit")
     if best is None:
         return [*lines, "No variant is right here: please report this. Set backend to pytorch."]
     lines.append(f"fastest: {best.variant.name}; precision auto goes by it")

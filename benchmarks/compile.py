@@ -67,7 +67,12 @@ FEW = (
 )
 # sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
 # the default method.
-CASES = {"cuda:86": FEW, "hip:gfx942": FEW}
+CASES = {
+    "cuda:86": FEW,
+    "hip:gfx942": FEW,
+    # Datacentre Blackwell multiplies 8 bits in other formats.
+    "cuda:100": tuple(name for name in ALL if not name.startswith("8-bit")),
+}
 
 
 def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:

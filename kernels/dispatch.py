@@ -51,6 +51,9 @@ def run(operation: str, backend: str, operands: Operands, *arguments: Any) -> An
     found = triton_support.obstacle(operands, LIMITS.get(operation, ON_TOKENS))
     if found is None and backend == "auto":
         found = _failed.get((operation, operands.kind))
+        rows = operands.block_sizes[0] if operands.block_sizes else 0
+        if operation in tuning.FORWARD and tuning.refuses(operands.device, rows):
+            found = Cause.KERNEL_FAILED.because(operation=operation, error="it is wrong here")
     if found is not None:
         if backend == "triton":
             raise TritonNotUsable(explain(found))
@@ -62,9 +65,12 @@ def run(operation: str, backend: str, operands: Operands, *arguments: Any) -> An
     except Exception as error:  # a missing compiler, an old driver: many kinds, all of Triton's
         if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
             raise
-        if tuning.is_tuned(arguments):  # the shipped parameters, and 16 bits, are a way out
-            tuning.withdraw_all(arguments, _last_words(error))
-            return run(operation, backend, operands, *tuning.in_sixteen_bits(arguments))
+        part = tuning.measured_part(operation, arguments, operands.device)
+        if part is not None:  # the shipped parameters, and 16 bits, are a way out
+            rest = tuning.without(part, arguments, operands.device)
+            found = run(operation, backend, operands, *rest)
+            tuning.withdraw(part, _last_words(error), operands.device)
+            return found
         why = Cause.KERNEL_FAILED.because(operation=operation, error=_last_words(error))
         if backend == "triton":
             raise TritonNotUsable(explain(why)) from error

@@ -67,7 +67,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is known of one machine. withdrawn: precisions that failed later on, during a run."""
+    """What is known of one machine.
+
+    withdrawn: what failed later on, during a run: "8-bit", or "16-bit" for its tuned parameters.
+    """
 
     outcomes: tuple[Outcome, ...] = ()
     withdrawn: tuple[str, ...] = ()
@@ -80,13 +83,13 @@ class Tuning:
             if each.ms is not None
             and each.variant.precision == precision
             and rows in (None, each.variant.rows)
-            and precision not in self.withdrawn
+            and (precision != "8-bit" or precision not in self.withdrawn)
         ]
         return min(known, key=lambda each: each.ms or 0.0, default=None)
 
-    @property
-    def eight_bit_pays(self) -> bool:
-        small, usual = self.best("8-bit"), self.best("16-bit")
+    def eight_bit_pays(self, rows: int | None = None) -> bool:
+        """With so many query rows; None: with any."""
+        small, usual = self.best("8-bit", rows), self.best("16-bit", rows)
         if small is None or usual is None or small.ms is None or usual.ms is None:
             return False
         return small.ms <= WORTH_IT * usual.ms
@@ -94,70 +97,115 @@ class Tuning:
 
 @dataclass
 class _Here:
-    """What this process goes by: nothing until `use` or `put` says more."""
+    """What this process goes by on one device: nothing until `use` or `put` says more."""
 
     tuning: Tuning | None = None
     path: Path | None = None
-    device: torch.device | None = None
     launches: dict[tuple[str, int], Launch] = field(default_factory=dict)
+    withdrawn: set[str] = field(default_factory=set)  # precisions that failed in this process
 
 
-_here = _Here()
+_devices: dict[str, _Here] = {}
+
+
+def _on(device: torch.device | None = None) -> _Here:
+    """What is known of a device; None: of the current one."""
+    name = "cpu"
+    if device is None and torch.cuda.is_available():
+        name = f"cuda:{torch.cuda.current_device()}"
+    elif device is not None and device.type == "cuda":
+        index = device.index
+        if index is None:
+            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        name = f"cuda:{index}"
+    return _devices.setdefault(name, _Here())
 
 
 def launch_here(precision: str, rows: int) -> Launch | None:
-    """Launch parameters that were measured to be best, None for the shipped ones."""
-    return _here.launches.get((precision, rows))
+    """Launch parameters that were measured to be best here, None for the shipped ones."""
+    return _on().launches.get((precision, rows))
 
 
 def put(precision: str, rows: int, launch: Sequence[Any] | None) -> None:
-    """Go by these parameters from now on; None: the shipped ones."""
-    _here.launches.pop((precision, rows), None)
+    """Go by these parameters on the current device from now on; None: the shipped ones."""
+    _set(_on(), precision, rows, launch)
+
+
+def _set(here: _Here, precision: str, rows: int, launch: Sequence[Any] | None) -> None:
+    here.launches.pop((precision, rows), None)
     if launch is not None:
         warps, stages, lean = launch
-        _here.launches[precision, rows] = int(warps), int(stages), bool(lean)
+        here.launches[precision, rows] = int(warps), int(stages), bool(lean)
 
 
-def prefers_eight_bit(device: torch.device) -> bool:
-    """Whether 8 bits were measured to be right and faster on a device."""
-    return device.type == "cuda" and _here.tuning is not None and _here.tuning.eight_bit_pays
+def prefers_eight_bit(device: torch.device, rows: int) -> bool:
+    """Whether 8 bits were measured to be right and faster there, with so many query rows."""
+    here = _on(device)
+    if device.type != "cuda" or here.tuning is None or "8-bit" in here.withdrawn:
+        return False
+    return here.tuning.eight_bit_pays(rows)
+
+
+def works(precision: str, device: torch.device) -> bool:
+    """Whether a precision has not failed on a device in this process."""
+    return precision not in _on(device).withdrawn
+
+
+def refuses(device: torch.device, rows: int) -> bool:
+    """Whether every 16-bit variant with so many query rows was tried there, and is wrong."""
+    tuning = _on(device).tuning
+    if tuning is None or tuning.best("16-bit", rows) is not None:
+        return False
+    return any((x.variant.precision, x.variant.rows) == ("16-bit", rows) for x in tuning.outcomes)
 
 
 def state(device: torch.device) -> str:
     """In words, for a log line; empty where there is nothing to tune."""
     if device.type != "cuda":
         return ""
-    return "tuned" if _here.tuning is not None else "not tuned: run RoPeSLR Doctor once"
+    return "tuned" if _on(device).tuning is not None else "not tuned: run RoPeSLR Doctor once"
 
 
-def withdraw(precision: str, why: str) -> None:
-    """Do without a precision, or (16-bit) without tuned parameters, on this machine, for good."""
-    _here.launches = {key: x for key, x in _here.launches.items() if key[0] != precision}
-    if _here.tuning is None or precision in _here.tuning.withdrawn:
+def withdraw(precision: str, why: str, device: torch.device) -> None:
+    """Do without a precision, or (16-bit) without tuned parameters, on a device, for good."""
+    here = _on(device)
+    if precision not in here.withdrawn:
+        logger.warning("RoPeSLR: %s attention failed and is withdrawn: %s", precision, why)
+    here.launches = {key: x for key, x in here.launches.items() if key[0] != precision}
+    if precision == "8-bit":
+        here.withdrawn.add(precision)
+    if here.tuning is None or precision in here.tuning.withdrawn:
         return
-    logger.warning("RoPeSLR: %s attention failed and is withdrawn: %s", precision, why)
-    _here.tuning = replace(_here.tuning, withdrawn=(*_here.tuning.withdrawn, precision))
-    if _here.path is not None:
+    here.tuning = replace(here.tuning, withdrawn=(*here.tuning.withdrawn, precision))
+    if here.path is not None:
         with contextlib.suppress(OSError):
-            save(_here.path, _here.tuning, _here.device)
+            save(here.path, here.tuning, device)
 
 
-def is_tuned(arguments: Sequence[object]) -> bool:
-    """Whether an operation's call depends on what was measured: 8 bits, or tuned parameters."""
-    return bool(_here.launches) or any(isinstance(x, EightBit) for x in arguments)
+# Operations whose calls depend on what was measured.
+FORWARD = (
+    "dense_attention",
+    "block_sparse_attention",
+    "block_sparse_mixed",
+    "block_sparse_linear",
+)
 
 
-def withdraw_all(arguments: Sequence[object], why: str) -> None:
-    """Withdraw what such a call depends on, 8 bits first."""
-    small = any(isinstance(x, EightBit) for x in arguments)
-    withdraw("8-bit" if small else "16-bit", why)
-    if not small:
-        _here.launches.clear()
+def measured_part(operation: str, arguments: Sequence[object], device: torch.device) -> str | None:
+    """What a call could do without: "8-bit", or "16-bit", which stands for tuned parameters."""
+    if operation not in FORWARD:
+        return None
+    if any(isinstance(x, EightBit) for x in arguments):
+        return "8-bit"
+    return "16-bit" if _on(device).launches else None
 
 
-def in_sixteen_bits(arguments: Sequence[object]) -> list[object]:
-    """The same call without keys and values in 8 bits."""
-    return [None if isinstance(x, EightBit) else x for x in arguments]
+def without(part: str, arguments: Sequence[object], device: torch.device) -> list[object]:
+    """The same call without it; `withdraw` makes that last."""
+    if part == "8-bit":
+        return [None if isinstance(x, EightBit) else x for x in arguments]
+    _on(device).launches.clear()
+    return list(arguments)
 
 
 def machine_key(device: torch.device) -> str:
@@ -187,7 +235,8 @@ def _driver() -> str:
 
 def use(path: Path, device: torch.device) -> str:
     """Go by what a file says of this machine: -> what that is, in words."""
-    _here.tuning, _here.path, _here.device, _here.launches = None, path, device, {}
+    here = _on(device)
+    here.tuning, here.path, here.launches = None, path, {}
     try:
         known = read(path)
     except FileNotFoundError:
@@ -197,12 +246,12 @@ def use(path: Path, device: torch.device) -> str:
     found = known.get(machine_key(device))
     if found is None:
         return f"{path.name} is of another GPU, driver, torch, Triton or pack, and is ignored"
-    _here.tuning = found
+    here.tuning = found
     for precision in PRECISIONS:
         for rows in ROWS:
             best = found.best(precision, rows)
-            if best is not None:
-                put(precision, rows, best.variant.launch)
+            if best is not None and precision not in found.withdrawn:
+                _set(here, precision, rows, best.variant.launch)
     return "tuned"
 
 
@@ -236,12 +285,12 @@ def _tuning_of(value: dict) -> Tuning:
     return Tuning(tuple(outcomes), tuple(map(str, value["withdrawn"])))
 
 
-def save(path: Path, tuning: Tuning, device: torch.device | None = None) -> None:
+def save(path: Path, tuning: Tuning, device: torch.device) -> None:
     """Write what was found of this machine, beside what the file knows of others."""
     machines: dict[str, Tuning] = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         machines = read(path)
-    machines[machine_key(device or torch.device("cuda"))] = tuning
+    machines[machine_key(device)] = tuning
     whole = {"version": VERSION, "machines": {key: asdict(x) for key, x in machines.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -326,8 +375,10 @@ def _one_child(
                 current = None
             elif "done" in said or not line:
                 if current is not None:
-                    code = child.wait(timeout=10)
-                    failed = f"its process ended with {code}"
+                    try:
+                        failed = f"its process ended with {child.wait(timeout=60)}"
+                    except subprocess.TimeoutExpired:
+                        failed = "its process does not end"
                     yield current, Outcome(waiting[current], failed=failed)
                 return
     finally:
@@ -351,7 +402,8 @@ def short_list(device: torch.device) -> list[Variant]:
     found = []
     for precision in PRECISIONS:
         for rows in ROWS:
-            shipped = launch.shipped(precision, rows)
+            with torch.cuda.device(device):
+                shipped = launch.shipped(precision, rows)
             found.append(Variant(precision, rows))
             other = shipped.warps, shipped.stages + 1, shipped.lean
             found.append(Variant(precision, rows, other))

@@ -128,6 +128,11 @@ class TokenBlocks:
         return self.tokens < 0
 
     @cached_property
+    def listed(self) -> Tensor:
+        """Every token that is in a block: `(num_listed,)` int64, in block order."""
+        return self.tokens[~self.empty].long()
+
+    @cached_property
     def slot_of_token(self) -> Tensor:
         """Slot of every token: `(L,)` int64; `N * S` for tokens in no block."""
         flat = self.tokens.reshape(-1).long()

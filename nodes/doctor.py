@@ -103,11 +103,15 @@ class RoPeSLRDoctor(io.ComfyNode):
         pixels, frames = TOKENS[model_kind]
         grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
         bar = ProgressBar(100)
+        device = comfy.model_management.get_torch_device()
+        if device.type == "cuda":  # the trials run beside this process
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
         text = "\n".join(
             (
                 f"ComfyUI: {comfyui_version()}, dense attention by {_dense_attention()}",
                 examine(
-                    comfy.model_management.get_torch_device(),
+                    device,
                     grid,
                     sparsity,
                     seconds,

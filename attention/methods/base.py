@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class Method:
         narrow, wide = (each.outcome(call.step) for each in (self.allocation, self._wide))
         if narrow is None or wide is None:
             return
-        if all(x <= (1.0 + WIDE_COSTS) * y for x, y in zip(wide, narrow)):
+        if wide[0] < math.inf and all(x <= (1.0 + WIDE_COSTS) * y for x, y in zip(wide, narrow)):
             self.allocation, self.query_block = self._wide, WIDE
             self.forget()
         self._wide = None
@@ -141,8 +142,8 @@ class Method:
         """Keys and values in 8 bits, where this call attends in them; means: of the key blocks."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             return None
-        blocks = self.blocks(call.layout, k.device).kv_blocks
-        return self.precision.keys_and_values(k, v, call.layer, blocks, means)
+        layout = self.blocks(call.layout, k.device)
+        return self.precision.keys_and_values(k, v, call.layer, layout, means)
 
     def judge_precision(
         self,
@@ -156,7 +157,7 @@ class Method:
         exact: some queries `(B, H, R, D)` and their exact outputs, where known; lost: see
         `Precision.judge`.
         """
-        if not self.precision.open(call.layer, qkv.q):
+        if not self.precision.open(call.layer, qkv.q, self.query_block):
             return
         with torch.no_grad():
             q, k, v = (x.detach() for x in qkv)

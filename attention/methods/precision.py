@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.types import EightBit, TokenBlocks
+from ...kernels.types import BlockLayout, EightBit, TokenBlocks
 from ..plan import ResolvedPlan
 
 MORE_ERROR = 0.1  # that a layer may have beside what sparsity costs it
@@ -36,21 +36,29 @@ class Precision:
         """Layers that stay in 16 bits, since 8 would cost them too much."""
         return sum(not fits for fits in self.fits.values())
 
-    def wanted(self, x: Tensor) -> bool:
-        """Whether layers attend in 8 bits that may."""
+    def wanted(self, x: Tensor, rows: int) -> bool:
+        """Whether layers attend in 8 bits that may, with so many rows to a query block."""
         if self.plan.precision == "auto":
-            return ops.prefers_eight_bit(x.device)
-        return self.plan.precision == "8-bit"
+            return ops.prefers_eight_bit(x.device, rows)
+        return self.plan.precision == "8-bit" and ops.eight_bit_works(x.device)
 
-    def open(self, layer: Hashable, x: Tensor) -> bool:
+    def open(self, layer: Hashable, x: Tensor, rows: int) -> bool:
         """Whether a layer has still to be measured."""
-        return self.plan.precision == "auto" and layer not in self.fits and self.wanted(x)
+        return self.plan.precision == "auto" and layer not in self.fits and self.wanted(x, rows)
 
     def keys_and_values(
-        self, k: Tensor, v: Tensor, layer: Hashable, blocks: TokenBlocks, means: Tensor | None
+        self,
+        k: Tensor,
+        v: Tensor,
+        layer: Hashable,
+        layout: BlockLayout,
+        means: Tensor | None,
     ) -> EightBit | None:
         """Those of a call that attends in 8 bits. means: of the key blocks, where known."""
-        if not self.wanted(k) or not (self.plan.precision == "8-bit" or self.fits.get(layer)):
+        blocks = layout.kv_blocks
+        if not self.wanted(k, layout.q_blocks.block_size) or not (
+            self.plan.precision == "8-bit" or self.fits.get(layer)
+        ):
             return None
         self.calls += 1
         return self.quantized(k, v, blocks, means)

@@ -219,7 +219,7 @@ class RoPeSLR(Method):
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
-            if self.precision.open(call.layer, qkv.q):
+            if self.precision.open(call.layer, qkv.q, self.query_block):
                 lost = (mixed(exact, parts.state, known) - exact.out).square().sum()
                 self.judge_precision(qkv, call, (exact.q, exact.out), lost)
         batch, heads, count, head_dim = exact.q.shape

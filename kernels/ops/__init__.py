@@ -13,12 +13,13 @@ Errors are ValueErrors that name the argument, what was found and what was expec
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import Choice, choose
 from ..pytorch.common import empty_nhd
 from ..triton_support import Operands, TritonNotUsable
-from ..tuning import prefers_eight_bit
+from ..tuning import prefers_eight_bit, works
 from ..types import (
     Background,
     BlockLayout,
@@ -76,6 +77,7 @@ __all__ = [
     "block_sparse_linear",
     "block_sparse_mixed",
     "dense_attention",
+    "eight_bit_works",
     "empty_nhd",
     "feature_energy",
     "linear_read",
@@ -91,6 +93,11 @@ __all__ = [
 ]
 
 MAX_HEAD_DIM = 512
+
+
+def eight_bit_works(device: torch.device) -> bool:
+    """Whether attention in 8 bits has not failed on a device so far."""
+    return works("8-bit", device)
 
 
 def why_not(head_dim: int, num_heads: int, num_kv_heads: int) -> str | None:

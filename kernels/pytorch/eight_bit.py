@@ -59,7 +59,8 @@ def eight_bit_attention(
         lists = mask.head_lists(b, h, unused)
         if lists.device.type == "cpu":
             lists = lists[:, : int(mask.kv_num_blocks[b, h].max())]
-        lists = F.pad(lists, (0, -lists.shape[1] % each), value=unused)
+        width = max(each, -(-lists.shape[1] // each) * each)  # a head may keep nothing at all
+        lists = F.pad(lists, (0, width - lists.shape[1]), value=unused)
         found = [
             _softmax(q8[rows], log2_scale[rows], lists[rows].split(each, dim=1), keys, values, bias)
             for rows in torch.arange(len(lists)).split(BLOCKS_PER_STEP)

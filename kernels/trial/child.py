@@ -77,13 +77,14 @@ def examine(variant: dict, asked: dict) -> dict:
         pooled = ops.block_pool(q, q_blocks), ops.block_pool(k, kv_blocks)
         topk = max(1, int(kept * kv_blocks.num_blocks))
         mask, _ = ops.block_select(*pooled, layout, topk, backend=backend)
+        return q, k, v, mask, k.float().mean(dim=2)
+
+    def attend(q, k, v, mask, k_mean) -> torch.Tensor:
+        """As a run does it: rounding belongs to a call in 8 bits, the keys' means are there."""
         small = None
         if variant["precision"] == "8-bit":
-            means = k.float().mean(dim=2), v.float().mean(dim=2)
-            small = ops.quantize_kv(k, v, kv_blocks, *means, backend=backend)
-        return q, k, v, mask, small
-
-    def attend(q, k, v, mask, small) -> torch.Tensor:
+            v_mean = ops.block_pool(v, mask.kv_blocks, backend=backend).mean(dim=2)
+            small = ops.quantize_kv(k, v, mask.kv_blocks, k_mean, v_mean, backend=backend)
         return ops.block_sparse_attention(q, k, v, mask, backend=backend, eight_bit=small)[0]
 
     dtype = getattr(torch, asked["dtype"])

@@ -228,7 +228,8 @@ def launch(
         matrix, matrix_scale = normalised(linear.kv_state.float(), q.dtype)
         eps = torch.full_like(matrix_scale, linear.eps)
         state = (matrix, matrix_scale, linear.normalizer.float(), eps, branch_scale)
-    lean, width = launch_of(kind).lean, padded(head_dim)
+    width = padded(head_dim)
+    lean = launch_of(kind, width).lean
     _forward[(n_q, batch * heads)](
         q,
         k,
@@ -266,7 +267,7 @@ def launch(
         ACT=ACT_NUMBERS[feature_map.act],
         LEAN=lean,
         GAIN=0.0 if eight_bit is None else GAINS[eight_bit.v.dtype],
-        **launch_options(kind),
+        **launch_options(kind, width),
     )
     if target is not out:
         out.copy_(target)
@@ -424,6 +425,9 @@ def _forward(
                 acc_1 = acc_1 * fade[:, None] + weighted(weights, v)
         # Back to plain units: what follows continues the same softmax in 16 bits.
         m = m * row_scale + without_mean
+        # Rounding to integers swallows what is not finite; it has to show in the result.
+        finite = (without_mean == without_mean) & (q_scale < float("inf"))
+        l = tl.where(finite, l, float("nan"))  # noqa: E741
         SMALL: tl.constexpr = 2.0**-GAIN
         l *= SMALL  # noqa: E741
         acc = plain_values(acc, l, v_scale_ptr + head * D, v8_mean_ptr + head * D, SMALL, D, VP, 0)

@@ -62,7 +62,7 @@ def quantize_kv(
 def _reach(v: Tensor, blocks: TokenBlocks, mean: Tensor) -> Tensor:
     """The largest distance from the mean of each channel: `(B, H, D)` float32."""
     if not blocks.lists_every_token:  # hidden values may be anything
-        v = v.index_select(2, blocks.tokens[~blocks.empty].long())
+        v = v.index_select(2, blocks.listed)
     low, high = torch.aminmax(v, dim=2)
     return torch.maximum(high.float() - mean, mean - low.float())
 

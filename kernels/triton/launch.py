@@ -69,6 +69,7 @@ def padded(width: int) -> int:
 # The forward by what it adds to its output; "wide": with query blocks of 128, "8-bit": with keys
 # and values in 8 bits.
 FORWARD = ("forward", "mixed", "pooled", "linear", "low_rank")
+TUNED, TUNED_WIDTH = ("forward", "mixed"), 128  # what RoPeSLR Doctor's trials stand for
 
 
 class Forward(NamedTuple):
@@ -163,10 +164,13 @@ def pe_rows(feature_map: FeatureMap) -> int:
     return 0 if feature_map.pe is None else feature_map.pe.shape[1]
 
 
-def launch_of(name: str) -> Launch:
-    """The parameters of a kernel on the active device: tuned there, or as shipped."""
+def launch_of(name: str, width: int = 0) -> Launch:
+    """The parameters of a kernel on the active device: tuned there, where it was tried, or shipped.
+
+    width: padded channels of a head.
+    """
     kind = name.removeprefix("8-bit ").removeprefix("wide ")
-    if kind in FORWARD:
+    if kind in TUNED and width == TUNED_WIDTH:
         precision = "8-bit" if name.startswith("8-bit") else "16-bit"
         tuned = tuning.launch_here(precision, 128 if "wide" in name else 64)
         if tuned is not None:
@@ -180,9 +184,9 @@ def shipped(precision: str, rows: int) -> Launch:
     return TABLE.get(architecture(), {}).get(name) or TABLE["other"][name]
 
 
-def launch_options(name: str) -> dict[str, int | bool]:
+def launch_options(name: str, width: int = 0) -> dict[str, int | bool]:
     """Keyword arguments of a launch; FP fusion by name, as Triton 3.10 turns it off by default."""
-    found = launch_of(name)
+    found = launch_of(name, width)
     return {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": True}
 
 

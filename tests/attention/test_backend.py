@@ -17,6 +17,7 @@ backend = load(".attention.backend")
         (True, torch.float32, dict(sparsity=0.80), False),
         (True, torch.bfloat16, dict(sparsity=0.80, backend="pytorch"), False),
         (False, torch.bfloat16, dict(sparsity=0.80), False),
+        (True, torch.bfloat16, dict(sparsity=0.80, target="error"), False),
     ],
 )
 def test_a_cpu_with_a_matrix_unit_stays_dense_where_that_is_faster(

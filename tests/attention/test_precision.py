@@ -19,7 +19,7 @@ METHODS = ("ropeslr", "top-k", "top-k plain", "adaspa")
 @pytest.fixture
 def faster(monkeypatch):
     """As on a GPU whose owner has measured that 8 bits are faster."""
-    monkeypatch.setattr(ops, "prefers_eight_bit", lambda device: True)
+    monkeypatch.setattr(ops, "prefers_eight_bit", lambda device, rows: True)
 
 
 def steps(run, qkv, count=3, layer=0):
@@ -97,3 +97,21 @@ def test_hidden_keys_do_not_come_through(faster):
         for number in (8, 9):
             out, _ = run.attend(q, k, v, Call(layout, 0, number, 20))
         assert torch.isfinite(out).all() and run.precision.calls
+
+
+def test_a_head_may_keep_nothing(faster):
+    """Allocation deals some heads no block at all."""
+    q, k, v = planted("nothing")
+    k[:, 0], v[:, 0] = 0.0, 1.0  # exactly what the background says
+    run = run_of(precision="8-bit", allocation="auto", key_block="16", sparsity=0.9)
+    for number in range(3):
+        out, cost = run.attend(q, k, v, Call(LAYOUT, 0, number, 20))
+    assert min(cost.heads) == 0.0 and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(bad):
+    q, k, v = planted("nothing")
+    q[0, 0, 5, 3] = bad
+    out, _ = run_of(method="top-k plain", precision="8-bit").attend(q, k, v, Call(LAYOUT, 0, 9, 20))
+    assert not torch.isfinite(out).all()

@@ -145,3 +145,18 @@ def test_what_does_not_fit_is_refused():
         ops.quantize_kv(k, v, mask.kv_blocks, *means, dtype=torch.uint8)
     with pytest.raises(ValueError, match="multiple of 16"):
         ops.quantize_kv(k, v, blocks_of(200, 24), *means)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", range(3))
+def test_what_is_not_finite_shows(where, bad):
+    """Integers hold no NaN, and a maximum may drop it."""
+    case, _ = sparse_case(130, torch.bfloat16, topk=3)
+    q, k, v, mask = case
+    (q, k, v)[where][0, 0, 5, 3] = bad
+    small, _ = quantized(k, v, mask.kv_blocks) if where == 0 else (None, None)
+    if small is None:
+        means = [x.float().mean(dim=2) for x in (k, v)]
+        small = ops.quantize_kv(k, v, mask.kv_blocks, *means, **BACKEND)
+    out, _ = ops.block_sparse_attention(*case, eight_bit=small, **BACKEND)
+    assert not torch.isfinite(out).all()

@@ -54,7 +54,7 @@ child.main()
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
-    monkeypatch.setattr(tuning, "_here", tuning._Here())
+    monkeypatch.setattr(tuning, "_devices", {})
 
 
 def variants(*stages):
@@ -95,7 +95,7 @@ def test_what_misbehaves_costs_itself_alone(planted):
 def test_a_child_that_does_not_start_admits_nothing():
     found = tuning.run_trials(variants(None, 2), TRIAL, command=[sys.executable, "-c", "1 / 0"])
     assert [each.failed for each in found.outcomes] == ["the trial process does not start"] * 2
-    assert found.best("16-bit") is None and not found.eight_bit_pays
+    assert found.best("16-bit") is None and not found.eight_bit_pays()
 
 
 def outcome(precision, rows, ms, launch=None):
@@ -117,19 +117,23 @@ def test_the_fastest_admitted_variant_wins_and_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "user" / "tuning.json"
     assert tuning.use(path, CPU) == "not tuned" and tuning.launch_here("16-bit", 64) is None
     tuning.save(path, FOUND, CPU)
-    assert tuning.use(path, CPU) == "tuned" and tuning._here.tuning == FOUND
+    assert tuning.use(path, CPU) == "tuned" and tuning._on(CPU).tuning == FOUND
     assert tuning.launch_here("16-bit", 64) == (4, 4, True)
     assert tuning.launch_here("8-bit", 64) == (8, 3, False)
     assert tuning.launch_here("16-bit", 128) is None
-    assert FOUND.eight_bit_pays and not tuning.prefers_eight_bit(CPU)
-    assert tuning.prefers_eight_bit(torch.device("cuda"))
-    assert tuning.state(torch.device("cuda")) == "tuned" and tuning.state(CPU) == ""
+    assert FOUND.eight_bit_pays() and FOUND.eight_bit_pays(64) and not FOUND.eight_bit_pays(128)
+    assert not tuning.prefers_eight_bit(CPU, 64) and tuning.state(CPU) == ""
+    gpu, other = torch.device("cuda:0"), torch.device("cuda:1")
+    tuning._devices["cuda:0"] = tuning._on(CPU)
+    assert tuning.prefers_eight_bit(gpu, 64) and tuning.state(gpu) == "tuned"
+    assert not tuning.prefers_eight_bit(gpu, 128) and not tuning.prefers_eight_bit(other, 64)
+    assert tuning.state(other).startswith("not tuned") and not tuning.refuses(gpu, 64)
     # Other machines stay in the file, and say nothing about this one.
     monkeypatch.setattr(tuning, "machine_key", lambda device: "another")
     assert "another GPU" in tuning.use(path, CPU) and tuning.launch_here("16-bit", 64) is None
     tuning.save(path, tuning.Tuning(), CPU)
     assert len(tuning.read(path)) == 2
-    assert tuning.state(torch.device("cuda")) == "tuned" or tuning.use(path, CPU) == "tuned"
+    assert tuning.use(path, CPU) == "tuned" and tuning.launch_here("16-bit", 64) is None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_the_fastest_admitted_variant_wins_and_is_kept(tmp_path, monkeypatch):
 def test_a_broken_file_is_ignored_in_words(text, tmp_path):
     path = tmp_path / "tuning.json"
     path.write_text(text.replace("KEY", tuning.machine_key(CPU)))
-    assert "cannot be read" in tuning.use(path, CPU) and tuning._here.tuning is None
+    assert "cannot be read" in tuning.use(path, CPU) and tuning._on(CPU).tuning is None
     tuning.save(path, FOUND, CPU)
     assert tuning.use(path, CPU) == "tuned"
 
@@ -189,6 +193,50 @@ def test_what_fails_in_a_run_is_withdrawn_and_computed_by_the_next(tmp_path, mon
     assert calls[:2] == [True, False] and not dispatch._failed
     said = [x.getMessage() for x in caplog.records if "withdrawn" in x.getMessage()]
     assert len(said) == 1 and "8-bit attention failed" in said[0] and "misaligned" in said[0]
-    assert not tuning._here.tuning.eight_bit_pays
+    assert not tuning._on(CPU).tuning.eight_bit_pays() and not tuning.works("8-bit", CPU)
+    assert tuning.launch_here("16-bit", 64) == (4, 4, True)
     known = json.loads(path.read_text())["machines"]
     assert any(each["withdrawn"] == ["8-bit"] for each in known.values())
+
+
+def test_rows_whose_every_variant_is_wrong_are_never_run(monkeypatch):
+    """Plain PyTorch computes them, whatever the kernel would say."""
+    wrong = tuning.Outcome(tuning.Variant("16-bit", 64), failed="wrong: relative error 1.0e-01")
+    tuning._on(CPU).tuning = tuning.Tuning((wrong, outcome("16-bit", 128, 3.0)))
+    assert tuning.refuses(CPU, 64) and not tuning.refuses(CPU, 128)
+
+    class Kernels:
+        @staticmethod
+        def block_sparse_attention(q, *_):
+            raise AssertionError("it ran")
+
+    monkeypatch.setattr(dispatch, "_triton", lambda: Kernels)
+    monkeypatch.setattr(load(".kernels.triton_support"), "obstacle", lambda *_: None)
+    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
+    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
+    mask = types.BlockMask.from_dense(blocks, blocks, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    ops.block_sparse_attention(q, k, v, mask)
+
+
+def test_eight_bits_that_fail_without_any_tuning_are_not_tried_again(monkeypatch, caplog):
+    calls = []
+
+    class Kernels:
+        @staticmethod
+        def block_sparse_attention(q, k, v, mask, pooled, scale, out, eight_bit):
+            calls.append(eight_bit is not None)
+            if eight_bit is not None:
+                raise RuntimeError("does not compile")
+            return load(".kernels.pytorch").block_sparse_attention(q, k, v, mask, pooled, scale)
+
+    monkeypatch.setattr(dispatch, "_triton", lambda: Kernels)
+    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
+    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
+    mask = types.BlockMask.from_dense(blocks, blocks, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    small = ops.quantize_kv(k, v, blocks, k.mean(dim=2), v.mean(dim=2), backend="pytorch")
+    monkeypatch.setattr(load(".kernels.triton_support"), "obstacle", lambda *_: None)
+    assert ops.eight_bit_works(CPU)
+    with caplog.at_level(logging.WARNING):
+        ops.block_sparse_attention(q, k, v, mask, eight_bit=small)
+    assert calls == [True, False] and not ops.eight_bit_works(CPU)
+    assert "8-bit attention failed" in caplog.text and "does not compile" in caplog.text
