@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -24,8 +25,10 @@ from .static import TARGETS, capture, report
 from .traffic import bytes_per_token
 
 backend = load_pack(".kernels.triton.backend")
+split = load_pack(".kernels.triton.split")
 types = load_pack(".kernels.types")
 
+MULTIPROCESSORS = 132  # of the GPU for which keys are split
 HEADS, TOKENS, RANK, BLOCK, FINE_BLOCK, WIDE_BLOCK = 12, 32_760, 64, 64, 16, 128
 # FLOPs of one turn of the hottest loop: products of a 64-row block with a 64-row block, times 2 x
 # 64 x 64 x D each.
@@ -36,14 +39,15 @@ PRODUCTS = {
     "low_rank": 2,
     "linear": 2,
     "dense": 2,
+    "split": 2,
     "mass": 1,
     "d_queries": 3,
     "d_keys": 4,
 }
-FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense")
+FORWARD = ("plain", "pooled", "mixed", "low_rank", "linear", "dense", "split")
 FINE = ("plain", "pooled", "mixed", "low_rank", "linear", "pool", "state", "backward")
 WIDE = ("plain", "pooled", "mixed", "linear", "backward")
-EIGHT_BIT = ("plain", "pooled", "mixed", "linear", "dense")
+EIGHT_BIT = ("plain", "pooled", "mixed", "linear", "dense", "split")
 ALL = (
     *FORWARD,
     *(f"8-bit fine {name}" for name in EIGHT_BIT),
@@ -176,15 +180,23 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
             per_channel,
             per_channel,
         )
+
+    def dense() -> None:
+        listed = blocks.kv_blocks if small else None
+        backend.dense_attention(q[:, :, :128], q, q, listed, scale, **small)
+
+    def split_over_keys() -> None:
+        with mock.patch.object(split, "multiprocessors", lambda device: MULTIPROCESSORS):
+            dense()
+
     return {
         "plain": lambda: backend.block_sparse_attention(*sparse, None, scale, **small),
         "pooled": lambda: backend.block_sparse_attention(*sparse, far, scale, **small),
         "mixed": lambda: backend.block_sparse_mixed(*sparse, mixed, scale, **small),
         "low_rank": lambda: backend.block_sparse_mixed(*sparse, low_rank, scale, **small),
         "linear": lambda: backend.block_sparse_linear(*sparse, linear, scale, **small),
-        "dense": lambda: backend.dense_attention(
-            q[:, :, :128], q, q, blocks.kv_blocks if small else None, scale, **small
-        ),
+        "dense": dense,
+        "split": split_over_keys,
         "quantize": lambda: backend.quantize_kv(
             q, q, blocks.kv_blocks, per_channel, per_channel, values or torch.int8
         ),

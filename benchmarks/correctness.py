@@ -105,6 +105,7 @@ def _comparisons(
     branch = types.LinearBranch(plain, folded, random(width))
     sparse, lse = (q, k, v, mask), reference.dense_attention(*(x.double() for x in (q, k, v)))[1]
     some = types.TokenBlocks.cut(torch.arange(900), key_block, num_tokens=TOKENS)
+    far_more = [random(1, 5 * TOKENS, 2, width, of=dtype).transpose(1, 2) for _ in range(2)]
     words = -(-keys.num_blocks // 32)
     bits = torch.full((1, 2, blocks.num_blocks, words), 0b1010101, dtype=torch.int32)
     calls = {
@@ -114,6 +115,7 @@ def _comparisons(
         "block_select": ((pooled_q, pooled_k, layout, topk), 1),
         "dense_attention": ((q, k, v), 0),
         "dense_attention some keys": ((q, k, v, some), 0),
+        "dense_attention few queries": ((q[:, :, :100], *far_more), 0),
         "block_sparse_attention": (sparse, 0),
         "block_sparse_attention pooled": ((*sparse, far), 0),
         "block_sparse_mixed": ((*sparse, types.Background(gate, first)), None),

@@ -48,6 +48,7 @@ from .launch import (
     strides,
     table,
 )
+from .split import merged, shares, split
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -97,6 +98,7 @@ class Epilogue(NamedTuple):
 
 
 NOTHING = Epilogue()
+DENSE = Epilogue("dense")
 
 
 def dense_attention(
@@ -110,14 +112,25 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.dense_attention`."""
     out = empty_nhd(q, q.shape[2]) if out is None else out
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     blocks = Tables()
     if kv_blocks is not None:
         blocks = Tables(
             kv_table=table(kv_blocks), num_full=kv_blocks.num_full, block_k=kv_blocks.block_size
         )
-    launch(q, k, v, blocks, scale, out, lse, eight_bit=eight_bit)
-    return out, lse
+    (batch, heads, tokens, _), keys = q.shape, k.shape[2]
+    n_q, n_k = blocks.counts_for(tokens, keys)
+    parts = shares(n_q * batch * heads, n_k * blocks.block_k, q.device)
+    if parts == 1:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        launch(q, k, v, blocks, scale, out, lse, epilogue=DENSE, eight_bit=eight_bit)
+        return out, lse
+    blocks = blocks._replace(**split(q, BLOCK, n_k, parts)._asdict())
+    copies = q.repeat(1, 1, parts, 1)
+    each = empty_nhd(q, parts * tokens)
+    lse = q.new_empty(copies.shape[:3], dtype=torch.float32)
+    launch(copies, k, v, blocks, scale, each, lse, epilogue=DENSE, eight_bit=eight_bit)
+    found, lse = merged(each, lse, parts)
+    return out.copy_(found), lse
 
 
 def block_sparse_attention(
@@ -214,8 +227,6 @@ def launch(
     target = out if aligned(out) is out else empty_nhd(q, tokens)
     n_q, n_k = tables.counts_for(tokens, k.shape[2])
     kind = "pooled" if pooled is not None else epilogue.kind
-    if tables.lists is None and done is None:
-        kind = "dense"
     if tables.block_q > BLOCK:
         kind = f"wide {kind}"
     if eight_bit is not None:

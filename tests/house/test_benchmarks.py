@@ -23,6 +23,7 @@ OPERATIONS = {
     "mask_from_bits",
     "dense_attention",
     "dense_attention some keys",
+    "dense_attention few queries",
     "block_sparse_attention",
     "block_sparse_attention pooled",
     "block_sparse_attention 8-bit",

@@ -79,7 +79,7 @@ def test_nothing_global_is_written_to(path):
         "torch._dynamo.config",
         "torch.set_",
         "cuda.synchronize",
-        "empty_cache",
+        "cuda.empty_cache",
         "os.environ",
         "add_object_patch",
         "print(",

@@ -89,6 +89,54 @@ def test_every_form_of_the_forward(architecture, head_dim, key_block, query_bloc
         assert (lse - expected_lse).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("key_block", [64, 16])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("rows", [7, 64, 130])
+def test_few_queries_are_split_over_the_keys(rows, parts, key_block, monkeypatch):
+    """As on a GPU with more multiprocessors than there are blocks of queries."""
+    split = load(".kernels.triton.split")
+    programs = 2 * 2 * -(-rows // 64)
+    monkeypatch.setattr(split, "FEWEST_KEYS", 64)
+    monkeypatch.setattr(split, "PROGRAMS", 1)
+    q, k, v = tensors((2, 2, rows, 64), *[(2, 2, 330, 64)] * 2, dtype=torch.bfloat16)
+    listed = torch.cat((torch.arange(0, 90), torch.arange(110, 330)))
+    k[:, :, 90:110], v[:, :, 90:110] = torch.nan, torch.nan
+    seen = types.TokenBlocks.cut(listed, key_block, num_tokens=330)
+    seen_k, seen_v = k[:, :, listed].contiguous(), v[:, :, listed].contiguous()
+    blocks = blocks_of(310, key_block)
+    means = (x.float().mean(dim=2) for x in (seen_k, seen_v))
+    small = backend.quantize_kv(seen_k, seen_v, blocks, *means, torch.int8)
+    expected, expected_lse = reference.dense_attention(*wide((q, seen_k, seen_v)))
+    for given, bound in (
+        ((k, v, seen, 0.125), 1e-2),
+        ((seen_k, seen_v, None, 0.125), 1e-2),
+        ((seen_k, seen_v, blocks, 0.125, None, small), 4e-2),
+    ):
+        results = []
+        for there in (1, programs * parts):
+            monkeypatch.setattr(split, "multiprocessors", lambda device, there=there: there)
+            results.append(backend.dense_attention(q, *given))
+            out, lse = results[-1]
+            assert out.shape == q.shape and relative_error(out, expected) < bound
+            assert (lse - expected_lse).abs().max() < bound
+        whole, parted = results
+        assert not torch.equal(whole[1], parted[1])  # it has really been split
+        assert relative_error(parted[0], whole[0]) < bound
+
+
+def test_split_where_some_share_sees_nothing(monkeypatch):
+    """NaN shows, and a share without any key adds nothing."""
+    split = load(".kernels.triton.split")
+    out = torch.randn(1, 1, 6, 4)
+    lse = torch.tensor([0.5, -torch.inf, 0.1, -torch.inf, -torch.inf, torch.nan]).view(1, 1, 6)
+    found, total = split.merged(out, lse, 2)
+    assert torch.allclose(found[0, 0, 0], out[0, 0, 0]) and torch.equal(
+        total[0, 0, 0], lse[0, 0, 0]
+    )
+    assert (found[0, 0, 1] == 0).all() and total[0, 0, 1] == -torch.inf
+    assert found[0, 0, 2].isnan().all()
+
+
 def test_rows_may_lie_further_apart_than_32_bits_reach():
     """Rows of a million tokens of 40 heads are 5e9 elements apart.
 
