@@ -437,8 +437,7 @@ def _forward(
         # Back to plain units: what follows continues the same softmax in 16 bits.
         m = m * row_scale + without_mean
         # Rounding to integers swallows what is not finite; it has to show in the result.
-        finite = (without_mean == without_mean) & (q_scale < float("inf"))
-        l = tl.where(finite, l, float("nan"))  # noqa: E741
+        l = tl.where(m < float("inf"), l, float("nan"))  # noqa: E741
         SMALL: tl.constexpr = 2.0**-GAIN
         l *= SMALL  # noqa: E741
         acc = plain_values(acc, l, v_scale_ptr + head * D, v8_mean_ptr + head * D, SMALL, D, VP, 0)
