@@ -120,15 +120,14 @@ def dense_attention(
     (batch, heads, tokens, _), keys = q.shape, k.shape[2]
     n_q, n_k = blocks.counts_for(tokens, keys)
     parts = shares(n_q * batch * heads, n_k * blocks.block_k, q.device)
-    if parts == 1:
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        launch(q, k, v, blocks, scale, out, lse, epilogue=DENSE, eight_bit=eight_bit)
-        return out, lse
-    blocks = blocks._replace(**split(q, BLOCK, n_k, parts)._asdict())
-    copies = q.repeat(1, 1, parts, 1)
-    each = empty_nhd(q, parts * tokens)
+    copies, each = q, out
+    if parts > 1:
+        blocks = blocks._replace(**split(q, BLOCK, n_k, parts)._asdict())
+        copies, each = q.repeat(1, 1, parts, 1), empty_nhd(q, parts * tokens)
     lse = q.new_empty(copies.shape[:3], dtype=torch.float32)
     launch(copies, k, v, blocks, scale, each, lse, epilogue=DENSE, eight_bit=eight_bit)
+    if parts == 1:
+        return out, lse
     found, lse = merged(each, lse, parts)
     return out.copy_(found), lse
 
