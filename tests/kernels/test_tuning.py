@@ -162,29 +162,40 @@ def test_launch_parameters_from_a_file_are_checked(wrong, tmp_path):
     assert "cannot be read" in tuning.use(path, CPU)
 
 
-def test_what_fails_in_a_run_is_withdrawn_and_computed_by_the_next(tmp_path, monkeypatch, caplog):
-    """An 8-bit kernel that raises: the call comes out right, in 16 bits, and stays so."""
-    path = tmp_path / "tuning.json"
-    tuning.save(path, FOUND, CPU)
-    tuning.use(path, CPU)
-    calls = []
+def small_case():
+    """q, k, v of two blocks, every one kept."""
+    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
+    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
+    kept = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    return q, k, v, types.BlockMask.from_dense(blocks, blocks, kept)
+
+
+def failing_in_8_bits(calls, error):
+    """Kernels of which one raises in 8 bits; `calls` gets whether each call was in 8 bits."""
 
     class Kernels:
         @staticmethod
         def block_sparse_attention(q, k, v, mask, pooled, scale, out, eight_bit):
             calls.append(eight_bit is not None)
             if eight_bit is not None:
-                raise RuntimeError("misaligned address")
+                raise RuntimeError(error)
             return load(".kernels.pytorch").block_sparse_attention(q, k, v, mask, pooled, scale)
 
-    monkeypatch.setattr(dispatch, "_triton", lambda: Kernels)
+    return Kernels
+
+
+def test_what_fails_in_a_run_is_withdrawn_and_computed_by_the_next(tmp_path, monkeypatch, caplog):
+    """An 8-bit kernel that raises: the call comes out right, in 16 bits, and stays so."""
+    path = tmp_path / "tuning.json"
+    tuning.save(path, FOUND, CPU)
+    tuning.use(path, CPU)
+    calls = []
+    monkeypatch.setattr(dispatch, "_triton", lambda: failing_in_8_bits(calls, "misaligned address"))
     monkeypatch.setattr(load(".kernels.triton_support"), "obstacle", lambda *_: None)
     monkeypatch.setattr(dispatch, "_failed", {})
-    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
-    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
-    mask = types.BlockMask.from_dense(blocks, blocks, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    q, k, v, mask = small_case()
     means = k.mean(dim=2), v.mean(dim=2)
-    small = ops.quantize_kv(k, v, blocks, *means, backend="pytorch")
+    small = ops.quantize_kv(k, v, mask.kv_blocks, *means, backend="pytorch")
     with caplog.at_level(logging.WARNING):
         out, _ = ops.block_sparse_attention(q, k, v, mask, eight_bit=small)
         ops.block_sparse_attention(q, k, v, mask, eight_bit=small)
@@ -212,28 +223,16 @@ def test_rows_whose_every_variant_is_wrong_are_never_run(monkeypatch):
 
     monkeypatch.setattr(dispatch, "_triton", lambda: Kernels)
     monkeypatch.setattr(load(".kernels.triton_support"), "obstacle", lambda *_: None)
-    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
-    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
-    mask = types.BlockMask.from_dense(blocks, blocks, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    q, k, v, mask = small_case()
     ops.block_sparse_attention(q, k, v, mask)
 
 
 def test_eight_bits_that_fail_without_any_tuning_are_not_tried_again(monkeypatch, caplog):
     calls = []
-
-    class Kernels:
-        @staticmethod
-        def block_sparse_attention(q, k, v, mask, pooled, scale, out, eight_bit):
-            calls.append(eight_bit is not None)
-            if eight_bit is not None:
-                raise RuntimeError("does not compile")
-            return load(".kernels.pytorch").block_sparse_attention(q, k, v, mask, pooled, scale)
-
-    monkeypatch.setattr(dispatch, "_triton", lambda: Kernels)
-    q, k, v = torch.randn(3, 1, 1, 128, 32, generator=torch.Generator().manual_seed(0))
-    blocks = types.TokenBlocks.cut(torch.arange(128), 64)
-    mask = types.BlockMask.from_dense(blocks, blocks, torch.ones(1, 1, 2, 2, dtype=torch.bool))
-    small = ops.quantize_kv(k, v, blocks, k.mean(dim=2), v.mean(dim=2), backend="pytorch")
+    monkeypatch.setattr(dispatch, "_triton", lambda: failing_in_8_bits(calls, "does not compile"))
+    q, k, v, mask = small_case()
+    means = k.mean(dim=2), v.mean(dim=2)
+    small = ops.quantize_kv(k, v, mask.kv_blocks, *means, backend="pytorch")
     monkeypatch.setattr(load(".kernels.triton_support"), "obstacle", lambda *_: None)
     assert ops.eight_bit_works(CPU)
     with caplog.at_level(logging.WARNING):
