@@ -13,11 +13,12 @@ from ..types import BlockMask, EightBit, PooledKV, TokenBlocks
 from .common import acc_dtype, gather, per_head, scatter
 from .eight_bit import eight_bit_attention, merged
 
-# Query blocks per step. On a CPU the gathered keys should stay in the cache (measured: 4 to 16
-# blocks are best, fewer where a head keeps many keys); elsewhere a step should be large enough to
-# hide its launches, and small enough for any card.
-CPU_BLOCKS_PER_STEP = 8
-CPU_STEP_BYTES = 3 << 20
+# Query blocks per step. On a CPU every thread takes whole blocks, so a step has as many for each of
+# them (measured: four are best, one where a head keeps many keys, for their gathered keys should
+# stay in the thread's cache); elsewhere a step should be large enough to hide its launches, and
+# small enough for any card.
+CPU_BLOCKS_PER_THREAD = 4
+CPU_THREAD_BYTES = 3 << 19
 STEP_BYTES = 256 << 20
 BLOCK = 64  # queries, where nobody has cut them
 
@@ -183,7 +184,8 @@ def keys_at_once(mask: BlockMask, lists: Tensor, pooled: PooledKV | None) -> int
 def blocks_per_step(q: Tensor, keys: int, block_size: int) -> int:
     """Query blocks that are attended to together."""
     if q.device.type == "cpu":
-        return min(CPU_BLOCKS_PER_STEP, max(1, CPU_STEP_BYTES // max(1, 4 * keys * q.shape[-1])))
+        fitting = CPU_THREAD_BYTES // max(1, 4 * keys * q.shape[-1])
+        return torch.get_num_threads() * min(CPU_BLOCKS_PER_THREAD, max(1, fitting))
     per_block = 4 * keys * (2 * block_size + 2 * q.shape[-1])
     return max(1, STEP_BYTES // max(1, per_block))
 
