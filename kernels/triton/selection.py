@@ -1,8 +1,8 @@
 """Choosing blocks: the best of each row by an exact threshold, as sorted lists or as bits.
 
-The threshold is found on order-preserving integers, so a row of any length costs some ten counting
+The threshold is found on order-preserving integers, so a row of any length costs some six counting
 passes over data that stays in the cache, whatever is kept. Equal scores at the threshold go to the
-lower block number.
+lower block number. Rows of scores are padded to whole chunks: every pass reads four at a time then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..types import BlockLayout, Packing, list_dtype
 from .launch import aligned, kernel, launch_options, padded, strides, table
 from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, list_of, load_rows
 
-SELECT_CHUNK = 1024
+SELECT_CHUNK = 512
+HALVING = tl.constexpr(8)  # every so many turns bounds are halved, whatever their counts promise
 
 
 def block_select(
@@ -55,8 +56,10 @@ def block_select(
     dropped_lse = q.new_empty(batch, heads, n_q)
     log_sizes = layout.kv_blocks.log2_sizes
     required = layout.required_bytes
-    for some in head_chunks(batch * heads, n_q * n_k):
-        scores = torch.bmm(q[some] * scale, k[some].mT)
+    width = row_width(n_k)
+    for some in head_chunks(batch * heads, n_q * width):
+        scores = q.new_empty(some.stop - some.start, n_q, width)
+        torch.bmm(q[some] * scale, k[some].mT, out=scores[..., :n_k])
         _select_lists[(scores.shape[0] * n_q,)](
             scores,
             required,
@@ -69,6 +72,7 @@ def block_select(
             some.start * n_q,
             n_q,
             n_k,
+            width // SELECT_CHUNK,
             topk,
             list_width,
             CHUNK=SELECT_CHUNK,
@@ -92,8 +96,9 @@ def block_mass(
     all_mass = []
     wanted = numbers(tuple(topks), q.device)
     required = layout.required_bytes
-    for some in head_chunks(batch * heads, n_q * n_k):
-        mass = q.new_empty(some.stop - some.start, n_q, n_k, dtype=torch.float32)
+    width = row_width(n_k)
+    for some in head_chunks(batch * heads, n_q * width):
+        mass = q.new_empty(some.stop - some.start, n_q, width, dtype=torch.float32)
         _mass[(n_q, mass.shape[0])](
             q,
             k,
@@ -109,6 +114,7 @@ def block_mass(
             k.shape[2],
             n_q,
             n_k,
+            width,
             scale,
             D=head_dim,
             DP=padded(head_dim),
@@ -116,7 +122,7 @@ def block_mass(
             BLOCK_K=kv_blocks.block_size,
             **launch_options("mass"),
         )
-        all_mass.append(mass.sum(dim=(1, 2)))
+        all_mass.append(mass[..., :n_k].sum(dim=(1, 2)))
         _select_bits[(mass.shape[0] * n_q, choices)](
             mass,
             required,
@@ -126,6 +132,7 @@ def block_mass(
             some.start * n_q,
             n_q,
             n_k,
+            width // SELECT_CHUNK,
             words,
             choices,
             CHUNK=SELECT_CHUNK,
@@ -154,6 +161,11 @@ def lists_from_bits(bits: Tensor, blocks: int, list_width: int) -> tuple[Tensor,
     return indices, counts
 
 
+def row_width(n_k: int) -> int:
+    """What a row of `n_k` scores takes: whole chunks, so that a pass has nothing to leave out."""
+    return -(-n_k // SELECT_CHUNK) * SELECT_CHUNK
+
+
 @lru_cache(maxsize=1024)
 def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 on a device, made once: kernels read them, and nothing else does."""
@@ -161,87 +173,121 @@ def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _is_required(required_ptr, columns, n_k):
-    required = columns < 0
-    if required_ptr is not None:
-        required = tl.load(required_ptr + columns, mask=columns < n_k, other=0) != 0
-    return required
+def _rank(scores):
+    """The order of scores as uint32; 0 and the largest are no numbers' ranks."""
+    bits = scores.to(tl.int32, bitcast=True)
+    below_zero = (bits >> 31).to(tl.uint32, bitcast=True)  # all bits or none
+    return bits.to(tl.uint32, bitcast=True) ^ (below_zero | 0x80000000)
 
 
 @triton.jit
-def _ranks(scores_ptr, required_ptr, columns, n_k, READY: tl.constexpr):
-    """The order of a row's scores as uint32; 0, below every score, where required or beyond n_k.
-
-    READY: they are there already, in the place of the scores.
-    """
-    mask = columns < n_k
-    bits = tl.load(scores_ptr + columns, mask=mask, other=0.0).to(tl.uint32, bitcast=True)
-    ranks = bits
-    if not READY:
-        ranks = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-        free = mask & (_is_required(required_ptr, columns, n_k) == 0)
-        ranks = tl.where(free, ranks, tl.zeros_like(ranks))
-    return ranks
-
-
-@triton.jit
-def _scores_of(ranks):
-    """Scores from their ranks; nothing sensible where the rank is 0."""
-    bits = tl.where(ranks >= 0x80000000, ranks ^ 0x80000000, ranks ^ 0xFFFFFFFF)
+def _score(rank):
+    """The score of a rank; nothing sensible where the rank is 0."""
+    bits = tl.where(rank >= 0x80000000, rank ^ 0x80000000, rank ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def _ranks(scores_ptr, required_ptr, columns, n_k, READY: tl.constexpr):
+    """The ranks of a row's scores; 0, below every score, where required or beyond n_k.
+
+    READY: they are there already, in the place of the scores.
+    """
+    found = tl.load(scores_ptr + columns)
+    if READY:
+        ranks = found.to(tl.uint32, bitcast=True)
+    else:
+        free = columns < n_k
+        if required_ptr is not None:
+            free = free & (tl.load(required_ptr + columns, mask=free, other=0) == 0)
+        ranks = tl.where(free, _rank(found + 0.0), 0)  # -0 is 0
+    return ranks
+
+
+@triton.jit
 def _bounds(scores_ptr, required_ptr, n_k, CHUNK: tl.constexpr, REPLACE: tl.constexpr):
-    """Least and largest rank of a row, and how many there are. REPLACE: the scores by ranks."""
+    """Least and largest rank of a row, how many there are, the sums of their scores and squares.
+
+    REPLACE: the scores by ranks.
+    """
     lanes = tl.arange(0, CHUNK)
     least, largest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
-    count = 0
+    count, total, squares = 0, 0.0, 0.0
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
         ranks = _ranks(scores_ptr, required_ptr, columns, n_k, False)
-        if REPLACE:
-            tl.store(scores_ptr + columns, ranks.to(tl.float32, bitcast=True), mask=columns < n_k)
         free = ranks > 0
+        scores = tl.where(free, _score(ranks), 0.0)
+        if REPLACE:
+            tl.store(scores_ptr + columns, ranks.to(tl.float32, bitcast=True))
         count += tl.sum(free.to(tl.int32), 0)
         largest = tl.maximum(largest, tl.max(ranks, 0))
         least = tl.minimum(least, tl.min(tl.where(free, ranks, 0xFFFFFFFF), 0))
-    return least, largest, count
+        total += tl.sum(scores, 0)
+        squares += tl.sum(scores * scores, 0)
+    return least, largest, count, total, squares
+
+
+@triton.jit
+def _normal_quantile(share):
+    """Where a standard normal number lies above with probability `share`; within 5e-4.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.23.
+    """
+    t = tl.sqrt(-2.0 * LN_2 * tl.log2(tl.minimum(share, 1.0 - share)))
+    upper = 2.515517 + t * (0.802853 + t * 0.010328)
+    z = t - upper / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
+    return tl.where(share <= 0.5, z, -z)
 
 
 @triton.jit
 def _threshold(
-    scores_ptr, required_ptr, n_k, topk, least, largest, count,
+    scores_ptr, required_ptr, n_k, topk, bounds,
     CHUNK: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
     """A rank that a row's topk best reach, and how many of that very rank are not to be kept.
 
-    Between bounds whose counts are known, by interpolation and halving in turns, until a count is
-    topk: some ten passes, where going bit by bit takes 32.
+    Between bounds whose counts are known, until a count is topk. The first guess takes scores for
+    normally distributed; then the counts' logarithms are interpolated over scores, and where one
+    bound stands still its weight is halved (the Illinois rule); now and then ranks are halved,
+    which ends on whatever scores there are. Some six passes, where going bit by bit takes 32.
     """
+    least, largest, count, total, squares = bounds
     lanes = tl.arange(0, CHUNK)
     low, high = least.to(tl.int64), largest.to(tl.int64) + 1
-    n_low, n_high = count, 0
+    n_low = count
     if topk <= 0:
         low, n_low = high, topk
     if topk >= count:  # all there are
         n_low = topk
-    halve = False
+    wanted, numbers = topk.to(tl.float32), tl.maximum(count, 1).to(tl.float32)
+    mean = total / numbers
+    spread = tl.sqrt(tl.maximum(squares / numbers - mean * mean, 0.0))
+    guess = mean + spread * _normal_quantile(wanted / numbers)
+    above, below = tl.log2(numbers / wanted), tl.log2(0.5 / wanted)  # log of count / topk
+    raised = low < 0  # whether the last turn raised the lower bound
+    turn = 0
     while (n_low != topk) & (high - low > 1):
-        span = high - low
-        share = (n_low - topk).to(tl.float32) / (n_low - n_high).to(tl.float32)
-        step = (span.to(tl.float32) * share).to(tl.int64)
-        step = tl.where(halve, span // 2, step)
-        middle = low + tl.minimum(tl.maximum(step, 1), span - 1)
+        ends = _score(low.to(tl.uint32)), _score(high.to(tl.uint32))
+        found = tl.where(turn == 0, guess, ends[0] + (ends[1] - ends[0]) * above / (above - below))
+        halve = (turn % HALVING == HALVING - 1) | (found - found != 0)  # or where it is infinite
+        middle = tl.where(halve, (low + high) // 2, _rank(found).to(tl.int64))
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         reached = 0
         for start in range(0, n_k, CHUNK):
             ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
             reached += tl.sum((ranks >= middle.to(tl.uint32)).to(tl.int32), 0)
         enough = reached >= topk
+        own = tl.log2(tl.maximum(reached.to(tl.float32), 0.5) / wanted)
+        again = (turn > 0) & (enough == raised)
+        kept_above = tl.where(again, above * 0.5, above)
+        kept_below = tl.where(again, below * 0.5, below)
+        above, below = tl.where(enough, own, kept_above), tl.where(enough, kept_below, own)
         low, n_low = tl.where(enough, middle, low), tl.where(enough, reached, n_low)
-        high, n_high = tl.where(enough, high, middle), tl.where(enough, n_high, reached)
-        halve = halve == 0
-    return low, tl.maximum(n_low - topk, 0)
+        high = tl.where(enough, high, middle)
+        raised = enough
+        turn += 1
+    return low.to(tl.uint32), tl.maximum(n_low - topk, 0)
 
 
 @triton.jit
@@ -249,16 +295,15 @@ def _kept(
     scores_ptr, required_ptr, columns, n_k, threshold, too_many, equals_left,
     READY: tl.constexpr,
 ):  # fmt: skip
-    """Which of some columns are kept, and how many of the threshold's rank may still be."""
+    """Which of some columns are kept, their ranks, and how many of the threshold's may still be."""
     ranks = _ranks(scores_ptr, required_ptr, columns, n_k, READY)
-    own = ranks.to(tl.int64)
-    chosen = (own >= threshold) & (ranks > 0)
+    chosen = ranks >= threshold
     if too_many > 0:  # more than wanted have the very rank of the threshold
-        equal = chosen & (own == threshold)
+        equal = ranks == threshold
         place = tl.cumsum(equal.to(tl.int32), 0)
         chosen = chosen & ((equal == 0) | (place <= equals_left))
         equals_left -= tl.minimum(tl.sum(equal.to(tl.int32), 0), equals_left)
-    return (columns < n_k) & (chosen | _is_required(required_ptr, columns, n_k)), ranks, equals_left
+    return chosen | ((ranks == 0) & (columns < n_k)), ranks, equals_left
 
 
 @triton.jit
@@ -271,8 +316,7 @@ def _equals(
         lanes = tl.arange(0, CHUNK)
         for start in range(0, n_k, CHUNK):
             ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
-            equal = (ranks.to(tl.int64) == threshold) & (ranks > 0)
-            left += tl.sum(equal.to(tl.int32), 0)
+            left += tl.sum((ranks == threshold).to(tl.int32), 0)
         left -= too_many
     return left
 
@@ -281,17 +325,17 @@ def _equals(
 def _select_lists(
     scores_ptr, required_ptr, log_sizes_ptr, lists_ptr, counts_ptr, dropped_lse_ptr,
     starts_ptr, topks_ptr,
-    first_line, n_q, n_k, topk, list_width,
+    first_line, n_q, n_k, chunks, topk, list_width,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Kept blocks and the log-mass of the others: one program per row of scores `(n_q, n_k)`, which
-    become ranks.
+    """Kept blocks and the log-mass of the others: one program per row of scores, which become
+    ranks; a row takes so many chunks.
 
     Scores hold some heads at a time; their first row is row first_line of the outputs. topks, where
     given, has a number for each head, and its lists lie packed from starts on.
     """
     line = tl.program_id(0).to(tl.int64)
-    scores_ptr += line * n_k
+    scores_ptr += line * chunks * CHUNK
     if required_ptr is not None:
         required_ptr += (line % n_q) * n_k
     line += first_line
@@ -303,9 +347,7 @@ def _select_lists(
     lanes = tl.arange(0, CHUNK)
     bounds = _bounds(scores_ptr, required_ptr, n_k, CHUNK, True)
     tl.debug_barrier()  # the ranks that replace the scores are read back
-    threshold, too_many = _threshold(
-        scores_ptr, required_ptr, n_k, topk, bounds[0], bounds[1], bounds[2], CHUNK, True
-    )
+    threshold, too_many = _threshold(scores_ptr, required_ptr, n_k, topk, bounds, CHUNK, True)
     left = _equals(scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK, True)
 
     written = 0
@@ -313,16 +355,17 @@ def _select_lists(
     running_sum = 0.0
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
-        mask = columns < n_k
         kept, ranks, left = _kept(
             scores_ptr, required_ptr, columns, n_k, threshold, too_many, left, True
         )
         place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(lists_ptr + place, columns, mask=kept & (place < list_width))
+        # Of numbers no more are kept than there is room for. (A mask of places costs a second sum.)
+        place = tl.minimum(place, list_width - 1)
+        tl.store(lists_ptr + place, columns, mask=kept & (list_width > 0))
         written += tl.sum(kept.to(tl.int32), 0)
-        scores = _scores_of(ranks) * LOG2_E
-        scores += tl.load(log_sizes_ptr + columns, mask=mask, other=0.0)
-        dropped = tl.where(mask & (kept == 0), scores, -float("inf"))
+        scores = _score(ranks) * LOG2_E
+        scores += tl.load(log_sizes_ptr + columns, mask=columns < n_k, other=0.0)
+        dropped = tl.where((ranks > 0) & (kept == 0), scores, -float("inf"))
         new_max = tl.maximum(running_max, tl.max(dropped, 0))
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         running_sum *= tl.exp2(running_max - shift)
@@ -337,22 +380,20 @@ def _select_lists(
 @kernel
 def _select_bits(
     mass_ptr, required_ptr, topks_ptr, bits_ptr, kept_mass_ptr,
-    first_line, n_q, n_k, words, choices,
+    first_line, n_q, n_k, chunks, words, choices,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Masks of `words` int32, and the mass they keep: one program per row and choice of topk."""
     line = tl.program_id(0).to(tl.int64)
     choice = tl.program_id(1)
-    mass_ptr += line * n_k
+    mass_ptr += line * chunks * CHUNK
     if required_ptr is not None:
         required_ptr += (line % n_q) * n_k
     line = (line + first_line) * choices + choice
     lanes = tl.arange(0, CHUNK)
     topk = tl.load(topks_ptr + choice)
     bounds = _bounds(mass_ptr, required_ptr, n_k, CHUNK, False)
-    threshold, too_many = _threshold(
-        mass_ptr, required_ptr, n_k, topk, bounds[0], bounds[1], bounds[2], CHUNK, False
-    )
+    threshold, too_many = _threshold(mass_ptr, required_ptr, n_k, topk, bounds, CHUNK, False)
     left = _equals(mass_ptr, required_ptr, n_k, threshold, too_many, CHUNK, False)
 
     kept_mass = 0.0
@@ -405,7 +446,7 @@ def _unpack(
 def _mass(
     q_ptr, k_ptr, lse_ptr, mass_ptr, q_table_ptr, kv_table_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
-    heads, first_head, q_tokens, k_tokens, n_q, n_k, scale,
+    heads, first_head, q_tokens, k_tokens, n_q, n_k, width, scale,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Softmax mass `(n_q, n_k)` of every pair of blocks, for the heads from first_head on."""
@@ -413,7 +454,7 @@ def _mass(
     head = tl.program_id(1).to(tl.int64) + first_head
     b, h = head // heads, head % heads
     k_ptr = head_ptr(k_ptr, b, h, k_batch, k_head)
-    mass_ptr += (tl.program_id(1).to(tl.int64) * n_q + q_block) * n_k
+    mass_ptr += (tl.program_id(1).to(tl.int64) * n_q + q_block) * width
     q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q)
     q = load_rows(head_ptr(q_ptr, b, h, q_batch, q_head), q_rows, q_row, D, DP)
     lse = tl.load(lse_ptr + head * q_tokens + q_rows, mask=q_rows >= 0, other=float("inf"))

@@ -82,6 +82,33 @@ def test_selection_of_equal_and_infinite_scores_keeps_as_many_as_asked():
     assert set(range(5)) | set(range(20, 40)) <= set(lists[0, 0, 0].tolist())
 
 
+SPREADS = {  # rows of scores from normally distributed numbers
+    "normal": lambda x: x,
+    "far above zero": lambda x: 1e4 + x,
+    "below zero": lambda x: -(x.abs()) * 1e-3,
+    "two heaps": lambda x: torch.where(x > 1.3, 60 + 1e-3 * x, x),
+    "heavy": lambda x: torch.exp(8 * x),
+    "few values": lambda x: (2 * x).round(),
+    "one outlier": lambda x: torch.where(x == x.amax(), 1e30, x * 1e-20),
+    "infinite": lambda x: torch.where(x > 1.5, torch.inf, torch.where(x < -1, -torch.inf, x)),
+    "zeros": lambda x: x * 0.0,
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_best_are_found_however_scores_are_spread(spread):
+    generator = torch.Generator().manual_seed(0)
+    scores = SPREADS[spread](torch.randn(1, 1, 700, 1, generator=generator))
+    layout = layout_of(blocks_of(2 * 64), blocks_of(700 * 64))
+    for topk in (1, 70, 350, 699):
+        mask, _ = ops.block_select(torch.ones(1, 1, 2, 1), scores, layout, topk, scale=1, **BACKEND)
+        kept = mask.kv_indices[0, 0, 1].long()
+        assert len(kept) == topk and (kept.diff() > 0).all()
+        # Which of equal ones are kept is not said.
+        best = scores.flatten().sort(descending=True).values[:topk]
+        assert torch.equal(scores.flatten()[kept].sort(descending=True).values, best)
+
+
 def test_required_blocks_come_in_addition():
     pooled, layout = score_case(2, 8, head_dim=16, heads=1)
     free, _ = ops.block_select(*pooled, layout, 3, **BACKEND)
