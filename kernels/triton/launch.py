@@ -123,6 +123,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         **Forward(
             Launch(4, 5), Launch(8, 5), Launch(4, 3), Launch(4, 4, True), Launch(8, 4)
         ).by_name(),
+        "8-bit linear": Launch(4, 2),  # spills else
         "d_queries": Launch(4, 2),
         "d_keys": Launch(4, 3),
     },
