@@ -255,6 +255,9 @@ def coverage(options: Namespace) -> int:
     return texts(options)
 
 
+COMPILED = "compiled", "without_a_gpu"  # need Triton's compiler, and no GPU
+
+
 def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
     """The kernel tests with each Triton, in the interpreter and compiled."""
     if sys.platform != "linux":
@@ -267,7 +270,7 @@ def kernel_suites(python: Path, rest: list[str], thorough: bool) -> list[Suite]:
         arguments = [*effort(thorough, least), *rest]
         compiled = Suite(
             f"kernels compiled, Triton {version}",
-            [*arguments, "tests/kernels/test_compiled.py"],
+            [*arguments, *(f"tests/kernels/test_{name}.py" for name in COMPILED)],
             env,
         )
         interpreted = Suite(

@@ -26,6 +26,7 @@ NEEDS = {
     "kernels/test_custom_ops.py": (PLAIN,),
     "kernels/test_dispatch.py": (PLAIN,),
     "kernels/test_interpreter.py": ("triton", INTERPRETER),
+    "kernels/test_without_a_gpu.py": ("triton", PLAIN),
     "nodes": (COMFYUI, "torch", "safetensors", "hypothesis", "psutil", "pathspec"),
     "nodes/test_texts.py": ("cogapp",),
     "web": ("torch",),
