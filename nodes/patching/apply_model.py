@@ -13,7 +13,7 @@ from torch import Tensor
 from .call import CallFacts, Conditioning, ModelCall
 from .dense_reason import NOT_FINITE, OTHER_MODEL, DenseReason
 from .hooks import CALL
-from .model_info import ModelInfo, model_info, unwrap
+from .model_info import model_info, unwrap
 from .override import sparse_override
 from .recompile import is_compiled
 from .sampling_run import SamplingRun
@@ -157,7 +157,6 @@ def call_facts(run: SamplingRun, base: Any, request: ApplyArguments) -> CallFact
     model = unwrap(base.diffusion_model)
     return replace(
         facts,
-        context_lengths=_context_lengths(run.info, request.c_crossattn, conditions),
         sequence=sequence_info(run.info, model, request.x, conditions),
     )
 
@@ -168,22 +167,6 @@ def _unsupported(run: SamplingRun, base: Any) -> DenseReason | None:
         name = model_info(base.diffusion_model).name
         return DenseReason(OTHER_MODEL.format(name=name))
     return DenseReason(run.info.unsupported) if run.info.unsupported else None
-
-
-def _context_lengths(
-    info: ModelInfo, text: Tensor | None, conditions: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """Tokens of each context that the blocks attend to besides themselves."""
-    if info.arrangement.text_first:
-        return ()
-    names = ("clip_fea", "clip_fea_ref")
-    images = [conditions[name].shape[-2] for name in names if conditions.get(name) is not None]
-    lengths = [] if text is None else [text.shape[-2]]
-    if images:
-        lengths.append(sum(images))
-    elif info.image_attention and lengths:  # without images such a model attends to the text twice
-        lengths *= 2
-    return tuple(lengths)
 
 
 def _conditioning(options: Mapping[str, Any], batch: int) -> Conditioning:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from ...attention import TokenLayout
 from ...attention.accounting import dense_flops
 from .candidate import Candidate, HostCall
 from .dense_reason import DenseReason
-from .hooks import ControlBlocks, EnteringLayer
+from .hooks import EnteringLayer
 from .model_info import Layer
 from .tally import Cell, Tally
 from .token_layout import SequenceInfo, with_hidden
@@ -34,15 +33,13 @@ class CallFacts:
     """What holds for a model call from outside.
 
     conditioning: (key, batch rows) in batch order. window: the frames that the call looks at, of a
-    longer video. context_lengths: tokens of each context that blocks attend to besides themselves.
-    sequence: how its tokens lie; unsupported: why that is not known. previous: the override that
-    was set before, or None for ComfyUI's own attention.
+    longer video. sequence: how its tokens lie; unsupported: why that is not known. previous: the
+    override that was set before, or None for ComfyUI's own attention.
     """
 
     sigma: float
     conditioning: Conditioning
     window: tuple[int, ...] = ()
-    context_lengths: tuple[int, ...] = ()
     sequence: SequenceInfo | None = None
     unsupported: DenseReason | None = None
     previous: Override | None = None
@@ -60,12 +57,9 @@ class ModelCall:
         self.reason = reason or run.call_reason(facts.sigma)  # why the whole call stays dense
         self.tally = Tally()
         self.entering = EnteringLayer()
-        self.control = ControlBlocks()
         self.layers_seen: set[Hashable] = set()
         self.overwritten = False  # another node took the override while the call ran
         self._read_mask: tuple[Tensor, TokenLayout | DenseReason] | None = None  # layers share it
-        self._shapes: dict[Hashable, tuple[int, int]] = {}
-        self._same_length_calls: Counter[Hashable] = Counter()
         self._extremes: list[Tensor] = []
 
     @property
@@ -92,7 +86,7 @@ class ModelCall:
 
     @property
     def calls_without_number(self) -> int:
-        """Attention calls that did not tell which block they are of."""
+        """Attention calls that no known self-attention made."""
         return self.tally.other_calls[OUTSIDE_BLOCKS]
 
     def missing_layers(self) -> frozenset[Hashable]:
@@ -107,44 +101,14 @@ class ModelCall:
             if "block_index" in host.options and host.tokens == host.kv_tokens:
                 self.leave_dense(self.facts.unsupported)
             return None
-        layer = self.run.info.layer(host.options)
+        layer = self.entering.take_layer()
         if layer is None:
-            self.tally.other_calls[OUTSIDE_BLOCKS] += 1
+            # ComfyUI names the block in some models; the tally tells the rest apart by length.
+            in_block = "block_index" in host.options or host.tokens != host.kv_tokens
+            self.tally.other_calls[CROSS_ATTENTION if in_block else OUTSIDE_BLOCKS] += 1
             return None
-        turn = self._next_turn(layer.identity, host)
-        if turn is None:
-            self.tally.other_calls[CROSS_ATTENTION] += 1
-            return None
-        layer = self._take_identity(layer, turn)
         self.layers_seen.add(layer.identity)
         return layer
-
-    def _next_turn(self, layer: Hashable, host: HostCall) -> int | None:
-        """Which self-attention of its layer a call is, counted from 0; None for cross-attention.
-
-        A block calls self-attention first, then one cross-attention per context, whose tokens may
-        happen to be as many as the video's. VACE has a second block of the same number, for its
-        control video.
-        """
-        shape = (host.batch, host.tokens)
-        if host.tokens != host.kv_tokens or self._shapes.setdefault(layer, shape) != shape:
-            return None
-        lengths = self.facts.context_lengths
-        period = 1 + sum(length == host.tokens for length in lengths)
-        turn, position = divmod(self._same_length_calls[layer], period)
-        self._same_length_calls[layer] += 1
-        return turn if position == 0 else None
-
-    def _take_identity(self, layer: Layer, turn: int) -> Layer:
-        """The layer itself, or the control block of the same number that is under way.
-
-        Other nodes skip blocks, so a hook tells when a control block is entered; without one the
-        turn has to do.
-        """
-        if layer.number not in self.run.info.control_layers:
-            return layer
-        entered = self.control.take(layer.number) if self.control.seen else turn
-        return Layer(("control", layer.number, entered), layer.number) if entered else layer
 
     def layout_of(
         self, options: Mapping[str, Any], tokens: int, mask: Tensor | None

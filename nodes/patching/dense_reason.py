@@ -41,7 +41,10 @@ CACHED = "{layers} were skipped in later calls, as block caches do"
 OVERWRITTEN = (
     "{layers} never called the attention override: another node took it inside the model call"
 )
-NO_BLOCK_INDEX = "{layers} called the attention override without their number; update ComfyUI"
+NOT_SELF_ATTENTION = (
+    "{layers} called the attention override, but not from the self-attention that the pack knows: "
+    "another node replaced their block"
+)
 UNSEEN = "{layers} never called the attention override: another node may bypass it"
 
 

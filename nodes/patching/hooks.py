@@ -1,8 +1,8 @@
-"""Forward pre-hooks that see what an attention layer is given: the hidden state and RoPE.
+"""Hooks on self-attention modules: which layer is under way, its hidden state and RoPE.
 
-Attention itself shows neither: q and k arrive projected and rotated. The hooks live for one
-sampling run, only where an adapter needs them, and hold nothing themselves: they write into the
-model call that is under way, if there is one.
+An attention call itself tells none of this: not every model says which block calls, and q and k
+arrive projected and rotated. The hooks live for one sampling run and hold nothing themselves: they
+write into the model call that is under way, if there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...attention import LayerInputs, RopeTable, TokenLayout
-from .model_info import blocks, unwrap
+from .model_info import Layer
 
 if TYPE_CHECKING:
     from .call import ModelCall
@@ -26,16 +26,35 @@ CALL = "ropeslr_call"
 
 
 class EnteringLayer:
-    """The hidden state and RoPE that the current layer was called with, for its attention."""
+    """The self-attention under way: its layer, and the hidden state and RoPE it was called with."""
 
     def __init__(self) -> None:
+        self._layer: Layer | None = None
+        self._times: Counter[Layer] = Counter()
         self._x: Tensor | None = None
         self._rope: Tensor | None = None
         # Of the last layer, with what it was read from: all layers share one RoPE.
         self._read: tuple[Tensor, RopeTable | None] | None = None
 
-    def enter(self, x: Tensor, rope: Tensor | None) -> None:
+    def enter(self, layer: Layer) -> None:
+        """A control block of VACE comes once for every control video, each time as another."""
+        self._times[layer] += 1
+        identity = layer.identity
+        if isinstance(identity, tuple) and identity[0] == "control":
+            identity = (*identity[:2], self._times[layer])
+        self._layer = Layer(identity, layer.number)
+
+    def note(self, x: Tensor, rope: Tensor | None) -> None:
         self._x, self._rope = x, rope
+
+    def leave(self) -> None:
+        self._layer = None
+        self.drop()
+
+    def take_layer(self) -> Layer | None:
+        """The layer under way; a second call of its module is no self-attention that is known."""
+        found, self._layer = self._layer, None
+        return found
 
     def drop(self) -> None:
         """Let go of what dense attention does not use: it is as large as a layer's activations."""
@@ -55,25 +74,6 @@ class EnteringLayer:
         return LayerInputs(x, self._read[1])
 
 
-class ControlBlocks:
-    """VACE: which control block of a layer is under way, counted from 1."""
-
-    def __init__(self) -> None:
-        self.seen = False  # hooks tell of control blocks in this call
-        self._entered: Counter[int] = Counter()
-        self._current: dict[int, int] = {}
-
-    def enter(self, number: int) -> None:
-        """A control block of a layer begins."""
-        self.seen = True
-        self._entered[number] += 1
-        self._current[number] = self._entered[number]
-
-    def take(self, number: int) -> int:
-        """The block that is under way, 0 for none; a second call sees none."""
-        return self._current.pop(number, 0)
-
-
 def read_rope(
     rope: Tensor | None,
     tokens: int,
@@ -89,42 +89,40 @@ def read_rope(
 
 
 @torch.compiler.disable
-def note_inputs(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a self-attention module: (x, rope, transformer_options=...)."""
-    call = _call_under_way(kwargs)
-    if call is not None and args:
-        call.entering.enter(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))
+def enter(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a self-attention module: (x, rope, ..., transformer_options)."""
+    call = _call_under_way(args, kwargs)
+    layer = None if call is None else call.run.layers.get(module)
+    if call is None or layer is None:
+        return
+    call.entering.enter(layer)
+    if args and call.run.needs_inputs:
+        call.entering.note(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))
 
 
 @torch.compiler.disable
-def note_control(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of VACE's control blocks, whose layer transformer_options tell."""
-    call = _call_under_way(kwargs)
-    if call is not None and "block_index" in kwargs["transformer_options"]:
-        call.control.enter(kwargs["transformer_options"]["block_index"])
+def leave(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    """Forward hook of the same: what calls attention from here on is something else."""
+    call = _call_under_way(args, kwargs)
+    if call is not None:
+        call.entering.leave()
 
 
-def _call_under_way(kwargs: dict[str, Any]) -> ModelCall | None:
-    options = kwargs.get("transformer_options")
-    return options.get(CALL) if isinstance(options, dict) else None
+def _call_under_way(args: tuple, kwargs: dict[str, Any]) -> ModelCall | None:
+    for options in (kwargs.get("transformer_options"), *args):
+        if isinstance(options, dict) and CALL in options:
+            return options[CALL]
+    return None
 
 
 @contextlib.contextmanager
-def watching(diffusion_models: Iterable[torch.nn.Module], inputs: bool) -> Iterator[None]:
-    """Hook some models for the length of a `with` block; nothing is left behind.
-
-    Control blocks are always watched, every self-attention where its inputs are needed.
-    """
-    models, handles = list(diffusion_models), []
+def watching(self_attentions: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Hook some modules for the length of a `with` block; nothing is left behind."""
+    handles: list[Any] = []
     try:
-        for block in (x for model in models for x in getattr(unwrap(model), "vace_blocks", ())):
-            hook = unwrap(block).register_forward_pre_hook(note_control, with_kwargs=True)
-            handles.append(hook)
-        for block in (x for model in models if inputs for x in blocks(model)):
-            attention = getattr(unwrap(block), "self_attn", None)
-            if isinstance(attention, torch.nn.Module):
-                inner = unwrap(attention)
-                handles.append(inner.register_forward_pre_hook(note_inputs, with_kwargs=True))
+        for module in self_attentions:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
         yield
     finally:
         for handle in handles:

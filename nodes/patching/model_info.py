@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from .arrangement import ARRANGEMENTS, WHY_NOT, Arrangement, Identity
 from .dense_reason import NOT_OURS, UNKNOWN_LAYOUT, UNSUPPORTED
-
-WAN, HUNYUAN = "comfy.ldm.wan.model", "comfy.ldm.hunyuan_video.model"
-Identity = tuple[str, str]  # a class's module and name
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How a class of models arranges a sequence: the video, and what may stand around it.
-
-    after: conditionings of a model call whose tokens follow the video's. text_first: everything
-    else stands in front.
-    """
-
-    after: tuple[str, ...] = ()
-    text_first: bool = False
-
-
-# Exact classes, by module and name: a subclass may arrange its tokens in another way, and older
-# versions of ComfyUI have fewer of them. A model's `ref_conv` shows that a frame of
-# reference tokens comes first.
-ARRANGEMENTS: dict[Identity, Arrangement] = {
-    # T2V, I2V, Fun, Phantom, 5B, A14B
-    (WAN, "WanModel"): Arrangement(after=("context_latents",)),
-    (WAN, "VaceWanModel"): Arrangement(),
-    (WAN, "CameraWanModel"): Arrangement(),
-    (WAN, "WanModel_S2V"): Arrangement(after=("reference_latent", "reference_motion")),
-    (WAN, "HumoWanModel"): Arrangement(after=("reference_latent",)),
-    # Its references are frames of the grid.
-    (WAN, "SCAILWanModel"): Arrangement(after=("pose_latents",)),
-    (WAN, "SCAIL2WanModel"): Arrangement(after=("pose_latents",)),
-    ("comfy.ldm.wan.model_animate", "AnimateWanModel"): Arrangement(),
-    ("comfy.ldm.wan.model_wandancer", "WanDancerModel"): Arrangement(),
-    (HUNYUAN, "HunyuanVideo"): Arrangement(text_first=True),
-}
-WHY_NOT: dict[Identity, str] = {
-    ("comfy.ldm.wan.ar_model", "CausalWanModel"): (
-        "it generates a few frames at a time, from cached keys"
-    ),
-    # Where its patches are flat.
-    (HUNYUAN, "HunyuanVideo"): "HunyuanImage generates single images",
-}
 
 
 class Layer(NamedTuple):
@@ -66,8 +26,7 @@ class ModelInfo:
 
     unsupported: why its self-attention stays dense; None = it can be sparse. double_layers: those
     that ComfyUI counts apart from the rest. control_layers: layers with a second block of their own
-    number, for VACE's control video. image_attention: blocks attend to the text a second time, for
-    images.
+    number, for VACE's control video.
     """
 
     name: str
@@ -79,7 +38,6 @@ class ModelInfo:
     arrangement: Arrangement = Arrangement()
     double_layers: int = 0
     control_layers: tuple[int, ...] = ()
-    image_attention: bool = False
 
     def video_tokens(self, latent_shape: torch.Size | tuple[int, ...]) -> int:
         """Tokens of a latent `(B, C, T, H, W)`."""
@@ -101,16 +59,6 @@ class ModelInfo:
         """Identities of all self-attentions that every model call runs."""
         return {*self.layer_identities(), *(("control", i, 1) for i in self.control_layers)}
 
-    def layer(self, options: Mapping[str, Any]) -> Layer | None:
-        """The layer named in transformer_options; None outside the blocks."""
-        index = options.get("block_index")
-        if index is None:
-            return None
-        if not self.double_layers:
-            return Layer(index, index)
-        kind = options.get("block_type", "double")
-        return Layer((kind, index), index + (self.double_layers if kind == "single" else 0))
-
 
 def unwrap(diffusion_model: Any) -> Any:
     """The module behind a torch.compile wrapper."""
@@ -120,44 +68,92 @@ def unwrap(diffusion_model: Any) -> Any:
 def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
     """Every block of a model; a wrapper where blocks are compiled one by one."""
     model = unwrap(diffusion_model)
-    names = ("blocks", "vace_blocks", "double_blocks", "single_blocks")
+    known = ARRANGEMENTS.get(_identity(model), Arrangement())
+    names = (*(name for name, _ in known.layers), "vace_blocks")
     return [block for name in names for block in getattr(model, name, ())]
+
+
+def self_attentions(diffusion_model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
+    """The modules that are a model's self-attention, whose hooks tell which layer calls.
+
+    A control block of VACE has the number of the layer that it belongs to.
+    """
+    model = unwrap(diffusion_model)
+    arrangement, info = ARRANGEMENTS.get(_identity(model)), model_info(diffusion_model)
+    if arrangement is None or info.unsupported:
+        return {}
+    ours = [
+        _inside(block, attention)
+        for name, attention in arrangement.layers
+        for block in getattr(model, name)
+    ]
+    identities = enumerate(info.layer_identities())
+    found = {
+        module: Layer(identity, number) for module, (number, identity) in zip(ours, identities)
+    }
+    (_, attention), *_ = arrangement.layers
+    for number, block in zip(info.control_layers, getattr(model, "vace_blocks", ())):
+        found[_inside(block, attention)] = Layer(("control", number, 1), number)
+    return found
+
+
+def _inside(block: torch.nn.Module, attention: str) -> torch.nn.Module:
+    inner = unwrap(block)
+    return unwrap(getattr(inner, attention)) if attention else inner
+
+
+def _identity(model: torch.nn.Module) -> Identity:
+    return type(model).__module__, type(model).__name__
 
 
 def model_info(diffusion_model: torch.nn.Module) -> ModelInfo:
     """Tell from the module's class what it is; nothing is read from its weights."""
     model = unwrap(diffusion_model)
-    identity = (type(model).__module__, type(model).__name__)
+    identity = _identity(model)
     arrangement = ARRANGEMENTS.get(identity)
-    if arrangement is None or len(model.patch_size) != 3:
+    patch = () if arrangement is None else patch_size(model)
+    if arrangement is None or len(patch) != 3:
         return ModelInfo(identity[1], _why_not(type(model), identity))
-    common: dict[str, Any] = {
-        "patch_size": tuple(model.patch_size),
-        "num_heads": model.num_heads,
-        "arrangement": arrangement,
-    }
-    if arrangement.text_first:
-        double, single = len(model.double_blocks), len(model.single_blocks)
-        return ModelInfo(
-            identity[1],
-            num_layers=double + single,
-            head_dim=model.hidden_size // model.num_heads,
-            double_layers=double,
-            **common,
-        )
+    lists = [getattr(model, name) for name, _ in arrangement.layers]
+    heads, head_dim = head_sizes(model, arrangement)
     return ModelInfo(
         identity[1],
-        num_layers=len(model.blocks),
-        head_dim=model.dim // model.num_heads,
+        num_layers=sum(map(len, lists)),
+        head_dim=head_dim,
+        num_heads=heads,
+        patch_size=patch,
+        arrangement=arrangement,
+        double_layers=len(lists[0]) if len(lists) > 1 else 0,
         control_layers=tuple(getattr(model, "vace_layers_mapping", ())),
-        image_attention=_attends_to_images(model.blocks),
-        **common,
     )
 
 
-def _attends_to_images(wan_blocks: Any) -> bool:
-    first = unwrap(wan_blocks[0]) if len(wan_blocks) else None
-    return hasattr(getattr(first, "cross_attn", None), "k_img")
+def patch_size(model: Any) -> tuple[int, ...]:
+    """Latent frames, height and width that make a token; fewer numbers where it is no video."""
+    if hasattr(model, "patch_spatial"):
+        return model.patch_temporal, model.patch_spatial, model.patch_spatial
+    size = getattr(model, "patch_size", 1)  # LTX takes every latent pixel
+    if isinstance(size, int):
+        return getattr(model, "patch_size_t", None) or 1, size, size
+    return tuple(size)
+
+
+HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads")
+HEAD_DIM = ("head_dim", "attention_head_dim", "dim_head")
+WIDTH = ("dim", "hidden_size")  # of all heads together
+
+
+def head_sizes(model: Any, arrangement: Arrangement) -> tuple[int, int]:
+    """Heads and channels of a head: what the self-attention says of itself, or else the model."""
+    name, attention = arrangement.layers[0]
+    first = [_inside(block, attention) for block in getattr(model, name)[:1]]
+    holders = [*first, model] if attention else [model, *first]
+
+    def read(names: tuple[str, ...]) -> int:
+        return next((getattr(x, n) for x in holders for n in names if hasattr(x, n)), 0)
+
+    heads = read(HEADS)
+    return heads, read(HEAD_DIM) or read(WIDTH) // heads
 
 
 def _why_not(kind: type, identity: Identity) -> str:

@@ -20,7 +20,7 @@ from ...attention.run import Attention
 from .apply_model import ApplyArguments, apply_model
 from .full_schedule import adds_noise, step_schedule
 from .hooks import watching
-from .model_info import model_info
+from .model_info import model_info, self_attentions
 from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
@@ -86,7 +86,7 @@ class SparsePatch:
         options[RUNS] = Runs(run, dict.fromkeys(run.models, run), starts)
         completed = False
         try:
-            with watching(_modules(run), self._needs_inputs(run)):
+            with watching(run.layers):
                 result = executor(*args, **kwargs)
             completed = True
             return result
@@ -112,8 +112,7 @@ class SparsePatch:
             runs = options[RUNS] = Runs()
             add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model, options)
         self._guest = self._begin(patcher, sigmas, runs.starts)
-        hooks = watching(_modules(self._guest), self._needs_inputs(self._guest))
-        self._guest.resources.enter_context(hooks)
+        self._guest.resources.enter_context(watching(self._guest.layers))
         runs.by_model.update(dict.fromkeys(self._guest.models, self._guest))
 
     def clean_up(self, patcher: Any) -> None:
@@ -138,6 +137,8 @@ class SparsePatch:
             self.make_attention,
         )
         run.models = [each.model for each in models]
+        for each in run.models:
+            run.layers |= self_attentions(each.diffusion_model)
         return run
 
     def _end(self, run: SamplingRun, completed: bool) -> None:
@@ -155,18 +156,11 @@ class SparsePatch:
         logger.info(report.summary())
         report.send(self.node_id)
 
-    def _needs_inputs(self, run: SamplingRun) -> bool:
-        return run.attention.needs_x or run.attention.needs_rope
-
     def _check_sampler(self, sampler: Any) -> None:
         function = getattr(sampler, "sampler_function", None)
         name = OWN_STEPS.get(getattr(function, "__name__", ""))
         if name and self.plan.dense_last_steps:
             self.notices.once(LAST_STEPS_UNKNOWN.format(sampler=name))
-
-
-def _modules(run: SamplingRun) -> list[Any]:
-    return [model.diffusion_model for model in run.models]
 
 
 def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is

@@ -22,7 +22,7 @@ from ...attention.learned import Lesson, learned_adapter
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
 from .dense_reason import BACKEND_DENSE, TRAINING, DenseReason, SparseNotPossible, too_short
-from .model_info import ModelInfo
+from .model_info import Layer, ModelInfo
 from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
@@ -58,6 +58,7 @@ class SamplingRun:
         self.plan = plan
         self.info = info
         self.models: list[Any] = []  # the BaseModels that it samples with, one per GPU
+        self.layers: dict[torch.nn.Module, Layer] = {}  # of their self-attention modules
         self.resources = contextlib.ExitStack()  # held as long as the run
         self.schedule = schedule
         self.notices = notices
@@ -77,6 +78,11 @@ class SamplingRun:
         self.layers_seen: set[Hashable] = set()  # those that called it
         self._warned_not_finite = False
         self._lock = threading.Lock()
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the method asks for more of a layer than q, k and v."""
+        return self.attention.needs_x or self.attention.needs_rope
 
     def is_of(self, base_model: Any) -> bool:
         """Whether the run samples with a model."""

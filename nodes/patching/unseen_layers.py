@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .dense_reason import (
     CACHED,
-    NO_BLOCK_INDEX,
+    NOT_SELF_ATTENTION,
     OVERWRITTEN,
     REPLACED,
     SKIPPED,
@@ -45,7 +45,7 @@ def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashab
     if layer in call.run.layers_seen:
         return CACHED
     if call.calls_without_number:
-        return NO_BLOCK_INDEX
+        return NOT_SELF_ATTENTION
     return UNSEEN
 
 

@@ -171,20 +171,22 @@ class Calls:
     """One attention call, handed to the override as a block would."""
 
     def __init__(self, **settings):
-        names = ("override", "patch", "call", "hooks", "token_layout")
-        override, patch, call, hooks, layout = (
+        names = ("override", "patch", "call", "hooks", "token_layout", "model_info")
+        override, patch, call, hooks, layout, info = (
             comfy_host.module(f".nodes.patching.{name}") for name in names
         )
         settings = dict(min_tokens=64, dense_first_steps=0) | settings
         plan = comfy_host.module(".attention").SparsePlan(**settings).resolve()
         model, sigmas = load_model("tiny_wan21_t2v"), torch.tensor([1.0, 0.5, 0.0])
         self.run = patch.SparsePatch(plan)._begin(model, sigmas, starts=True)
-        facts = call.CallFacts(1.0, (("all", 1),), (), (20,), layout.SequenceInfo((4, 8, 8)))
+        facts = call.CallFacts(1.0, (("all", 1),), (), layout.SequenceInfo((4, 8, 8)))
         self.call = call.ModelCall(self.run, facts)
-        self.options = {"block_index": 0, hooks.CALL: self.call}
+        self.options, self.layer = {hooks.CALL: self.call}, info.Layer(0, 0)
         self.override = override.sparse_override
 
     def __call__(self, q, k, v, heads, mask=None, **kwargs):
+        if self.layer is not None:  # what a hook on the block's self-attention says
+            self.call.entering.enter(self.layer)
         return self.override(
             lambda *args, **kwargs: "dense",
             q,
@@ -249,7 +251,7 @@ def test_both_layouts_of_the_host_are_taken_and_given(
 
 def test_calls_before_the_blocks_pass_through():
     call = Calls()
-    del call.options["block_index"]
+    call.layer = None
     assert call(*[torch.randn(1, 2, 256, 64)] * 3, 2, skip_reshape=True) == "dense"
     assert dict(call.call.tally.other_calls) == {"outside the transformer blocks": 1}
 

@@ -171,13 +171,12 @@ def test_layers_are_counted_through_double_and_single_blocks():
     patched = sparse(model, sparsity=0.6, dense_layers="1, 2")
     sample(patched, steps=2, pooled=True)
     assert report(patched).dense_calls == {"dense layers": 4} and report(patched).sparse_calls == 4
-    info = comfy_host.module(".nodes.patching.model_info").model_info(model.model.diffusion_model)
-    assert [
-        info.layer({"block_type": kind, "block_index": i})
-        for kind in ("double", "single")
-        for i in (0, 1)
-    ] == [(("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)]
-    assert info.layer({}) is None and info.num_layers == 4
+    net, module = model.model.diffusion_model, comfy_host.module(".nodes.patching.model_info")
+    layers = module.self_attentions(net)
+    assert [layers[block] for block in (*net.double_blocks, *net.single_blocks)] == [
+        (("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)
+    ]  # fmt: skip
+    assert len(layers) == module.model_info(net).num_layers == 4
 
 
 def test_removing_the_node_gives_bit_identical_frames():

@@ -44,12 +44,11 @@ def test_an_override_that_is_taken_inside_the_call_is_named():
     assert report(patched).dense_calls == {reasons.OVERWRITTEN.format(layers="2 of 2 layers"): 4}
 
 
-def test_a_host_that_does_not_say_which_block_calls_is_named():
+def test_a_host_that_does_not_say_which_block_calls_is_served():
+    """As models do in which ComfyUI writes no block_index: hooks tell the layer."""
     from comfy.patcher_extension import WrappersMP
 
     class NoIndex(dict):
-        """Options of an older host, which writes no block_index."""
-
         def __setitem__(self, key, value):
             if key != "block_index":
                 super().__setitem__(key, value)
@@ -61,7 +60,33 @@ def test_a_host_that_does_not_say_which_block_calls_is_named():
 
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "older", older_positional)
     sample(patched, steps=2)
-    assert report(patched).dense_calls == {reasons.NO_BLOCK_INDEX.format(layers="2 of 2 layers"): 4}
+    assert report(patched).sparse_calls == 4 and not report(patched).dense_calls
+
+
+def test_attention_that_no_self_attention_calls_is_named():
+    """By a block that another node has written anew."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    model = load_model("tiny_wan21_t2v").clone()
+    attention = model.model.diffusion_model.blocks[0].self_attn
+
+    def own(args, more):
+        x, options = args["img"], args["transformer_options"]
+        q, k, v = attention.q(x), attention.k(x), attention.v(x)
+        options = {key: value for key, value in options.items() if key != "block_index"}
+        return {"img": x + optimized_attention(q, k, v, 2, transformer_options=options)}
+
+    class Replaced(torch.nn.Module):
+        def forward(self, x, context=None, transformer_options=None, **kwargs):
+            return own({"img": x, "transformer_options": transformer_options}, {})["img"]
+
+    patched = sparse(model)
+    patched.add_object_patch("diffusion_model.blocks.0", Replaced())
+    sample(patched, steps=2)
+    last = report(patched)
+    assert last.sparse_calls == 2
+    assert last.dense_calls == {reasons.NOT_SELF_ATTENTION.format(layers="1 of 2 layers"): 2}
+    sample(load_model("tiny_wan21_t2v"), steps=1)  # puts the module's own block back
 
 
 def test_a_layer_that_another_node_replaced_is_counted_in_every_call():
