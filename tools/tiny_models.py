@@ -21,6 +21,16 @@ HEADS = 2
 LAYERS = 2
 WIDTH = 128 * HEADS
 SHARPNESS = 2.0  # sd of the attention logits; random projections alone attend to everything
+# The norm of a video self-attention's queries, in every model.
+SHARP = (
+    "self_attn.norm_q.weight",
+    "blocks.0.attn.q_norm.weight",
+    "blocks.1.attn.q_norm.weight",
+    "attn1.q_norm.weight",
+    "self_attention.query_norm.weight",
+    "self_attn.q_norm.weight",
+    "attn.q_norm_x.weight",
+)
 TEXT_WIDTH = 768  # CLIP-L's; Wan's own 4096 would need a text encoder of 5.7 B parameters
 
 
@@ -48,7 +58,7 @@ def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             leaf = name.rsplit(".", 1)[-1]
-            if name.endswith("self_attn.norm_q.weight"):
+            if name.endswith(SHARP):
                 noise = SHARPNESS + 0.02 * noise
             elif leaf == "gamma" or (weight.ndim == 1 and leaf in ("weight", "scale")):
                 noise = 1 + 0.02 * noise
@@ -130,6 +140,43 @@ def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
         save_file(_fill(model, seed).state_dict(), path)
 
     return write
+
+
+def _other(seed: int, place: str, metadata: dict | None = None, **config) -> Callable[[Path], None]:
+    """A class of comfy.ldm with other names for its sizes; place: its module and name.
+
+    `metadata` goes into the file, for what the weights do not show.
+    """
+
+    def write(path: Path) -> None:
+        import comfy.ops
+
+        module, _, kind = place.rpartition(".")
+        model = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)(
+            device="cpu",
+            dtype=torch.float32,
+            operations=comfy.ops.disable_weight_init,
+            **(config | (metadata or {})),
+        )
+        _fill(model, seed)
+        if hasattr(getattr(model, "rope", None), "inv_freq"):  # what it is in released files
+            count = len(model.rope.inv_freq)
+            model.rope.inv_freq.copy_(10000.0 ** -(torch.arange(count) / count))
+        told = {"config": json.dumps({"transformer": metadata})} if metadata else None
+        save_file(model.state_dict(), path, told)
+
+    return write
+
+
+LTX_SIZES = dict(
+    num_attention_heads=HEADS,
+    attention_head_dim=128,
+    cross_attention_dim=WIDTH,
+    caption_channels=TEXT_WIDTH,
+    positional_embedding_max_pos=[20, 2048, 2048],
+    causal_temporal_positioning=True,
+    use_middle_indices_grid=True,
+)
 
 
 def _flux(path: Path) -> None:
@@ -357,6 +404,62 @@ FILES: dict[str, Callable[[Path], None]] = {
     ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
         18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64]
+    ),
+    "diffusion_models/tiny_minimax_h3.safetensors": _other(
+        40,
+        "minimax.model.MiniMaxH3Model",
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        token_refiner_num_layers=1,
+        num_attention_heads=HEADS,
+        attention_head_dim=128,
+        ffn_hidden_size=2 * WIDTH,
+        text_dim=TEXT_WIDTH,
+        time_embed_hidden_size=WIDTH,
+        time_embed_dim=WIDTH,
+    ),
+    "diffusion_models/tiny_ltxv.safetensors": _other(
+        41, "lightricks.model.LTXVModel", LTX_SIZES, num_layers=LAYERS
+    ),
+    "diffusion_models/tiny_ltx2.safetensors": _other(
+        42,
+        "lightricks.av_model.LTXAVModel",
+        LTX_SIZES
+        | dict(
+            audio_num_attention_heads=HEADS,
+            audio_attention_head_dim=64,
+            audio_cross_attention_dim=64 * HEADS,
+            connector_num_attention_heads=TEXT_WIDTH // 128,
+            connector_num_layers=1,
+            rope_type="split",
+        ),
+        num_layers=LAYERS,
+    ),
+    "diffusion_models/tiny_kandinsky5.safetensors": _other(
+        43,
+        "kandinsky5.model.Kandinsky5",
+        model_dim=64 * HEADS,
+        ff_dim=128 * HEADS,
+        time_dim=128,
+        num_text_blocks=1,
+        num_visual_blocks=LAYERS,
+    ),
+    "diffusion_models/tiny_cogvideox.safetensors": _other(
+        44,
+        "cogvideo.model.CogVideoXTransformer3DModel",
+        num_attention_heads=HEADS,
+        num_layers=LAYERS,
+        text_embed_dim=TEXT_WIDTH,
+        use_rotary_positional_embeddings=True,
+    ),
+    "diffusion_models/tiny_cogvideox15.safetensors": _other(
+        45,
+        "cogvideo.model.CogVideoXTransformer3DModel",
+        num_attention_heads=HEADS,
+        num_layers=LAYERS,
+        text_embed_dim=TEXT_WIDTH,
+        use_rotary_positional_embeddings=True,
+        patch_size_t=2,
     ),
     "diffusion_models/tiny_flux.safetensors": _flux,
     "vae/tiny_wan_vae.safetensors": _wan_vae,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ Override = Callable[..., Tensor]
 Conditioning = tuple[tuple[Hashable, int], ...]
 
 CROSS_ATTENTION = "cross-attention"
-OUTSIDE_BLOCKS = "outside the transformer blocks"
+OTHER_ATTENTION = "other attention"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ModelCall:
         self.tally = Tally()
         self.entering = EnteringLayer()
         self.layers_seen: set[Hashable] = set()
+        self.stray_calls = 0  # of a sequence that may hold the video, by no known self-attention
         self.overwritten = False  # another node took the override while the call ran
         self._read_mask: tuple[Tensor, TokenLayout | DenseReason] | None = None  # layers share it
         self._extremes: list[Tensor] = []
@@ -84,11 +86,6 @@ class ModelCall:
         """Whether any attention called the override at all; a cache may skip the whole model."""
         return bool(self.layers_seen or self.tally.other_calls)
 
-    @property
-    def calls_without_number(self) -> int:
-        """Attention calls that no known self-attention made."""
-        return self.tally.other_calls[OUTSIDE_BLOCKS]
-
     def missing_layers(self) -> frozenset[Hashable]:
         """Those of the layers that can be sparse that never called the override in this call."""
         if self.facts.unsupported:
@@ -104,8 +101,11 @@ class ModelCall:
         layer = self.entering.take_layer()
         if layer is None:
             # ComfyUI names the block in some models; the tally tells the rest apart by length.
-            in_block = "block_index" in host.options or host.tokens != host.kv_tokens
-            self.tally.other_calls[CROSS_ATTENTION if in_block else OUTSIDE_BLOCKS] += 1
+            across = "block_index" in host.options or host.tokens != host.kv_tokens
+            self.tally.other_calls[CROSS_ATTENTION if across else OTHER_ATTENTION] += 1
+            sequence = self.facts.sequence
+            if sequence is not None and host.tokens == host.kv_tokens >= math.prod(sequence.grid):
+                self.stray_calls += 1
             return None
         self.layers_seen.add(layer.identity)
         return layer

@@ -21,6 +21,7 @@ TOO_SHORT = "{tokens} tokens are fewer than min_tokens {least}"
 NOT_OURS = "{name} is not a Wan or HunyuanVideo model"
 UNKNOWN_LAYOUT = "{name} is a kind of Wan or HunyuanVideo whose token layout is not known"
 UNSUPPORTED = "{name} cannot be sparse: {why}"
+SINGLE_IMAGE = "it makes a single image, too few tokens to gain anything"
 UNKNOWN_TOKENS = (
     "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
 )
@@ -42,8 +43,8 @@ OVERWRITTEN = (
     "{layers} never called the attention override: another node took it inside the model call"
 )
 NOT_SELF_ATTENTION = (
-    "{layers} called the attention override, but not from the self-attention that the pack knows: "
-    "another node replaced their block"
+    "{layers} called the attention override, but not through their self-attention module: another "
+    "node calls it in a way of its own"
 )
 UNSEEN = "{layers} never called the attention override: another node may bypass it"
 

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from ...attention import ResolvedPlan
+from ...attention.plan import AUTO
 from ...attention.schedule import StepSchedule
 
 MAX_STEPS = 100
 TOLERANCE = 1e-4  # of a level; samplers pass float32 slices of float32 schedules
+BEGUN = (
+    0.95  # of the highest level: a run that starts below it works on a composition that is there
+)
 
 
 def step_schedule(
@@ -37,9 +41,16 @@ def step_schedule(
         Asked(plan.dense_first_steps > 0 or adaspa, plan.dense_last_steps > 0 or adaspa),
     )
     start, end = sigma_window(plan.start_percent, plan.end_percent, model_sampling)
-    return StepSchedule(
-        tuple(levels), start, end, plan.dense_first_steps, plan.dense_last_steps, *outside
-    )
+    first = plan.dense_first_steps
+    if plan.asked.dense_first_steps == AUTO and begun_elsewhere(levels, model_sampling):
+        first = 0
+    return StepSchedule(tuple(levels), start, end, first, plan.dense_last_steps, *outside)
+
+
+def begun_elsewhere(sigmas: list[float], model_sampling: Any) -> bool:
+    """Whether what a run denoises was a video before: a second stage, or a low denoise."""
+    falling = len(sigmas) > 1 and sigmas[0] > sigmas[-1]
+    return falling and sigmas[0] < BEGUN * float(model_sampling.sigma_max)
 
 
 def sigma_window(start: float, end: float, model_sampling: Any) -> tuple[float, float]:

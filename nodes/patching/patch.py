@@ -25,6 +25,7 @@ from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
 from .sampling_run import SamplingRun
+from .token_layout import video_shape
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class SparsePatch:
         starts = adds_noise(noise)
         run = self._begin(guider.model_patcher, sigmas, starts)
         if self.plan.strict and self.plan.backend != "dense":
-            run.refuse_hopeless(noise)
+            run.refuse_hopeless(video_shape(noise.shape, kwargs.get("latent_shapes")))
         options = guider.model_options.setdefault("transformer_options", {})
         # In a copy that ends with the run.
         options[RUNS] = Runs(run, dict.fromkeys(run.models, run), starts)

@@ -88,12 +88,15 @@ class SamplingRun:
         """Whether the run samples with a model."""
         return any(base_model is each for each in self.models)
 
-    def refuse_hopeless(self, latent: Tensor) -> None:
-        """Raise before the first step if no call can be sparse, for a reason that nobody chose."""
+    def refuse_hopeless(self, latent_shape: tuple[int, ...]) -> None:
+        """Raise before the first step if no call can be sparse, for a reason that nobody chose.
+
+        latent_shape: of the video's latent.
+        """
         if self.info.unsupported:
             raise SparseNotPossible(self.info.unsupported)
-        if latent.ndim == 5:
-            short = too_short(self.info.video_tokens(latent.shape), self.plan.min_tokens)
+        if len(latent_shape) == 5:
+            short = too_short(self.info.video_tokens(latent_shape), self.plan.min_tokens)
             if short is not None:
                 raise SparseNotPossible(short, MAKE_LONGER)
         heads = self.info.num_heads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...attention import TokenLayout
-from .dense_reason import MASK_SHAPE, MASK_VALUES, UNKNOWN_TOKENS, DenseReason
+from .dense_reason import MASK_SHAPE, MASK_VALUES, SINGLE_IMAGE, UNKNOWN_TOKENS, DenseReason
 from .model_info import ModelInfo
 
 HIDDEN = -1e4  # an additive mask below this leaves nothing
@@ -22,20 +22,24 @@ class SequenceInfo:
     """What one model call tells of its tokens, before any layer runs.
 
     grid: the video's, as its latent has it; what the model itself writes into transformer_options
-    counts for more. text_first: everything that is not video stands before it. reference: a frame
-    of reference tokens stands before it. after: what this call brings stands after it.
+    counts for more; two numbers for an image. text_first: everything that is not video stands
+    before it. reference: a frame of reference tokens stands before it. after: what this call brings
+    stands after it. images: one frame is an image, for which the model was made too.
     """
 
     grid: tuple[int, ...]
     text_first: bool = False
     reference: bool = False
     after: bool = False
+    images: bool = False
 
     def layout(
         self, options: Mapping[str, Any], tokens: int, order: str
     ) -> TokenLayout | DenseReason:
         """The layout of a sequence of so many tokens; or why it is not known."""
         grid = self.grid if self.text_first else options.get("grid_sizes") or self.grid
+        if len(grid) != 3 or (self.images and grid[0] == 1):
+            return DenseReason(SINGLE_IMAGE)
         frames, height, width = (int(side) for side in grid)
         held = math.prod((frames, height, width))
         extra = tokens - held
@@ -50,18 +54,33 @@ class SequenceInfo:
 def sequence_info(
     info: ModelInfo, model: torch.nn.Module, latent: Tensor, conditions: Mapping[str, Any]
 ) -> SequenceInfo:
-    """The tokens of a model call with a latent `(B, C, T, H, W)` and these conditionings."""
-    shape = list(latent.shape)
+    """The tokens of a model call with a latent `(B, C, T, H, W)` and these conditionings.
+
+    Models with several kinds of latents (video and sound) get them packed; their shapes are beside.
+    """
+    arrangement = info.arrangement
+    shape = list(video_shape(latent.shape, conditions.get("latent_shapes")))
     more_frames = conditions.get("time_dim_concat")  # Phantom's subjects, as frames after the video
-    if more_frames is not None and not info.arrangement.text_first:
+    if more_frames is not None and not arrangement.text_first:
         shape[2] += more_frames.shape[2]
+    guides = conditions.get(arrangement.guides)
+    if guides is not None:  # LTX: their tokens' positions `(B, 3, n, 2)`
+        shape[2] -= guides.shape[2] // math.prod(info.grid(tuple(shape))[1:])
     has_reference = getattr(model, "ref_conv", None) is not None
     return SequenceInfo(
         info.grid(tuple(shape)),
-        info.arrangement.text_first,
+        arrangement.text_first,
         has_reference and conditions.get("reference_latent") is not None,
-        any(conditions.get(name) is not None for name in info.arrangement.after),
+        guides is not None or any(conditions.get(name) is not None for name in arrangement.after),
+        arrangement.images,
     )
+
+
+def video_shape(
+    latent_shape: Sequence[int], packed: Sequence[Sequence[int]] | None
+) -> tuple[int, ...]:
+    """The shape of the video's latent: the first of those that are packed, if any are."""
+    return tuple(packed[0] if packed else latent_shape)
 
 
 def with_hidden(layout: TokenLayout, mask: Tensor) -> TokenLayout | DenseReason:

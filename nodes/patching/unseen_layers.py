@@ -44,7 +44,7 @@ def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashab
         return OVERWRITTEN
     if layer in call.run.layers_seen:
         return CACHED
-    if call.calls_without_number:
+    if call.stray_calls:
         return NOT_SELF_ATTENTION
     return UNSEEN
 

@@ -115,26 +115,53 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
         return layouts[-1]
 
     def rope(module, args, kwargs):
-        given = kwargs.get("freqs", kwargs.get("pe"))
-        angles.append(torch.atan2(given[..., 1, 0], given[..., 0, 0]).reshape(-1, given.shape[-3]))
+        angles.append(rope_angles(args, kwargs))
 
     monkeypatch.setattr(sequence, "layout", layout)
     net = model.model.diffusion_model
-    handle = (net.double_blocks if hasattr(net, "double_blocks") else net.blocks)[
-        0
-    ].register_forward_pre_hook(rope, with_kwargs=True)
+    info = comfy_host.module(".nodes.patching.model_info")
+    first = next(iter(info.self_attentions(net)))
+    handle = first.register_forward_pre_hook(rope, with_kwargs=True)
     try:
         variant.sample(sparse(model, sparsity=0.6), getattr(variant, size), 1.0, steps=1)
     finally:
         handle.remove()
     (found,) = set(layouts)
-    # Pairs 8/28/28 and 22/21/21.
-    axes = (0, 8, 36) if hasattr(net, "double_blocks") else (0, 22, 43)
-    grid = angles[0][found.before : found.before + found.video_tokens].unflatten(0, found.grid)
+    axes = AXES.get(type(net).__name__, WAN_AXES)
+    before = 0 if len(angles[0]) == found.video_tokens else found.before
+    grid = angles[0][before : before + found.video_tokens].unflatten(0, found.grid)
     for axis, pair in enumerate(axes):
         own = grid[..., pair].movedim(axis, -1)
         assert (own == own[0, 0]).all(), f"{name}: axis {axis} is not where {found} says"
         assert len(own[0, 0].unique()) == found.grid[axis]
+
+
+# The first pair of channels that each axis turns: of 22/21/21 pairs, 8/28/28, and so on.
+WAN_AXES = 0, 22, 43
+AXES = {
+    "HunyuanVideo": (0, 8, 36),
+    "MiniMaxH3Model": (0, 16, 32),
+    "LTXVModel": (2, 3, 4),
+    "LTXAVModel": (2, 3, 4),
+    "Kandinsky5": (0, 8, 20),
+    "CogVideoXTransformer3DModel": (0, 16, 40),  # channels, not pairs
+}
+
+
+def rope_angles(args, kwargs):
+    """`(tokens, pairs)`, as a self-attention (or a block) of any model is told of them.
+
+    CogVideoX: those of the video alone.
+    """
+    names = ("freqs", "pe", "rope_freqs", "image_rotary_emb")
+    given = next((kwargs[name] for name in names if name in kwargs), None)
+    given = args[1] if given is None else given
+    if isinstance(given, tuple) and not isinstance(given[1], bool):  # cosines and sines
+        return torch.atan2(given[1], given[0])
+    if isinstance(given, tuple):
+        given = given[0]
+    angles = torch.atan2(given[..., 1, 0], given[..., 0, 0])[0]
+    return angles.flatten(1) if angles.shape[0] != 1 else angles[0]
 
 
 @pytest.mark.parametrize("size", ["even", pytest.param("odd", marks=pytest.mark.slow("thorough"))])
@@ -162,7 +189,9 @@ def test_what_follows_the_noise_is_the_video(variant, size, monkeypatch):
     assert not changed[~video].any(), f"{name}: the video reaches beyond {layout}"
     # Some models count frames of references as frames of the video: whole frames, at one end.
     noisy = frames.all(dim=1)
-    assert torch.equal(frames.any(dim=1), noisy) and int(noisy.sum()) == getattr(variant, size)[0]
+    info = comfy_host.module(".nodes.patching.model_info").model_info(model.model.diffusion_model)
+    wanted = -(-getattr(variant, size)[0] // info.patch_size[0])
+    assert torch.equal(frames.any(dim=1), noisy) and int(noisy.sum()) == wanted
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.dense])

@@ -253,7 +253,7 @@ def test_calls_before_the_blocks_pass_through():
     call = Calls()
     call.layer = None
     assert call(*[torch.randn(1, 2, 256, 64)] * 3, 2, skip_reshape=True) == "dense"
-    assert dict(call.call.tally.other_calls) == {"outside the transformer blocks": 1}
+    assert dict(call.call.tally.other_calls) == {"other attention": 1}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,12 @@ CLASSES = {
     "tiny_wan21_scail2": ("WAN21_SCAIL2", "SCAIL2WanModel"),
     "tiny_wan22_wandancer": ("WAN22_WanDancer", "WanDancerModel"),
     "tiny_wan21_causal": ("WAN21_CausalAR", "CausalWanModel"),
+    "tiny_minimax_h3": ("MiniMaxH3", "MiniMaxH3Model"),
+    "tiny_ltxv": ("LTXV", "LTXVModel"),
+    "tiny_ltx2": ("LTXAV", "LTXAVModel"),
+    "tiny_kandinsky5": ("Kandinsky5", "Kandinsky5"),
+    "tiny_cogvideox": ("CogVideoX", "CogVideoXTransformer3DModel"),
+    "tiny_cogvideox15": ("CogVideoX", "CogVideoXTransformer3DModel"),
 }
 
 

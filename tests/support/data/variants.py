@@ -1,4 +1,4 @@
-"""Every Wan and HunyuanVideo that ComfyUI loads, as a tiny model with its conditionings."""
+"""Every video model that can be sparse, as a tiny model with its conditionings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Variant:
     besides the text, for a latent `(T, H, W)`. dense: the reason why all of it stays dense. even,
     odd: latents to sample. control: how many of the calls are VACE's control blocks. trained:
     whether adapters of Wan fit. apart: the model itself cannot take both conditionings in one
-    batch. needs: what ComfyUI must have, as (attribute of comfy.model_base, a word in it).
+    batch. needs: what ComfyUI must have, as (attribute of comfy.model_base, a word in it). sound:
+    shape of the sound's latent, which is packed with the video's. text: width of the text's
+    features. guides: frames that the conditionings put behind the video.
     """
 
     file: str
@@ -39,6 +41,9 @@ class Variant:
     trained: bool = True
     apart: bool = False
     needs: tuple[str, str] | None = None
+    sound: tuple[int, ...] | None = None
+    text: int = 768
+    guides: int = 0
 
     def missing(self) -> str | None:
         """Why this ComfyUI cannot run it; None where it can."""
@@ -62,18 +67,29 @@ class Variant:
 
         seed: of the noise, or what stands for it.
         """
-        start = noise(100 + seed, 1, self.channels, *latent)
+        frames, *sides = latent
+        start = noise(100 + seed, 1, self.channels, frames + self.guides, *sides)
         # Texts of two lengths stay apart.
         extra, other_text = (self.extra(latent), 24 if self.apart else 20)
-        return k_sample(
-            model,
-            conditioning(1, **extra),
-            conditioning(2, other_text, **extra),
-            start,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-        )
+        positive = conditioning(1, width=self.text, **extra)
+        negative = conditioning(2, other_text, self.text, **extra)
+        settings = dict(seed=seed, steps=steps, cfg=cfg)
+        if self.sound is not None:  # which keeps its noise: the seed is that of the video's start
+            start = nested(start, noise(99, *self.sound))
+            settings |= dict(seed=1, denoise=0.5)
+        if self.guides:  # frames that are given, and stay as they are
+            start[:, :, frames:] = noise(98, 1, self.channels, self.guides, *sides)
+            settings["mask"] = torch.ones(1, 1, frames + self.guides, 1, 1)
+            settings["mask"][:, :, frames:] = 0
+        found = k_sample(model, positive, negative, start, **settings)
+        return torch.cat([x.flatten() for x in found.unbind()]) if self.sound else found
+
+
+def nested(*latents: torch.Tensor):
+    """Latents of several kinds, as samplers take them together."""
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor(list(latents))
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -141,8 +157,64 @@ def everything_15(latent) -> dict:
     return {**pooled(latent), "conditioning_byt5small": noise(6, 1, 12, 1472), **seen(1152, 729)}
 
 
+def words(count: int = 20) -> Callable:
+    """LTX takes a mask of the text's tokens."""
+    return lambda latent: {"attention_mask": torch.ones(1, count, dtype=torch.long)}
+
+
+def keyframes(latent) -> dict:
+    """H3: the first frame of the video, as rows before it."""
+    key = {
+        "resolved_frame_index": 0,
+        "latent": noise(4, 1, 24, 1, *(-(-x // 2) * 2 for x in latent[1:])),
+    }
+    return {"minimax_keyframes": [key], "minimax_frame_count": 17}
+
+
+def references(latent) -> dict:
+    """H3: an image and a sound to go by."""
+    return {
+        "minimax_refs": [
+            {"kind": "image", "latent_h": 8, "latent_w": 8, "latent": noise(4, 1, 24, 1, 8, 8)},
+            {"kind": "audio", "ref_audio_t": 3, "audio_latent": noise(5, 1, 32, 2, 3)},
+        ]
+    }
+
+
+def guide(latent) -> dict:
+    """LTX: one frame to go by, at the start of the video, behind it in the sequence."""
+    frames, height, width = latent
+    places = torch.stack(
+        torch.meshgrid(
+            torch.zeros(1), 32.0 * torch.arange(height), 32.0 * torch.arange(width), indexing="ij"
+        )
+    ).flatten(1)
+    return {
+        **words()(latent),
+        "keyframe_idxs": torch.stack((places, places + 32), -1)[None],
+    }
+
+
 hunyuan = partial(Variant, calls=4, extra=pooled, odd=ODD_GRID, trained=False)
 hunyuan_15 = partial(Variant, channels=32, extra=pooled, even=EVEN_15, odd=ODD_15, trained=False)
+h3 = partial(
+    Variant,
+    "tiny_minimax_h3",
+    channels=24,
+    sound=(1, 32, 2, 10),
+    trained=False,
+    needs=("MiniMaxH3", ""),
+)
+ltx = partial(
+    Variant,
+    channels=128,
+    even=EVEN_15,
+    odd=ODD_15,
+    extra=words(),
+    trained=False,
+    needs=("LTXV", ""),
+)
+cogvideo = partial(Variant, trained=False, needs=("CogVideoX", ""))
 
 VARIANTS = {
     "Wan 2.1 T2V": Variant("tiny_wan21_t2v"),
@@ -224,6 +296,15 @@ VARIANTS = {
     "HunyuanVideo 1.5 T2V": hunyuan_15("tiny_hunyuan15_t2v"),
     "HunyuanVideo 1.5 I2V with glyphs": hunyuan_15("tiny_hunyuan15_t2v", extra=everything_15),
     "HunyuanVideo 1.5 upscaler": hunyuan_15("tiny_hunyuan15_sr"),
+    "MiniMax H3": h3(),
+    "MiniMax H3 with a keyframe": h3(extra=keyframes),
+    "MiniMax H3 with references": h3(extra=references),
+    "LTX-Video": ltx("tiny_ltxv"),
+    "LTX-Video with a guide": ltx("tiny_ltxv", extra=guide, guides=1),
+    "LTX-2": ltx("tiny_ltx2", extra=words(1024), sound=(1, 8, 12, 16)),
+    "Kandinsky 5": Variant("tiny_kandinsky5", text=3584, extra=pooled, odd=ODD_GRID, trained=False),
+    "CogVideoX": cogvideo("tiny_cogvideox"),
+    "CogVideoX 1.5": cogvideo("tiny_cogvideox15", even=(6, 16, 16), odd=(5, 15, 17)),
     "Wan causal (Self-Forcing)": Variant(
         "tiny_wan21_causal",
         trained=False,

@@ -83,12 +83,12 @@ def own_adapter(method: str, layers: int = 2, heads: int = 2, width: int = 128, 
     return module.Adapter(info, made.layers, made.name)
 
 
-def conditioning(seed: int, tokens: int = 20, **extra) -> list:
+def conditioning(seed: int, tokens: int = 20, width: int = 768, **extra) -> list:
     """A CONDITIONING of random text features."""
-    return [[torch.randn(1, tokens, 768, generator=torch.Generator().manual_seed(seed)), extra]]
+    return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), extra]]
 
 
-def k_sample(model, positive, negative, latent: torch.Tensor, **widgets) -> torch.Tensor:
+def k_sample(model, positive, negative, latent, mask=None, **widgets):
     """The latent that the stock KSampler makes of one; two Euler steps at CFG 1 by default."""
     settings = dict(seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
     (out,) = comfy_host.run_node(
@@ -96,7 +96,7 @@ def k_sample(model, positive, negative, latent: torch.Tensor, **widgets) -> torc
         model=model,
         positive=positive,
         negative=negative,
-        latent_image={"samples": latent},
+        latent_image={"samples": latent} | ({} if mask is None else {"noise_mask": mask}),
         **(settings | widgets),
     )
     return out["samples"]
