@@ -39,9 +39,10 @@ class RoPeSLRSparseAttention(io.ComfyNode):
             display_name="RoPeSLR Sparse Attention",
             category="RoPeSLR",
             description=(
-                "Speeds up Wan and HunyuanVideo: self-attention computes only the most important "
-                "blocks and replaces the rest with a cheap, self-calibrating approximation. "
-                "Connect it between the model (or its LoRAs) and the sampler."
+                "Speeds up Wan, HunyuanVideo, MiniMax H3, LTX and other video models: "
+                "self-attention computes only the most important blocks and replaces the rest with "
+                "a cheap, self-calibrating approximation. Connect it between the model (or its "
+                "LoRAs) and the sampler."
             ),
             search_aliases=[
                 "sparse attention",
@@ -62,8 +63,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "A Wan or HunyuanVideo model. Other models pass through and run dense; the "
-                        "log notes it."
+                        "A video model: Wan, HunyuanVideo, MiniMax H3, LTX-Video, LTX-2, Kandinsky "
+                        "5, Cosmos Predict2, Mochi or CogVideoX. Others run dense; the log notes it."
                     ),
                 ),
                 AdapterType.Input(

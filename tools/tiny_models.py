@@ -29,7 +29,6 @@ SHARP = (
     "attn1.q_norm.weight",
     "self_attention.query_norm.weight",
     "self_attn.q_norm.weight",
-    "attn.q_norm_x.weight",
 )
 TEXT_WIDTH = 768  # CLIP-L's; Wan's own 4096 would need a text encoder of 5.7 B parameters
 
@@ -469,6 +468,78 @@ FILES: dict[str, Callable[[Path], None]] = {
     "vae/unfolding.safetensors": _unfolding_vae,
     "text_encoders/tiny_clip_l.pt": _clip_l,
 }
+
+# Models whose sizes ComfyUI does not read off the weights: the class of comfy.supported_models, and
+# what it is made with instead.
+BUILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny_mochi": (
+        "GenmoMochi",
+        dict(
+            image_model="mochi_preview",
+            depth=LAYERS,
+            patch_size=2,
+            num_heads=HEADS,
+            hidden_size_x=WIDTH,
+            hidden_size_y=128,
+            mlp_ratio_x=12288 / WIDTH,  # the class knows one width
+            mlp_ratio_y=2.0,
+            learn_sigma=False,
+            in_channels=12,
+            qk_norm=True,
+            qkv_bias=False,
+            out_bias=True,
+            attn_drop=0.0,
+            posenc_preserve_area=True,
+            timestep_scale=1000.0,
+            use_t5=True,
+            t5_feat_dim=TEXT_WIDTH,
+            t5_token_length=20,
+        ),
+    ),
+    "tiny_cosmos_predict2": (
+        "CosmosT2IPredict2",
+        dict(
+            image_model="cosmos_predict2",
+            max_img_h=240,
+            max_img_w=240,
+            max_frames=128,
+            in_channels=16,
+            out_channels=16,
+            patch_spatial=2,
+            patch_temporal=1,
+            model_channels=WIDTH,
+            concat_padding_mask=True,
+            crossattn_emb_channels=TEXT_WIDTH,
+            pos_emb_cls="rope3d",
+            pos_emb_learnable=True,
+            pos_emb_interpolation="crop",
+            min_fps=1,
+            max_fps=30,
+            use_adaln_lora=True,
+            adaln_lora_dim=64,
+            num_blocks=LAYERS,
+            num_heads=HEADS,
+            rope_h_extrapolation_ratio=4.0,
+            rope_w_extrapolation_ratio=4.0,
+            rope_t_extrapolation_ratio=1.0,
+        ),
+    ),
+}
+
+
+def build(name: str) -> Any:
+    """One of `BUILT` as a MODEL; no loader would make it this small."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind, config = BUILT[name]
+    known = getattr(comfy.supported_models, kind)(dict(config))
+    known.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    model = known.get_model({}, device=cpu)
+    _fill(model.diffusion_model, 50)
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
 
 if __name__ == "__main__":
     import comfy_host

@@ -18,10 +18,13 @@ BACKEND_DENSE = "backend is set to dense"
 NOTHING_TO_SKIP = "sparsity leaves no block out"
 DENSE_LAYER = "dense layers"
 TOO_SHORT = "{tokens} tokens are fewer than min_tokens {least}"
-NOT_OURS = "{name} is not a Wan or HunyuanVideo model"
-UNKNOWN_LAYOUT = "{name} is a kind of Wan or HunyuanVideo whose token layout is not known"
+NOT_OURS = "{name} is none of the video models that can be sparse"
+UNKNOWN_LAYOUT = "{name} is a kind of video model whose token layout is not known"
 UNSUPPORTED = "{name} cannot be sparse: {why}"
 SINGLE_IMAGE = "it makes a single image, too few tokens to gain anything"
+GUIDE_STRENGTH = (
+    "its queries are {queries} of {tokens} tokens, as LTX asks where a guide's strength is not 1"
+)
 UNKNOWN_TOKENS = (
     "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
 )
@@ -117,6 +120,9 @@ def _speed(candidate: Candidate) -> DenseReason | None:
 
 def _tokens(candidate: Candidate) -> DenseReason | None:
     """Where the video lies, and what a mask hides."""
+    queries, tokens = candidate.host.tokens, candidate.host.kv_tokens
+    if queries != tokens:
+        return DenseReason(GUIDE_STRENGTH.format(queries=queries, tokens=tokens))
     layout = candidate.layout
     return None if isinstance(layout, TokenLayout) else layout
 

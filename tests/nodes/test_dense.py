@@ -56,11 +56,13 @@ def test_another_model_runs_dense_and_untouched(caplog):
     model = load_model("tiny_flux")
     patched = sparse(model)
     assert torch.equal(flux_sample(patched), flux_sample(model))
-    assert set(report(patched).dense_calls) == {"Flux is not a Wan or HunyuanVideo model"}
+    assert set(report(patched).dense_calls) == {
+        "Flux is none of the video models that can be sparse"
+    }
     assert report(patched).sparse_calls == 0
     flux_sample(patched)
     assert dense_warnings(caplog) == [
-        "RoPeSLR: attention runs dense: Flux is not a Wan or HunyuanVideo model"
+        "RoPeSLR: attention runs dense: Flux is none of the video models that can be sparse"
     ]
 
 
@@ -76,7 +78,7 @@ def test_a_subclass_of_a_known_model_runs_dense_with_a_reason():
     finally:
         inner.__class__ = original
     assert report(patched).dense_calls == {
-        "FancyWanModel is a kind of Wan or HunyuanVideo whose token layout is not known": 4
+        "FancyWanModel is a kind of video model whose token layout is not known": 4
     }
 
 
@@ -259,7 +261,7 @@ def test_calls_before_the_blocks_pass_through():
 @pytest.mark.parametrize(
     "file, says",
     [
-        ("tiny_flux", "Flux is not a Wan or HunyuanVideo model"),
+        ("tiny_flux", "Flux is none of the video models that can be sparse"),
         (
             "tiny_hunyuan_image",
             "HunyuanVideo cannot be sparse: HunyuanImage generates single images",

@@ -303,6 +303,14 @@ VARIANTS = {
     "LTX-Video with a guide": ltx("tiny_ltxv", extra=guide, guides=1),
     "LTX-2": ltx("tiny_ltx2", extra=words(1024), sound=(1, 8, 12, 16)),
     "Kandinsky 5": Variant("tiny_kandinsky5", text=3584, extra=pooled, odd=ODD_GRID, trained=False),
+    "Cosmos Predict2": Variant("tiny_cosmos_predict2", odd=ODD_GRID, trained=False),
+    "Mochi": Variant(
+        "tiny_mochi",
+        channels=12,
+        odd=ODD_GRID,
+        extra=words(),
+        trained=False,
+    ),
     "CogVideoX": cogvideo("tiny_cogvideox"),
     "CogVideoX 1.5": cogvideo("tiny_cogvideox15", even=(6, 16, 16), odd=(5, 15, 17)),
     "Wan causal (Self-Forcing)": Variant(

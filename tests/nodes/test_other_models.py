@@ -1,0 +1,133 @@
+"""What models other than Wan and HunyuanVideo bring with them: packed latents, stages, images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import comfy_host
+from support.data.fields import relative_error
+from support.data.variants import VARIANTS, nested
+from support.host.sampling import full_density, report, sparse
+
+
+@pytest.fixture
+def ltx2():
+    variant = VARIANTS["LTX-2"]
+    if variant.missing():
+        pytest.skip(variant.missing())
+    return variant, variant.model()
+
+
+def test_the_video_of_a_packed_latent_is_what_strict_measures(ltx2):
+    """The latent that a sampler gets is flat; the shapes beside it tell the video's tokens."""
+    variant, model = ltx2
+    with pytest.raises(RuntimeError, match="192 tokens are fewer than min_tokens 1000"):
+        variant.sample(sparse(model, strict=True, min_tokens=1000), (3, 8, 8), 1.0)
+    patched = sparse(model, strict=True, min_tokens=192)
+    variant.sample(patched, (3, 8, 8), 1.0)
+    assert report(patched).sparse_calls == 4 and report(patched).tokens == 192
+
+
+@pytest.mark.parametrize("first", [-1, 1])
+def test_a_second_stage_loses_no_step_unless_it_is_asked_to(first, ltx2):
+    """LTX-2: eight steps at half size, then a few from levels below the highest, with new noise."""
+    variant, model = ltx2
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    (guider,) = comfy_host.run_node(
+        "BasicGuider", model=(patched := sparse(model, dense_first_steps=first)),
+        conditioning=variant_text(variant),
+    )  # fmt: skip
+    (sampler,) = comfy_host.run_node("KSamplerSelect", sampler_name="euler")
+    (source,) = comfy_host.run_node("RandomNoise", noise_seed=3)
+    for sigmas, dense in (((1.0, 0.9, 0.7, 0.0), 2), ((0.85, 0.725, 0.4219, 0.0), 2 * (first > 0))):
+        latent = nested(torch.zeros(1, 128, 3, 8, 8), torch.zeros(1, 8, 12, 16))
+        SamplerCustomAdvanced.execute(
+            source, guider, sampler, torch.tensor(sigmas), {"samples": latent}
+        )
+        assert sum(report(patched).dense_calls.values()) == dense
+        assert report(patched).sparse_calls == 6 - dense
+
+
+def variant_text(variant):
+    from support.host.sampling import conditioning
+
+    return conditioning(1, width=variant.text, **variant.extra((3, 8, 8)))
+
+
+def test_guides_of_another_strength_stay_dense_with_a_reason():
+    """ComfyUI splits such a call by its queries, and weights the guide's keys with a mask."""
+    variant = VARIANTS["LTX-Video with a guide"]
+    entry = {
+        "pre_filter_count": 64,
+        "strength": 0.7,
+        "pixel_mask": None,
+        "latent_shape": [1, 8, 8],
+    }
+    weaker = replace(
+        variant, extra=lambda x: variant.extra(x) | {"guide_attention_entries": [entry]}
+    )
+    model = variant.model()
+    patched = sparse(model)
+    found = weaker.sample(patched, variant.even, 1.0)
+    assert torch.equal(found, weaker.sample(model, variant.even, 1.0))
+    ((reason, count),) = report(patched).dense_calls.items()
+    assert count == 4 and ("strength is not 1" in reason or "attention mask" in reason)
+    with pytest.raises(RuntimeError, match="strict"):
+        weaker.sample(sparse(model, strict=True), variant.even, 1.0)
+
+
+@pytest.mark.parametrize("name", ["Kandinsky 5", "Cosmos Predict2"])
+def test_single_images_of_a_video_model_stay_dense_with_a_reason(name):
+    variant = VARIANTS[name]
+    model = variant.model()
+    dense = variant.sample(model, (1, 32, 32), 1.0)
+    patched = sparse(model)
+    assert torch.equal(variant.sample(patched, (1, 32, 32), 1.0), dense)
+    reason = comfy_host.module(".nodes.patching.dense_reason").SINGLE_IMAGE
+    assert report(patched).dense_calls == {reason: 4}
+
+
+def test_sound_is_attended_to_as_before(ltx2, monkeypatch):
+    """LTX-2's sound has blocks of attention of its own; with every block kept nothing changes."""
+    full_density(monkeypatch)
+    variant, model = ltx2
+    dense = variant.sample(model, variant.even, 5.0)
+    found = variant.sample(sparse(model, sparsity=0.0), variant.even, 5.0)
+    assert relative_error(found, dense) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["MiniMax H3", "LTX-2", "Kandinsky 5"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models_run_sparse_and_alike(name, whole, monkeypatch):
+    variant = VARIANTS[name]
+    if variant.missing():
+        pytest.skip(variant.missing())
+    model = variant.model()
+    expected = variant.sample(sparse(model), variant.even, 1.0)
+    patched = sparse(model)
+    net = model.model.diffusion_model
+    if whole:
+        compiled = torch.compile(net, backend="eager")
+        patched.add_object_patch("diffusion_model", compiled)
+    else:
+        (list_name, _), *_ = (
+            comfy_host.module(".nodes.patching.model_info").model_info(net).arrangement.layers
+        )
+        for i, block in enumerate(getattr(net, list_name)):
+            patched.add_object_patch(
+                f"diffusion_model.{list_name}.{i}", torch.compile(block, backend="eager")
+            )
+    found = variant.sample(patched, variant.even, 1.0)
+    last = report(patched)
+    assert last.sparse_calls == 4 and not last.dense_calls
+    assert relative_error(found, expected) < 1e-5
+    variant.sample(model, variant.even, 1.0, steps=1)  # takes the patches off again
+
+
+def test_removing_the_node_gives_bit_identical_latents(ltx2):
+    variant, model = ltx2
+    never = variant.sample(model, variant.even, 1.0)
+    variant.sample(sparse(model), variant.even, 1.0)
+    assert torch.equal(variant.sample(model, variant.even, 1.0), never)
