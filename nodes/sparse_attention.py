@@ -64,7 +64,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     "model",
                     tooltip=(
                         "A video model: Wan, HunyuanVideo, MiniMax H3, LTX-Video, LTX-2, Kandinsky "
-                        "5, Cosmos Predict2, Mochi or CogVideoX. Others run dense; the log notes it."
+                        "5, Cosmos Predict2, Mochi or CogVideoX. Others run dense; the log notes "
+                        "it."
                     ),
                 ),
                 AdapterType.Input(

@@ -116,7 +116,7 @@ def _call_under_way(args: tuple, kwargs: dict[str, Any]) -> ModelCall | None:
 
 
 @contextlib.contextmanager
-def watching(self_attentions: Iterable[torch.nn.Module]) -> Iterator[None]:
+def watching(self_attentions: Iterable[Any]) -> Iterator[None]:
     """Hook some modules for the length of a `with` block; nothing is left behind."""
     handles: list[Any] = []
     try:

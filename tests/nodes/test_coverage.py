@@ -159,10 +159,13 @@ def rope_angles(args, kwargs):
     names = ("freqs", "pe", "rope_freqs", "image_rotary_emb", "rope_emb")
     given = next((kwargs[name] for name in names if name in kwargs), None)
     given = args[1] if given is None else given
-    if isinstance(given, tuple) and not isinstance(given[1], bool):  # cosines and sines
-        return torch.atan2(given[1], given[0])
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) and isinstance(given[1], bool):
         given = given[0]
+    if isinstance(given, tuple):  # cosines and sines: of each channel, or by head
+        angles = torch.atan2(given[1], given[0])
+        if len(given) == 2:
+            return angles
+        return angles[0].movedim(0, 1).flatten(1) if angles.ndim == 4 else angles[0, :, ::2]
     angles = torch.atan2(given[..., 1, 0], given[..., 0, 0])[0]
     return angles.flatten(1) if angles.shape[0] != 1 else angles[0]
 

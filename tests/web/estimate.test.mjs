@@ -22,6 +22,11 @@ test("tokens of published sizes", () => {
   assert.equal(tokens("wan-5b", { width: 1280, height: 704, length: 121 }), 27280);
   assert.equal(tokens("hunyuan", { width: 1280, height: 720, length: 129 }), 118800);
   assert.equal(tokens("hunyuan-1.5", { width: 848, height: 480, length: 121 }), 31 * 30 * 53);
+  assert.equal(tokens("h3", { width: 1344, height: 768, length: 124 }), 37 * 24 * 42);
+  assert.equal(tokens("h3", { width: 640, height: 640, length: 5 }), 2 * 20 * 20);
+  assert.equal(tokens("ltx-2", { width: 1280, height: 704, length: 121 }), 16 * 22 * 40);
+  assert.equal(tokens("kandinsky-lite", { width: 768, height: 512, length: 121 }), 31 * 32 * 48);
+  assert.equal(tokens("mochi", { width: 848, height: 480, length: 163 }), 28 * 30 * 53);
 });
 
 test("a side that the patch does not divide is padded up", () => {

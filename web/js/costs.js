@@ -3,7 +3,6 @@
 
 export const BLOCK = 64;
 const TILE = 4; // the sides of a cube of 64 tokens; see attention/block_layout.py
-const WAN_TEXT = 512; // Wan pads its prompt to this many tokens
 /** @type {Set<RoPeSLR.Method>} Methods that score blocks in every call, as `Method.routes` says. */
 const ROUTES = new Set(["ropeslr", "rola", "sla", "top-k", "top-k plain"]);
 const DEFAULT_RANK = 64; // of the released RoLA checkpoints; a file's own rank is not known before the run
@@ -131,13 +130,12 @@ export function attentionCost(grid, extra, headDim, heads, settings) {
 }
 
 /**
- * FLOPs of everything in a layer but self-attention: projections, feed-forward, and Wan's cross-attention.
+ * FLOPs of everything in a layer but self-attention: projections, feed-forward, and cross-attention to text.
  * @param {RoPeSLR.Model} model
  * @param {number} tokens
  */
 export function linearFlops(model, tokens) {
-  const { dim, ffn, family } = model;
-  if (family === "hunyuan") return tokens * (8.0 * dim * dim + 4.0 * dim * ffn);
-  const crossAttention = tokens * 4.0 * dim * dim + WAN_TEXT * 4.0 * dim * dim + 4.0 * tokens * WAN_TEXT * dim;
-  return tokens * (8.0 * dim * dim + 4.0 * dim * ffn) + crossAttention;
+  const { dim, inner = dim, ffn, gated, text } = model;
+  const crossAttention = text && (tokens + text) * 4.0 * dim * inner + 4.0 * tokens * text * inner;
+  return tokens * (8.0 * dim * inner + (gated ? 6.0 : 4.0) * dim * ffn) + crossAttention;
 }

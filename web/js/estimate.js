@@ -3,7 +3,7 @@
 
 import { attentionCost, BLOCK, linearFlops } from "./costs.js";
 import { count } from "./format.js";
-import { extraTokens, MODELS, tokenGrid } from "./models.js";
+import { MODELS, tokenGrid } from "./models.js";
 
 /** @type {string[]} */
 const TRAINED = ["ropeslr", "rola", "sla"];
@@ -117,7 +117,7 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   const model = MODELS[modelKey];
   const plan = resolve(settings, adapter);
   const grid = gridOf(model, size);
-  const cost = attentionCost(grid, extraTokens(model), model.dim / model.heads, model.heads, {
+  const cost = attentionCost(grid, model.others, (model.inner ?? model.dim) / model.heads, model.heads, {
     method: plan.method, trained: plan.trained, order: plan.order, keyBlock: plan.keyBlock,
     queryBlock: plan.queryBlock, rank: settings.rank, sparsity: settings.sparsity, slaVariant: settings.sla_variant,
     keepDiagonal: settings.keep_diagonal,
@@ -160,5 +160,5 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
  * @returns {RoPeSLR.Grid}
  */
 function gridOf(model, size) {
-  return "tokens" in size ? [1, 1, Math.max(1, size.tokens - extraTokens(model))] : tokenGrid(model, size);
+  return "tokens" in size ? [1, 1, Math.max(1, size.tokens - model.others)] : tokenGrid(model, size);
 }

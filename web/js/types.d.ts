@@ -119,15 +119,24 @@ declare namespace RoPeSLR {
   /** Published dimensions of a model. */
   interface Model {
     name: string;
-    family: "wan" | "hunyuan";
     dim: number;
+    /** Channels of all heads, where they are not `dim`. */
+    inner?: number;
     ffn: number;
+    /** The feed-forward part has three matrices. */
+    gated?: boolean;
     layers: number;
     heads: number;
     /** Pixels per latent cell. */
     spatial: number;
     /** Latent cells per token, in height and width. */
     patch: number;
+    /** Tokens of the text that layers attend to besides themselves. */
+    text: number;
+    /** Tokens in the same sequence that are not the video's; they are always kept. */
+    others: number;
+    /** Frames in tokens of a video of so many. */
+    frames: (length: number) => number;
   }
 
   /** Of a video, in pixels and frames. */
