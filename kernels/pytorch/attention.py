@@ -183,11 +183,12 @@ def keys_at_once(mask: BlockMask, lists: Tensor, pooled: PooledKV | None) -> int
 
 def blocks_per_step(q: Tensor, keys: int, block_size: int) -> int:
     """Query blocks that are attended to together."""
-    if q.device.type == "cpu":
-        fitting = CPU_THREAD_BYTES // max(1, 4 * keys * q.shape[-1])
-        return torch.get_num_threads() * min(CPU_BLOCKS_PER_THREAD, max(1, fitting))
     per_block = 4 * keys * (2 * block_size + 2 * q.shape[-1])
-    return max(1, STEP_BYTES // max(1, per_block))
+    most = max(1, STEP_BYTES // max(1, per_block))
+    if q.device.type != "cpu":
+        return most
+    fitting = CPU_THREAD_BYTES // max(1, 4 * keys * q.shape[-1])
+    return min(most, torch.get_num_threads() * min(CPU_BLOCKS_PER_THREAD, max(1, fitting)))
 
 
 def _max_if_free(counts: Tensor, most: int) -> int:

@@ -174,10 +174,14 @@ def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @triton.jit
 def _rank(scores):
-    """The order of scores as uint32; 0 and the largest are no numbers' ranks."""
+    """The order of scores as uint32, from 1 to one below the largest.
+
+    Those ends are ranks of what is no number, and would be taken for required, or overflow.
+    """
     bits = scores.to(tl.int32, bitcast=True)
     below_zero = (bits >> 31).to(tl.uint32, bitcast=True)  # all bits or none
-    return bits.to(tl.uint32, bitcast=True) ^ (below_zero | 0x80000000)
+    ranks = bits.to(tl.uint32, bitcast=True) ^ (below_zero | 0x80000000)
+    return tl.minimum(tl.maximum(ranks, 1), 0xFFFFFFFE)
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .call import CallFacts, Conditioning, ModelCall
 from .dense_reason import NOT_FINITE, OTHER_MODEL, DenseReason
-from .hooks import CALL
-from .model_info import model_info, unwrap
+from .hooks import CALL, watching
+from .model_info import model_info, self_attentions, unwrap
 from .override import sparse_override
 from .recompile import is_compiled
 from .sampling_run import SamplingRun
@@ -79,17 +79,21 @@ def run_once(
     reason: DenseReason | None,
 ) -> Result:
     """One execution of the model. reason: why all of it stays dense."""
-    call = ModelCall(run, facts, reason)
+    # The modules that run now: other nodes put theirs in place when the model is loaded.
+    model = executor.class_obj.diffusion_model
+    layers = {} if facts.unsupported else self_attentions(model)
+    call = ModelCall(run, facts, layers, reason)
     options = {**request.options, CALL: call, SLOT: sparse_override}
-    out = executor(
-        request.x,
-        request.t,
-        request.c_concat,
-        request.c_crossattn,
-        request.control,
-        options,
-        **request.conditions,
-    )
+    with watching(layers):
+        out = executor(
+            request.x,
+            request.t,
+            request.c_concat,
+            request.c_crossattn,
+            request.control,
+            options,
+            **request.conditions,
+        )
     call.overwritten = options.get(SLOT) is not sparse_override
     return Result(out, call)
 

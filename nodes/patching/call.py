@@ -50,10 +50,15 @@ class ModelCall:
     """Decides which attention calls are self-attention, runs them, and counts."""
 
     def __init__(
-        self, run: SamplingRun, facts: CallFacts, reason: DenseReason | None = None
+        self,
+        run: SamplingRun,
+        facts: CallFacts,
+        layers: Mapping[torch.nn.Module, Layer],
+        reason: DenseReason | None = None,
     ) -> None:
         self.run = run
         self.facts = facts
+        self.layers = layers  # of the self-attention modules that run in this call
         self.step = run.schedule.step(facts.sigma)  # of this sampler
         self.reason = reason or run.call_reason(facts.sigma)  # why the whole call stays dense
         self.tally = Tally()
@@ -98,7 +103,7 @@ class ModelCall:
             if "block_index" in host.options and host.tokens == host.kv_tokens:
                 self.leave_dense(self.facts.unsupported)
             return None
-        layer = self.entering.take_layer()
+        layer = self.entering.layer_of(host, bool(self.run.info.arrangement.guides))
         if layer is None:
             # ComfyUI names the block in some models; the tally tells the rest apart by length.
             across = "block_index" in host.options or host.tokens != host.kv_tokens

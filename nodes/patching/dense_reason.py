@@ -22,6 +22,7 @@ NOT_OURS = "{name} is none of the video models that can be sparse"
 UNKNOWN_LAYOUT = "{name} is a kind of video model whose token layout is not known"
 UNSUPPORTED = "{name} cannot be sparse: {why}"
 SINGLE_IMAGE = "it makes a single image, too few tokens to gain anything"
+REPEATED = "its self-attention calls attention more than once: another node has replaced it"
 GUIDE_STRENGTH = (
     "its queries are {queries} of {tokens} tokens, as LTX asks where a guide's strength is not 1"
 )
@@ -99,6 +100,11 @@ def _layer(candidate: Candidate) -> DenseReason | None:
     return None
 
 
+def _repeated(candidate: Candidate) -> DenseReason | None:
+    """What a run remembers of a layer would be mixed up."""
+    return DenseReason(REPEATED) if candidate.call.entering.calls > 1 else None
+
+
 def _gradients(candidate: Candidate) -> DenseReason | None:
     """Training recomputes layers, so what a run remembers would belong to another pass."""
     host = candidate.host
@@ -161,6 +167,7 @@ def too_short(tokens: int, least: int) -> DenseReason | None:
 CHECKS: tuple[Callable[[Candidate], DenseReason | None], ...] = (
     _step,
     _layer,
+    _repeated,
     _gradients,
     _heads,
     _speed,

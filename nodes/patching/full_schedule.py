@@ -23,9 +23,7 @@ from ...attention.schedule import StepSchedule
 
 MAX_STEPS = 100
 TOLERANCE = 1e-4  # of a level; samplers pass float32 slices of float32 schedules
-BEGUN = (
-    0.95  # of the highest level: a run that starts below it works on a composition that is there
-)
+BEGUN = 0.95  # share of noise: what starts with less has a composition already
 
 
 def step_schedule(
@@ -49,8 +47,12 @@ def step_schedule(
 
 def begun_elsewhere(sigmas: list[float], model_sampling: Any) -> bool:
     """Whether what a run denoises was a video before: a second stage, or a low denoise."""
-    falling = len(sigmas) > 1 and sigmas[0] > sigmas[-1]
-    return falling and sigmas[0] < BEGUN * float(model_sampling.sigma_max)
+    if len(sigmas) < 2 or sigmas[0] < sigmas[-1]:
+        return False
+    first, highest = sigmas[0], float(model_sampling.sigma_max)
+    # Of flow models a level is the share of noise; others add a multiple of it to the video.
+    share = first / highest if highest <= 1.0 else first / math.sqrt(1.0 + first * first)
+    return share < BEGUN
 
 
 def sigma_window(start: float, end: float, model_sampling: Any) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Hooks on self-attention modules: which layer is under way, its hidden state and RoPE.
 
 An attention call itself tells none of this: not every model says which block calls, and q and k
-arrive projected and rotated. The hooks live for one sampling run and hold nothing themselves: they
-write into the model call that is under way, if there is one.
+arrive projected and rotated. The hooks live for one model call and hold nothing themselves: they
+write into the call that is under way.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class EnteringLayer:
 
     def __init__(self) -> None:
         self._layer: Layer | None = None
+        self.calls = 0  # of attention, by the module that is under way
         self._times: Counter[Layer] = Counter()
         self._x: Tensor | None = None
         self._rope: Tensor | None = None
@@ -42,7 +43,7 @@ class EnteringLayer:
         identity = layer.identity
         if isinstance(identity, tuple) and identity[0] == "control":
             identity = (*identity[:2], self._times[layer])
-        self._layer = Layer(identity, layer.number)
+        self._layer, self.calls = Layer(identity, layer.number), 0
 
     def note(self, x: Tensor, rope: Tensor | None) -> None:
         self._x, self._rope = x, rope
@@ -51,10 +52,16 @@ class EnteringLayer:
         self._layer = None
         self.drop()
 
-    def take_layer(self) -> Layer | None:
-        """The layer under way; a second call of its module is no self-attention that is known."""
-        found, self._layer = self._layer, None
-        return found
+    def layer_of(self, host: HostCall, guides: bool) -> Layer | None:
+        """The layer under way, where an attention call is its self-attention; None where it is not.
+
+        guides: the first call may have fewer queries than keys, as LTX makes it.
+        """
+        across = host.tokens != host.kv_tokens
+        if self._layer is None or (across and (not guides or self.calls)):
+            return None
+        self.calls += 1
+        return self._layer
 
     def drop(self) -> None:
         """Let go of what dense attention does not use: it is as large as a layer's activations."""
@@ -92,7 +99,7 @@ def read_rope(
 def enter(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a self-attention module: (x, rope, ..., transformer_options)."""
     call = _call_under_way(args, kwargs)
-    layer = None if call is None else call.run.layers.get(module)
+    layer = None if call is None else call.layers.get(module)
     if call is None or layer is None:
         return
     call.entering.enter(layer)

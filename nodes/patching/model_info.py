@@ -76,30 +76,36 @@ def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
 def self_attentions(diffusion_model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
     """The modules that are a model's self-attention, whose hooks tell which layer calls.
 
-    A control block of VACE has the number of the layer that it belongs to.
+    A control block of VACE has the number of the layer that it belongs to. Blocks that another node
+    has put in place of the model's own have no such module, and are left out.
     """
     model = unwrap(diffusion_model)
     arrangement, info = ARRANGEMENTS.get(_identity(model)), model_info(diffusion_model)
     if arrangement is None or info.unsupported:
         return {}
     ours = [
-        _inside(block, attention)
+        inside(block, attention)
         for name, attention in arrangement.layers
         for block in getattr(model, name)
     ]
     identities = enumerate(info.layer_identities())
     found = {
-        module: Layer(identity, number) for module, (number, identity) in zip(ours, identities)
+        module: Layer(identity, number)
+        for module, (number, identity) in zip(ours, identities)
+        if module is not None
     }
     (_, attention), *_ = arrangement.layers
     for number, block in zip(info.control_layers, getattr(model, "vace_blocks", ())):
-        found[_inside(block, attention)] = Layer(("control", number, 1), number)
+        module = inside(block, attention)
+        if module is not None:
+            found[module] = Layer(("control", number, 1), number)
     return found
 
 
-def _inside(block: torch.nn.Module, attention: str) -> torch.nn.Module:
+def inside(block: torch.nn.Module, attention: str) -> torch.nn.Module | None:
+    """A block's self-attention, see `Arrangement.layers`; None where it has no such module."""
     inner = unwrap(block)
-    return unwrap(getattr(inner, attention)) if attention else inner
+    return unwrap(getattr(inner, attention, None)) if attention else inner
 
 
 def _identity(model: torch.nn.Module) -> Identity:
@@ -146,8 +152,9 @@ WIDTH = ("dim", "hidden_size")  # of all heads together
 def head_sizes(model: Any, arrangement: Arrangement) -> tuple[int, int]:
     """Heads and channels of a head: what the self-attention says of itself, or else the model."""
     name, attention = arrangement.layers[0]
-    first = [_inside(block, attention) for block in getattr(model, name)[:1]]
-    holders = [*first, model] if attention else [model, *first]
+    known = (inside(block, attention) for block in getattr(model, name))
+    first = next((module for module in known if module is not None), model)
+    holders = (first, model) if attention else (model, first)
 
     def read(names: tuple[str, ...]) -> int:
         return next((getattr(x, n) for x in holders for n in names if hasattr(x, n)), 0)

@@ -19,8 +19,7 @@ from ...attention.adapters import Adapter
 from ...attention.run import Attention
 from .apply_model import ApplyArguments, apply_model
 from .full_schedule import adds_noise, step_schedule
-from .hooks import watching
-from .model_info import model_info, self_attentions
+from .model_info import model_info
 from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
@@ -87,8 +86,7 @@ class SparsePatch:
         options[RUNS] = Runs(run, dict.fromkeys(run.models, run), starts)
         completed = False
         try:
-            with watching(run.layers):
-                result = executor(*args, **kwargs)
+            result = executor(*args, **kwargs)
             completed = True
             return result
         finally:
@@ -113,7 +111,6 @@ class SparsePatch:
             runs = options[RUNS] = Runs()
             add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model, options)
         self._guest = self._begin(patcher, sigmas, runs.starts)
-        self._guest.resources.enter_context(watching(self._guest.layers))
         runs.by_model.update(dict.fromkeys(self._guest.models, self._guest))
 
     def clean_up(self, patcher: Any) -> None:
@@ -138,8 +135,6 @@ class SparsePatch:
             self.make_attention,
         )
         run.models = [each.model for each in models]
-        for each in run.models:
-            run.layers |= self_attentions(each.diffusion_model)
         return run
 
     def _end(self, run: SamplingRun, completed: bool) -> None:

@@ -22,7 +22,7 @@ from ...attention.learned import Lesson, learned_adapter
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
 from .dense_reason import BACKEND_DENSE, TRAINING, DenseReason, SparseNotPossible, too_short
-from .model_info import Layer, ModelInfo
+from .model_info import ModelInfo
 from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
@@ -58,7 +58,6 @@ class SamplingRun:
         self.plan = plan
         self.info = info
         self.models: list[Any] = []  # the BaseModels that it samples with, one per GPU
-        self.layers: dict[torch.nn.Module, Layer] = {}  # of their self-attention modules
         self.resources = contextlib.ExitStack()  # held as long as the run
         self.schedule = schedule
         self.notices = notices
@@ -91,7 +90,8 @@ class SamplingRun:
     def refuse_hopeless(self, latent_shape: tuple[int, ...]) -> None:
         """Raise before the first step if no call can be sparse, for a reason that nobody chose.
 
-        latent_shape: of the video's latent.
+        latent_shape: of the video's latent; guide frames count, so that some calls may still be too
+        short.
         """
         if self.info.unsupported:
             raise SparseNotPossible(self.info.unsupported)

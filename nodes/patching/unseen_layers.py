@@ -14,7 +14,7 @@ from .dense_reason import (
     UNSEEN,
     DenseReason,
 )
-from .model_info import unwrap
+from .model_info import ModelInfo, inside, unwrap
 
 if TYPE_CHECKING:
     from .call import ModelCall
@@ -38,7 +38,7 @@ def unseen_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dic
 def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashable) -> str:
     if _is_skipped(options, layer):
         return SKIPPED
-    if _is_replaced(base, layer):
+    if _is_replaced(call.run.info, base, layer):
         return REPLACED
     if call.overwritten:
         return OVERWRITTEN
@@ -56,20 +56,26 @@ def _is_skipped(options: Mapping[str, Any], layer: Hashable) -> bool:
     return (f"{'double' if kind == 'control' else kind}_block", number) in patches
 
 
-def _is_replaced(base: Any, layer: Hashable) -> bool:
-    """Another node put a function of its own on the layer's attention, or on its block."""
-    block = _block(base.diffusion_model, layer)
-    attention = None if block is None else getattr(block, "self_attn", None)
-    return any(each is not None and "forward" in vars(each) for each in (block, attention))
+def _is_replaced(info: ModelInfo, base: Any, layer: Hashable) -> bool:
+    """Another node put something of its own in place of the layer's block or attention."""
+    block, attention = _block(info, base.diffusion_model, layer)
+    if block is None:
+        return False
+    module = inside(block, attention)
+    return module is None or any("forward" in vars(each) for each in (block, module))
 
 
-def _block(diffusion_model: Any, layer: Hashable) -> Any:
-    model = unwrap(diffusion_model)
+def _block(info: ModelInfo, diffusion_model: Any, layer: Hashable) -> tuple[Any, str]:
+    """The block of a layer, None where there is none; and the name of its attention."""
+    model, place = unwrap(diffusion_model), 0
     if isinstance(layer, tuple):
-        name, number = f"{layer[0]}_blocks", layer[1]
-        if layer[0] == "control":
-            return None
-        found = getattr(model, name, ())
+        kind, number = layer[:2]
+        if kind == "control":
+            return None, ""
+        place = int(kind == "single")
     else:
-        found, number = getattr(model, "blocks", ()), layer
-    return unwrap(found[number]) if isinstance(number, int) and number < len(found) else None
+        number = layer
+    name, attention = info.arrangement.layers[place]
+    found = getattr(model, name, ())
+    known = isinstance(number, int) and number < len(found)
+    return (unwrap(found[number]) if known else None), attention

@@ -109,6 +109,21 @@ def test_the_best_are_found_however_scores_are_spread(spread):
         assert torch.equal(scores.flatten()[kept].sort(descending=True).values, best)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, -0x400000])
+def test_lists_name_real_blocks_whatever_is_no_number(bits):
+    """CUDA's NaN has all bits of its payload set, so that its rank is at the very end."""
+    pooled_q, pooled_k = tensors((1, 2, 3, 1), (1, 2, 600, 1), dtype=torch.float32)
+    pooled_k[:, :, 7] = torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32)
+    required = torch.zeros(3, 600, dtype=torch.bool)
+    required[:, 3] = True
+    layout = layout_of(blocks_of(3 * 64), blocks_of(600 * 64), required)
+    for topk in ([0, 3], [1, 600], 1):
+        mask, _ = ops.block_select(pooled_q.abs(), pooled_k, layout, topk, scale=1, **BACKEND)
+        lists = mask.kv_indices.flatten()
+        assert 0 <= lists.min() and lists.max() <= 600
+        assert mask.to_dense()[..., 3].all()
+
+
 def test_required_blocks_come_in_addition():
     pooled, layout = score_case(2, 8, head_dim=16, heads=1)
     free, _ = ops.block_select(*pooled, layout, 3, **BACKEND)

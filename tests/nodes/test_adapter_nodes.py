@@ -496,8 +496,10 @@ def test_hooks_live_for_one_run_and_no_longer(method, monkeypatch):
 def test_methods_that_need_no_inputs_hold_none(monkeypatch):
     """A hidden state is as large as a layer's activations."""
     entering, held = comfy_host.module(".nodes.patching.hooks").EnteringLayer, []
-    take = entering.take_layer
-    monkeypatch.setattr(entering, "take_layer", lambda self: held.append(self._x) or take(self))
+    real = entering.layer_of
+    monkeypatch.setattr(
+        entering, "layer_of", lambda self, *given: held.append(self._x) or real(self, *given)
+    )
     for settings in (dict(), dict(method="adaspa"), dict(adapter=own_adapter("sla"))):
         sample(sparse(load_model("tiny_wan21_t2v"), **settings))
     assert held and all(x is None for x in held)

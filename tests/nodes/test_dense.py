@@ -182,7 +182,7 @@ class Calls:
         model, sigmas = load_model("tiny_wan21_t2v"), torch.tensor([1.0, 0.5, 0.0])
         self.run = patch.SparsePatch(plan)._begin(model, sigmas, starts=True)
         facts = call.CallFacts(1.0, (("all", 1),), (), layout.SequenceInfo((4, 8, 8)))
-        self.call = call.ModelCall(self.run, facts)
+        self.call = call.ModelCall(self.run, facts, {})
         self.options, self.layer = {hooks.CALL: self.call}, info.Layer(0, 0)
         self.override = override.sparse_override
 

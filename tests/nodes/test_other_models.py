@@ -50,6 +50,22 @@ def test_a_second_stage_loses_no_step_unless_it_is_asked_to(first, ltx2):
         assert report(patched).sparse_calls == 6 - dense
 
 
+@pytest.mark.parametrize("name", ["CogVideoX", "Cosmos Predict2", "Wan 2.1 T2V"])
+def test_what_counts_as_begun_elsewhere_is_the_share_of_noise(name):
+    """Not every model's highest level is 1, and not every schedule starts at it."""
+    if VARIANTS[name].missing():
+        pytest.skip(VARIANTS[name].missing())
+    import comfy.samplers
+
+    module = comfy_host.module(".nodes.patching.full_schedule")
+    sampling = VARIANTS[name].model().get_model_object("model_sampling")
+    for scheduler in ("simple", "ddim_uniform", "karras"):
+        levels = comfy.samplers.calculate_sigmas(sampling, scheduler, 20).tolist()
+        assert not module.begun_elsewhere(levels, sampling), scheduler
+        assert module.begun_elsewhere(levels[-5:], sampling), scheduler
+        assert not module.begun_elsewhere(levels[::-1], sampling)
+
+
 def variant_text(variant):
     from support.host.sampling import conditioning
 

@@ -82,11 +82,53 @@ def test_attention_that_no_self_attention_calls_is_named():
 
     patched = sparse(model)
     patched.add_object_patch("diffusion_model.blocks.0", Replaced())
-    sample(patched, steps=2)
-    last = report(patched)
-    assert last.sparse_calls == 2
-    assert last.dense_calls == {reasons.NOT_SELF_ATTENTION.format(layers="1 of 2 layers"): 2}
+    for _ in range(2):  # the second time the model is as the first left it
+        sample(patched, steps=2)
+        last = report(patched)
+        assert last.sparse_calls == 2
+        assert last.dense_calls == {reasons.REPLACED.format(layers="1 of 2 layers"): 2}
+    assert sparse(patched) is not None  # nor does it stop the node
     sample(load_model("tiny_wan21_t2v"), steps=1)  # puts the module's own block back
+
+
+def test_an_attention_module_that_another_node_has_put_there_is_sparse_from_the_first_run():
+    """It is there when the model is loaded, which is after a run has begun."""
+    import copy
+
+    model = load_model("tiny_wan21_t2v").clone()
+    twin = copy.deepcopy(model.model.diffusion_model.blocks[0].self_attn)
+    model.add_object_patch("diffusion_model.blocks.0.self_attn", twin)
+    patched = sparse(model)
+    for _ in range(2):
+        sample(patched, steps=2)
+        assert report(patched).sparse_calls == 4 and not report(patched).dense_calls
+    plain = sparse(load_model("tiny_wan21_t2v"))
+    sample(plain, steps=2)
+    assert report(plain).sparse_calls == 4 and not report(plain).dense_calls
+
+
+def test_a_self_attention_that_attends_in_parts_has_a_reason():
+    """Each head by itself, as a node does that saves memory: the first call alone is a layer's."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    model = load_model("tiny_wan21_t2v").clone()
+    attention = model.model.diffusion_model.blocks[0].self_attn
+
+    def forward(x, freqs, transformer_options=None):
+        q, k, v = attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)), attention.v(x)
+        parts = zip(*(t.chunk(2, -1) for t in (q, k, v)))
+        found = [
+            optimized_attention(*part, heads=1, transformer_options=transformer_options)
+            for part in parts
+        ]
+        return attention.o(torch.cat(found, -1))
+
+    patched = sparse(model)
+    patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", forward)
+    sample(patched, steps=2)
+    assert report(patched).sparse_calls == 4
+    assert report(patched).dense_calls == {reasons.REPEATED: 2}
+    sample(load_model("tiny_wan21_t2v"), steps=1)
 
 
 def test_a_layer_that_another_node_replaced_is_counted_in_every_call():

@@ -13,6 +13,7 @@ const h3Frames = (length) => 5 * Math.max(0, Math.ceil((length - 5) / 17)) + 2;
 const WAN = { spatial: 8, patch: 2, text: WAN_TEXT, others: 0, frames: every(4) };
 const HUNYUAN = { patch: 2, text: 0, others: HUNYUAN_TEXT, frames: every(4) };
 const LTX = { heads: 32, spatial: 32, patch: 1, others: 0, frames: every(8) };
+const COGVIDEO = { spatial: 8, patch: 2, text: 0, others: 226, frames: every(4) };
 const KANDINSKY = { spatial: 8, patch: 2, text: 256, others: 0, frames: every(4) };
 
 /** Published dimensions of the models. @type {Record<string, RoPeSLR.Model>} */
@@ -39,9 +40,11 @@ export const MODELS = {
     name: "Mochi", dim: 3072, ffn: 8192, gated: true, layers: 48, heads: 24, spatial: 8, patch: 2,
     text: 0, others: 256, frames: every(6),
   },
-  "cogvideox": {
-    name: "CogVideoX 5B", dim: 3072, ffn: 12288, layers: 42, heads: 48, spatial: 8, patch: 2,
-    text: 0, others: 226, frames: every(4),
+  "cogvideox": { ...COGVIDEO, name: "CogVideoX 5B", dim: 3072, ffn: 12288, layers: 42, heads: 48 },
+  "cogvideox-2b": { ...COGVIDEO, name: "CogVideoX 2B", dim: 1920, ffn: 7680, layers: 30, heads: 30 },
+  "cogvideox-1.5": {
+    ...COGVIDEO, name: "CogVideoX 1.5 5B", dim: 3072, ffn: 12288, layers: 42, heads: 48,
+    frames: (length) => Math.ceil(every(4)(length) / 2),
   },
 };
 
@@ -60,14 +63,17 @@ export function tokenGrid(model, { width, height, length }) {
 /** Of families with names of their own. @type {[RegExp, string][]} */
 const OTHERS = [
   [/minimax.?h3|(^|[^a-z0-9])h3[-_.]|fasth3/, "h3"],
-  [/ltx.?v.*13b|ltx-video.*13b/, "ltxv-13b"],
-  [/ltx.?v.*2b|ltx-video/, "ltxv-2b"],
+  [/ltx.?v?.?2([._-]|$)|ltx.*(19|22)b/, "ltx-2"],
+  [/ltx.?v.*13b/, "ltxv-13b"],
+  [/ltx.?v/, "ltxv-2b"],
   [/ltx/, "ltx-2"],
   [/kandinsky.?5.*pro/, "kandinsky-pro"],
   [/kandinsky.?5/, "kandinsky-lite"],
   [/cosmos.*predict.?2.*14b/, "cosmos-14b"],
   [/cosmos.*predict.?2/, "cosmos-2b"],
   [/mochi/, "mochi"],
+  [/cogvideox?[-_.]?1[._]5/, "cogvideox-1.5"],
+  [/cogvideo.*[-_.]2b/, "cogvideox-2b"],
   [/cogvideo/, "cogvideox"],
 ];
 
