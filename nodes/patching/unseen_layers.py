@@ -77,5 +77,6 @@ def _block(info: ModelInfo, diffusion_model: Any, layer: Hashable) -> tuple[Any,
         number = layer
     name, attention = info.arrangement.layers[place]
     found = getattr(model, name, ())
-    known = isinstance(number, int) and number < len(found)
-    return (unwrap(found[number]) if known else None), attention
+    if not isinstance(number, int) or number >= len(found):
+        return None, attention
+    return unwrap(found[number]), attention
