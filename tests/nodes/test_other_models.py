@@ -33,8 +33,6 @@ def test_the_video_of_a_packed_latent_is_what_strict_measures(ltx2):
 def test_a_second_stage_loses_no_step_unless_it_is_asked_to(first, ltx2):
     """LTX-2: eight steps at half size, then a few from levels below the highest, with new noise."""
     variant, model = ltx2
-    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
-
     (guider,) = comfy_host.run_node(
         "BasicGuider", model=(patched := sparse(model, dense_first_steps=first)),
         conditioning=variant_text(variant),
@@ -43,8 +41,13 @@ def test_a_second_stage_loses_no_step_unless_it_is_asked_to(first, ltx2):
     (source,) = comfy_host.run_node("RandomNoise", noise_seed=3)
     for sigmas, dense in (((1.0, 0.9, 0.7, 0.0), 2), ((0.85, 0.725, 0.4219, 0.0), 2 * (first > 0))):
         latent = nested(torch.zeros(1, 128, 3, 8, 8), torch.zeros(1, 8, 12, 16))
-        SamplerCustomAdvanced.execute(
-            source, guider, sampler, torch.tensor(sigmas), {"samples": latent}
+        comfy_host.run_node(
+            "SamplerCustomAdvanced",
+            noise=source,
+            guider=guider,
+            sampler=sampler,
+            sigmas=torch.tensor(sigmas),
+            latent_image={"samples": latent},
         )
         assert sum(report(patched).dense_calls.values()) == dense
         assert report(patched).sparse_calls == 6 - dense
