@@ -117,7 +117,6 @@ class SparsePatch:
         """ON_CLEANUP callback: ends the run that `prepare_state` began."""
         if self._guest is not None:
             run, self._guest = self._guest, None
-            run.resources.close()
             self._end(run, completed=sys.exc_info()[0] is None)
 
     def _begin(self, patcher: Any, sigmas: Tensor, starts: bool) -> SamplingRun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
 import threading
@@ -58,7 +57,6 @@ class SamplingRun:
         self.plan = plan
         self.info = info
         self.models: list[Any] = []  # the BaseModels that it samples with, one per GPU
-        self.resources = contextlib.ExitStack()  # held as long as the run
         self.schedule = schedule
         self.notices = notices
         self.recompiler = recompiler
