@@ -104,45 +104,8 @@ def _wan(
     return write
 
 
-def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        import comfy.ldm.hunyuan_video.model
-        import comfy.ops
-
-        settings: dict[str, Any] = dict(
-            in_channels=16,
-            out_channels=16,
-            vec_in_dim=768,
-            context_in_dim=TEXT_WIDTH,
-            hidden_size=WIDTH,
-            mlp_ratio=4.0,
-            num_heads=HEADS,
-            depth=LAYERS,
-            depth_single_blocks=LAYERS,
-            axes_dim=[16, 56, 56],
-            theta=256,
-            patch_size=[1, 2, 2],
-            qkv_bias=True,
-            guidance_embed=True,
-            byt5=False,
-            meanflow=False,
-            use_cond_type_embedding=False,
-            vision_in_dim=None,
-            meanflow_sum=False,
-        )
-        model = comfy.ldm.hunyuan_video.model.HunyuanVideo(
-            device="cpu",
-            dtype=torch.float32,
-            operations=comfy.ops.disable_weight_init,
-            **(settings | config),
-        )
-        save_file(_fill(model, seed).state_dict(), path)
-
-    return write
-
-
-def _other(seed: int, place: str, metadata: dict | None = None, **config) -> Callable[[Path], None]:
-    """A class of comfy.ldm with other names for its sizes; place: its module and name.
+def _model(seed: int, place: str, metadata: dict | None = None, **config) -> Callable[[Path], None]:
+    """A class of comfy.ldm; place: its module and name.
 
     `metadata` goes into the file, for what the weights do not show.
     """
@@ -167,6 +130,56 @@ def _other(seed: int, place: str, metadata: dict | None = None, **config) -> Cal
     return write
 
 
+HUNYUAN_SIZES: dict[str, Any] = dict(
+    in_channels=16,
+    out_channels=16,
+    vec_in_dim=768,
+    context_in_dim=TEXT_WIDTH,
+    hidden_size=WIDTH,
+    mlp_ratio=4.0,
+    num_heads=HEADS,
+    depth=LAYERS,
+    depth_single_blocks=LAYERS,
+    axes_dim=[16, 56, 56],
+    theta=256,
+    patch_size=[1, 2, 2],
+    qkv_bias=True,
+    guidance_embed=True,
+    byt5=False,
+    meanflow=False,
+    use_cond_type_embedding=False,
+    vision_in_dim=None,
+    meanflow_sum=False,
+)
+HUNYUAN_15: dict[str, Any] = dict(
+    out_channels=32,
+    patch_size=[1, 1, 1],
+    vec_in_dim=None,
+    guidance_embed=False,
+    byt5=True,
+    use_cond_type_embedding=True,
+    vision_in_dim=1152,
+    meanflow_sum=True,
+    depth_single_blocks=0,
+)
+
+
+def _hunyuan(seed: int, **config) -> Callable[[Path], None]:
+    return _model(seed, "hunyuan_video.model.HunyuanVideo", **(HUNYUAN_SIZES | config))
+
+
+def _cogvideo(seed: int, **config) -> Callable[[Path], None]:
+    return _model(
+        seed,
+        "cogvideo.model.CogVideoXTransformer3DModel",
+        num_attention_heads=HEADS,
+        num_layers=LAYERS,
+        text_embed_dim=TEXT_WIDTH,
+        use_rotary_positional_embeddings=True,
+        **config,
+    )
+
+
 LTX_SIZES = dict(
     num_attention_heads=HEADS,
     attention_head_dim=128,
@@ -176,34 +189,6 @@ LTX_SIZES = dict(
     causal_temporal_positioning=True,
     use_middle_indices_grid=True,
 )
-
-
-def _flux(path: Path) -> None:
-    """A model of another family, which the pack has to leave alone."""
-    import comfy.ldm.flux.model
-    import comfy.ops
-
-    model = comfy.ldm.flux.model.Flux(
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=768,
-        context_in_dim=4096,
-        hidden_size=WIDTH,
-        mlp_ratio=4.0,
-        num_heads=HEADS,
-        depth=1,
-        depth_single_blocks=1,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=True,
-        txt_ids_dims=[],
-        device="cpu",
-        dtype=torch.float32,
-        operations=comfy.ops.disable_weight_init,
-    )
-    save_file(_fill(model, 30).state_dict(), path)
 
 
 def _wan_vae(path: Path) -> None:
@@ -378,33 +363,17 @@ FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_hunyuan15_t2v.safetensors": _hunyuan(
         13,
         in_channels=65,
-        out_channels=32,
-        patch_size=[1, 1, 1],
-        vec_in_dim=None,
-        guidance_embed=False,
-        byt5=True,
-        use_cond_type_embedding=True,
-        vision_in_dim=1152,
-        meanflow_sum=True,
-        depth_single_blocks=0,
+        **HUNYUAN_15,
     ),
     "diffusion_models/tiny_hunyuan15_sr.safetensors": _hunyuan(
         17,
         in_channels=98,
-        out_channels=32,
-        patch_size=[1, 1, 1],
-        vec_in_dim=None,
-        guidance_embed=False,
-        byt5=True,
-        use_cond_type_embedding=True,
-        vision_in_dim=1152,
-        meanflow_sum=True,
-        depth_single_blocks=0,
+        **HUNYUAN_15,
     ),
     "diffusion_models/tiny_hunyuan_image.safetensors": _hunyuan(
         18, in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64]
     ),
-    "diffusion_models/tiny_minimax_h3.safetensors": _other(
+    "diffusion_models/tiny_minimax_h3.safetensors": _model(
         40,
         "minimax.model.MiniMaxH3Model",
         hidden_size=WIDTH,
@@ -417,10 +386,10 @@ FILES: dict[str, Callable[[Path], None]] = {
         time_embed_hidden_size=WIDTH,
         time_embed_dim=WIDTH,
     ),
-    "diffusion_models/tiny_ltxv.safetensors": _other(
+    "diffusion_models/tiny_ltxv.safetensors": _model(
         41, "lightricks.model.LTXVModel", LTX_SIZES, num_layers=LAYERS
     ),
-    "diffusion_models/tiny_ltx2.safetensors": _other(
+    "diffusion_models/tiny_ltx2.safetensors": _model(
         42,
         "lightricks.av_model.LTXAVModel",
         LTX_SIZES
@@ -434,7 +403,7 @@ FILES: dict[str, Callable[[Path], None]] = {
         ),
         num_layers=LAYERS,
     ),
-    "diffusion_models/tiny_kandinsky5.safetensors": _other(
+    "diffusion_models/tiny_kandinsky5.safetensors": _model(
         43,
         "kandinsky5.model.Kandinsky5",
         model_dim=64 * HEADS,
@@ -443,24 +412,28 @@ FILES: dict[str, Callable[[Path], None]] = {
         num_text_blocks=1,
         num_visual_blocks=LAYERS,
     ),
-    "diffusion_models/tiny_cogvideox.safetensors": _other(
-        44,
-        "cogvideo.model.CogVideoXTransformer3DModel",
-        num_attention_heads=HEADS,
-        num_layers=LAYERS,
-        text_embed_dim=TEXT_WIDTH,
-        use_rotary_positional_embeddings=True,
+    "diffusion_models/tiny_cogvideox.safetensors": _cogvideo(44),
+    "diffusion_models/tiny_cogvideox15.safetensors": _cogvideo(45, patch_size_t=2),
+    # A model of another family, which the pack has to leave alone.
+    "diffusion_models/tiny_flux.safetensors": _model(
+        30,
+        "flux.model.Flux",
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=768,
+        context_in_dim=4096,
+        hidden_size=WIDTH,
+        mlp_ratio=4.0,
+        num_heads=HEADS,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=True,
+        txt_ids_dims=[],
     ),
-    "diffusion_models/tiny_cogvideox15.safetensors": _other(
-        45,
-        "cogvideo.model.CogVideoXTransformer3DModel",
-        num_attention_heads=HEADS,
-        num_layers=LAYERS,
-        text_embed_dim=TEXT_WIDTH,
-        use_rotary_positional_embeddings=True,
-        patch_size_t=2,
-    ),
-    "diffusion_models/tiny_flux.safetensors": _flux,
     "vae/tiny_wan_vae.safetensors": _wan_vae,
     "vae/tiny_taehv_hunyuan.safetensors": _taehv(14, 16, torch.float16),
     "vae/tiny_taew22.safetensors": _taehv(15, 48, torch.float32),

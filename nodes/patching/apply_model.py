@@ -81,7 +81,7 @@ def run_once(
     """One execution of the model. reason: why all of it stays dense."""
     # The modules that run now: other nodes put theirs in place when the model is loaded.
     model = executor.class_obj.diffusion_model
-    layers = {} if facts.unsupported else self_attentions(model)
+    layers = {} if facts.unsupported else self_attentions(model, run.info)
     call = ModelCall(run, facts, layers, reason)
     options = {**request.options, CALL: call, SLOT: sparse_override}
     with watching(layers):

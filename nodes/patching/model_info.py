@@ -55,6 +55,13 @@ class ModelInfo:
         double = range(self.double_layers)
         return [*(("double", i) for i in double), *(("single", i) for i in single)]
 
+    def layer(self, place: int, index: int) -> Layer:
+        """The layer of a block: the list of blocks it is in, and its place there."""
+        if not self.double_layers:
+            return Layer(index, index)
+        kind = ("double", "single")[place]
+        return Layer((kind, index), index + place * self.double_layers)
+
     def expected_layers(self) -> set[Hashable]:
         """Identities of all self-attentions that every model call runs."""
         return {*self.layer_identities(), *(("control", i, 1) for i in self.control_layers)}
@@ -73,33 +80,26 @@ def blocks(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for name in names for block in getattr(model, name, ())]
 
 
-def self_attentions(diffusion_model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
+def self_attentions(
+    diffusion_model: torch.nn.Module, info: ModelInfo
+) -> dict[torch.nn.Module, Layer]:
     """The modules that are a model's self-attention, whose hooks tell which layer calls.
 
     A control block of VACE has the number of the layer that it belongs to. Blocks that another node
     has put in place of the model's own have no such module, and are left out.
     """
-    model = unwrap(diffusion_model)
-    arrangement, info = ARRANGEMENTS.get(_identity(model)), model_info(diffusion_model)
-    if arrangement is None or info.unsupported:
-        return {}
-    ours = [
-        inside(block, attention)
-        for name, attention in arrangement.layers
-        for block in getattr(model, name)
+    model, lists = unwrap(diffusion_model), info.arrangement.layers
+    every = [
+        (inside(block, attention), info.layer(place, index))
+        for place, (name, attention) in enumerate(lists)
+        for index, block in enumerate(getattr(model, name))
     ]
-    identities = enumerate(info.layer_identities())
-    found = {
-        module: Layer(identity, number)
-        for module, (number, identity) in zip(ours, identities)
-        if module is not None
-    }
-    (_, attention), *_ = arrangement.layers
-    for number, block in zip(info.control_layers, getattr(model, "vace_blocks", ())):
-        module = inside(block, attention)
-        if module is not None:
-            found[module] = Layer(("control", number, 1), number)
-    return found
+    _, attention = lists[0]
+    every += [
+        (inside(block, attention), Layer(("control", number, 1), number))
+        for number, block in zip(info.control_layers, getattr(model, "vace_blocks", ()))
+    ]
+    return {module: layer for module, layer in every if module is not None}
 
 
 def inside(block: torch.nn.Module, attention: str) -> torch.nn.Module | None:

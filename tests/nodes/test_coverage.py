@@ -122,7 +122,7 @@ def test_the_video_lies_where_the_layout_says(variant, size, monkeypatch):
     monkeypatch.setattr(sequence, "layout", layout)
     net = model.model.diffusion_model
     info = comfy_host.module(".nodes.patching.model_info")
-    first = next(iter(info.self_attentions(net)))
+    first = next(iter(info.self_attentions(net, info.model_info(net))))
     handle = first.register_forward_pre_hook(rope, with_kwargs=True)
     try:
         variant.sample(sparse(model, sparsity=0.6), getattr(variant, size), 1.0, steps=1)

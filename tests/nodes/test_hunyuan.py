@@ -172,7 +172,7 @@ def test_layers_are_counted_through_double_and_single_blocks():
     sample(patched, steps=2, pooled=True)
     assert report(patched).dense_calls == {"dense layers": 4} and report(patched).sparse_calls == 4
     net, module = model.model.diffusion_model, comfy_host.module(".nodes.patching.model_info")
-    layers = module.self_attentions(net)
+    layers = module.self_attentions(net, module.model_info(net))
     assert [layers[block] for block in (*net.double_blocks, *net.single_blocks)] == [
         (("double", 0), 0), (("double", 1), 1), (("single", 0), 2), (("single", 1), 3)
     ]  # fmt: skip
