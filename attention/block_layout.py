@@ -22,7 +22,8 @@ class TokenLayout:
     order: "raster" cuts the video into blocks as it lies in memory; "cube" cuts a tile order that
     keeps each block compact in time and space. Either way only the video's last block may be short,
     and no token is added. hidden: spans (start, stop) of tokens beside the video that no query may
-    attend to, ascending.
+    attend to, ascending. weighted: spans (start, stop, w) of tokens beside the video, ascending,
+    whose scores have w added for the video's queries.
     """
 
     grid: tuple[int, int, int]
@@ -30,6 +31,7 @@ class TokenLayout:
     after: int = 0
     order: str = "cube"
     hidden: tuple[tuple[int, int], ...] = ()
+    weighted: tuple[tuple[int, int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.grid) != 3 or min(self.grid) < 1:
@@ -40,13 +42,17 @@ class TokenLayout:
             raise ValueError(f"before and after count tokens; found {self.before} and {self.after}")
         if self.order not in ("raster", "cube"):
             raise ValueError(f"order must be raster or cube; found {self.order!r}")
-        video, last = self.video, 0
-        for start, stop in self.hidden:
-            beside = stop <= video.start or start >= video.stop
+        for name in ("hidden", "weighted"):
+            self._check_spans(name)
+
+    def _check_spans(self, name: str) -> None:
+        spans, last = getattr(self, name), 0
+        for start, stop, *_ in spans:
+            beside = stop <= self.video.start or start >= self.video.stop
             if not (last <= start < stop <= self.tokens and beside):
                 raise ValueError(
-                    "hidden must be ascending spans (start, stop) before or after the video; "
-                    f"found {self.hidden}"
+                    f"{name} must be ascending spans (start, stop) before or after the video; "
+                    f"found {spans}"
                 )
             last = stop
 
@@ -62,6 +68,11 @@ class TokenLayout:
     def attended_tokens(self) -> int:
         """Those that are not hidden."""
         return self.tokens - sum(stop - start for start, stop in self.hidden)
+
+    @cached_property
+    def listed_tokens(self) -> int:
+        """Those that key blocks hold: attended to, and not weighted."""
+        return self.attended_tokens - sum(stop - start for start, stop, _ in self.weighted)
 
     @cached_property
     def video(self) -> slice:
@@ -112,13 +123,13 @@ class TokenLayout:
         video = torch.where(own.empty, -1, own.tokens + self.before)
         seen = torch.ones(self.tokens, dtype=torch.bool)
         seen[self.video] = False
-        for start, stop in self.hidden:
+        for start, stop, *_ in (*self.hidden, *self.weighted):
             seen[start:stop] = False
         beside = torch.nonzero(seen).flatten()
         if beside.numel():
             cut = TokenBlocks.cut(beside, own.block_size, self.tokens)
             video = torch.cat((video, cut.tokens))
-        return TokenBlocks(video, self.tokens, self.attended_tokens)
+        return TokenBlocks(video, self.tokens, self.listed_tokens)
 
 
 def _tile_order(grid: tuple[int, int, int]) -> Tensor:

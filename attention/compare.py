@@ -17,6 +17,7 @@ from .methods.calibration import Lesson
 from .methods.precision import Precision
 from .plan import ResolvedPlan
 from .run import AttentionRun
+from .weighted_keys import merge_weighted
 
 SAMPLED_QUERIES = 2048  # of the video, spread evenly
 STEPS = 8  # AdaSpa searches once in a run of so many
@@ -55,6 +56,7 @@ class MethodComparison:
         self.plan = next(iter(plans.values()))
         self.needs_x = any(run.needs_x for run in self.runs.values())
         self.needs_rope = any(run.needs_rope for run in self.runs.values())
+        self.tells_mass = all(run.tells_mass for run in self.runs.values())
         self.selection = selection
         self.learns = any(plan.probes for plan in plans.values())
         self.learning = False
@@ -100,8 +102,9 @@ class MethodComparison:
         first = next(iter(self.runs.values()))
         call = replace(call, step=0, num_steps=STEPS)
         seen = first.method.seen_keys(call.layout, q.device)
-        dense, _ = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=self.plan.backend)
-        layout = call.layout
+        layout, plan = call.layout, self.plan
+        found = ops.dense_attention(q, k, v, seen, scale=call.scale, backend=plan.backend)
+        dense = merge_weighted(q, k, v, found, call, plan)
         flops = batch * dense_flops(layout.attended_tokens, head_dim, heads)
         if self.learning:
             for run in self.runs.values():
@@ -109,7 +112,8 @@ class MethodComparison:
             return dense, AttentionCost(1.0, flops, flops)
         count = min(SAMPLED_QUERIES, layout.video_tokens)
         positions = torch.arange(count, device=q.device) * layout.video_tokens // count
-        tokens = layout.before + positions
+        alone = q.shape[2] == layout.video_tokens
+        tokens = positions if alone else layout.before + positions
         exact = dense.index_select(2, tokens).float()
         self._watch_kept_blocks(first, call, heads)
         for name, run in self.runs.items():

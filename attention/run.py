@@ -12,12 +12,14 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.types import BlockMask
 from .accounting import AttentionCost, dense_flops, sparse_flops
+from .block_layout import TokenLayout
 from .call import AttentionCall, LayerInputs
 from .methods import Method, MethodOutput, create
 from .methods.base import QKV, routing_cost
 from .methods.calibration import Lesson
 from .methods.precision import Precision
 from .plan import ResolvedPlan
+from .weighted_keys import merge_weighted
 
 
 class Attention(Protocol):
@@ -30,6 +32,11 @@ class Attention(Protocol):
 
     @property
     def needs_rope(self) -> bool: ...
+
+    @property
+    def tells_mass(self) -> bool:
+        """Whether layouts may have weighted keys."""
+        ...
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""
@@ -82,6 +89,10 @@ class AttentionRun:
         return self.method.needs_rope
 
     @property
+    def tells_mass(self) -> bool:
+        return self.method.tells_mass
+
+    @property
     def lessons(self) -> Mapping[Hashable, Sequence[Lesson]]:
         return self.method.lessons
 
@@ -116,20 +127,20 @@ class AttentionRun:
     ) -> tuple[Tensor, AttentionCost]:
         """Sparse self-attention of one layer.
 
-        q, k, v `(B, H, L, D)` after RoPE, any strides, L = call.layout.tokens -> out `(B, H, L, D)`
-        in q's dtype and token order, and what it cost. Text and reference tokens attend densely;
-        hidden tokens get 0. Raises ValueError when the tensors do not fit the layout, or the method
-        lacks an input.
+        q, k, v `(B, H, L, D)` after RoPE, any strides, L = call.layout.tokens -> out of q's shape,
+        dtype and token order, and what it cost. Text and reference tokens attend densely; hidden
+        tokens get 0. q may be the video's alone, and has to be where keys are weighted. Raises
+        ValueError when the tensors do not fit the layout, or the method lacks an input.
         """
         layout = call.layout
-        if q.shape[2] != layout.tokens:
-            raise ValueError(f"q has {q.shape[2]} tokens; the layout {layout} has {layout.tokens}")
+        self._check_tokens(q, layout)
         call.conditionings(q.shape[0])
         missing = self.missing(call.inputs)
         if missing:
             raise ValueError(missing)
         self.method.begin(call)
-        video, alone = layout.video, layout.tokens == layout.video_tokens
+        alone = q.shape[2] == layout.video_tokens
+        video = slice(None) if alone else layout.video
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # One tensor that every part is written into; gradients have to put the parts together.
         out = None if alone or gradients else ops.empty_nhd(q, q.shape[2])
@@ -139,6 +150,10 @@ class AttentionRun:
             self.method.judge_precision(QKV(q[:, :, video], k, v), call)
             if self.on_mask is not None and found.mask is not None:
                 self.on_mask(found.mask)
+            if layout.weighted:
+                assert found.mass is not None
+                whole = merge_weighted(q, k, v, (found.out, found.mass), call, self.plan)
+                found = found._replace(out=whole)
             if out is not None:
                 self._attend_beside(q, k, v, call, out)
             elif not alone:
@@ -151,8 +166,16 @@ class AttentionRun:
         if self.missing(call.inputs):
             return 0.0
         self.method.begin(call)
+        video = q if q.shape[2] == call.layout.video_tokens else q[:, :, call.video]
         with _full_precision(q.device), torch.no_grad():
-            return self.method.observe(q[:, :, call.video], k, v, call)
+            return self.method.observe(video, k, v, call)
+
+    def _check_tokens(self, q: Tensor, layout: TokenLayout) -> None:
+        fits = (layout.video_tokens,) if layout.weighted else (layout.tokens, layout.video_tokens)
+        if q.shape[2] not in fits:
+            raise ValueError(f"q has {q.shape[2]} tokens; the layout {layout} has {fits[0]}")
+        if layout.weighted and not self.tells_mass:
+            raise ValueError(f"{self.plan.method} cannot take weighted keys; found {layout}")
 
     def _attend_beside(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor
@@ -191,10 +214,12 @@ class AttentionRun:
         return whole.masked_fill(hidden, 0.0)  # not a product: hidden text may hold NaN
 
     def _cost(self, q: Tensor, call: AttentionCall, found: MethodOutput) -> AttentionCost:
-        batch, heads, _, head_dim = q.shape
-        tokens = call.layout.attended_tokens
-        video_share = call.layout.video_tokens / tokens
-        density = 1.0 - (1.0 - found.density) * video_share
+        batch, heads, queries, head_dim = q.shape
+        layout, tokens = call.layout, call.layout.attended_tokens
+        # Where the video's queries come alone, the others are no part of this call.
+        rows = tokens if queries == layout.tokens else layout.video_tokens
+        share = layout.video_tokens / rows * layout.listed_tokens / tokens  # that is sparse at all
+        density, batch = 1.0 - (1.0 - found.density) * share, batch * rows / tokens
         routing = 0.0
         if self.method.routes:
             routing = routing_cost(q, self.method.blocks(call.layout, q.device))
@@ -206,7 +231,7 @@ class AttentionRun:
             found.background,
             found.calibration,
             found.recall,
-            tuple(1.0 - (1.0 - each) * video_share for each in found.heads),
+            tuple(1.0 - (1.0 - each) * share for each in found.heads),
         )
 
 

@@ -82,8 +82,8 @@ class AdaSpa(Method):
         if due:
             return self._sparse_search(q, k, v, call, known, out)
         mask = self._mask(known, call, q.device)
-        found, _ = self._attend(q, k, v, mask, call, out)
-        return MethodOutput(found, mask, known.density)
+        found, mass = self._attend(q, k, v, mask, call, out)
+        return MethodOutput(found, mask, known.density, mass=mass)
 
     def _dense_search(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None
@@ -99,7 +99,7 @@ class AdaSpa(Method):
             cost += self._sparse_cost(q, call, found)
             found = found._replace(ratio=_ratio(lse.detach(), kept_lse.detach()))
         self._remember(found, call, q.shape[0])
-        return MethodOutput(dense, None, 1.0, 0.0, cost, recall)
+        return MethodOutput(dense, None, 1.0, 0.0, cost, recall, mass=lse)
 
     def _sparse_search(
         self,
@@ -121,7 +121,7 @@ class AdaSpa(Method):
         if self._searches_again(call):
             found = found._replace(ratio=_ratio(lse.detach(), kept_lse.detach()))
         self._remember(found, call, q.shape[0])
-        return MethodOutput(kept, mask, found.density, 0.0, cost, recall)
+        return MethodOutput(kept, mask, found.density, 0.0, cost, recall, mass=kept_lse)
 
     def _attend(
         self,

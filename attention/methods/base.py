@@ -44,6 +44,8 @@ class MethodOutput(NamedTuple):
     calibration: float = 0.0  # FLOPs of calibration or search in this call
     recall: float | None = None  # softmax mass kept, where this call measured it
     heads: tuple[float, ...] = ()  # density of each head, mean over the batch, where they differ
+    # (B, H, Lv): log of the softmax mass that out stands for; for layouts with weighted keys.
+    mass: Tensor | None = None
 
 
 class Queries(NamedTuple):
@@ -89,6 +91,7 @@ class Method:
 
     routes = True  # scores blocks in every call
     fewest = 1  # blocks that every head keeps: none is enough for a method with a background
+    tells_mass = True  # of the softmax, so that weighted keys can be added to its output
     needs_x = False  # calls without inputs.x cannot run
     needs_rope = False  # calls without inputs.rope cannot run
 
@@ -197,8 +200,9 @@ class Method:
         return self._blocks[key]
 
     def seen_keys(self, layout: TokenLayout, device: torch.device) -> TokenBlocks | None:
-        """The keys that are not hidden; None for all."""
-        return self.blocks(layout, device).kv_blocks if layout.hidden else None
+        """The keys that are neither hidden nor weighted; None for all."""
+        every = layout.listed_tokens == layout.tokens
+        return None if every else self.blocks(layout, device).kv_blocks
 
     def route(
         self, q: Tensor, k: Tensor, call: AttentionCall, pooled_k: Tensor | None = None

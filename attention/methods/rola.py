@@ -35,6 +35,7 @@ SAMPLED_QUERIES = 512  # on which features are weighed when not all are used
 class RmsMethod(Method):
     """What RoLA and RoPeSLR's form "rms" share: all but the feature maps."""
 
+    tells_mass = False  # the branch has none
     needs_x = True
     needs_rope = True
 

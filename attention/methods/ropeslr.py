@@ -23,6 +23,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import ops
@@ -105,10 +106,10 @@ class RoPeSLR(Method):
         if self.plan.drops_nothing(q.shape[2]):
             routing = self.route(q, k, call)
             small = self.eight_bit(k, v, call, routing.pooled_k)
-            found, _ = ops.block_sparse_attention(
+            found, mass = ops.block_sparse_attention(
                 q, k, v, routing.mask, scale=call.scale, backend=backend, out=out, eight_bit=small
             )
-            return MethodOutput(found, routing.mask, routing.density)
+            return MethodOutput(found, routing.mask, routing.density, mass=mass)
 
         batch, heads, tokens, head_dim = q.shape
         known, due = self._lookup(q, call)
@@ -124,9 +125,14 @@ class RoPeSLR(Method):
             background += batch * low_rank_flops(tokens, head_dim, heads, rank)
         for probe in self.probes(qkv, call, routing):
             cost += self._learn_calibrating(call, parts, probe)
+        mass = None
         if due:
-            found, more = self._calibrating(qkv, call, parts, out)
+            found, mass, more = self._calibrating(qkv, call, parts, out)
             cost += more
+        elif call.layout.weighted:
+            self._remember(q, call, parts.known)
+            sparse = self._kept_blocks(qkv, call, parts, out)
+            found, mass = self._mix(q, sparse, call, parts, out)
         else:
             self._remember(q, call, parts.known)
             found = ops.block_sparse_mixed(
@@ -141,7 +147,7 @@ class RoPeSLR(Method):
                 eight_bit=self.eight_bit(k, v, call, routing.pooled_k),
             )
         return MethodOutput(
-            found, routing.mask, routing.density, background, cost, heads=routing.heads
+            found, routing.mask, routing.density, background, cost, heads=routing.heads, mass=mass
         )
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
@@ -205,17 +211,12 @@ class RoPeSLR(Method):
 
     def _calibrating(
         self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
-    ) -> tuple[Tensor, float]:
-        """Compute some queries exactly and fit gate and channel scale by them: -> out, FLOPs."""
-        mask, means = parts.routing.mask, parts.routing.pooled_k
-        sparse = ops.block_sparse_attention(
-            *qkv,
-            mask,
-            scale=call.scale,
-            backend=self.plan.backend,
-            out=out,  # it is mixed in place
-            eight_bit=self.eight_bit(qkv.k, qkv.v, call, means),
-        )
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """Compute some queries exactly and fit gate and channel scale by them.
+
+        -> out, mass as of `_mix`, FLOPs.
+        """
+        sparse = self._kept_blocks(qkv, call, parts, out)
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
@@ -224,12 +225,49 @@ class RoPeSLR(Method):
                 self.judge_precision(qkv, call, (exact.q, exact.out), lost)
         batch, heads, count, head_dim = exact.q.shape
         self._remember(qkv.q, call, known, made_now=True)
-        both = parts._replace(known=known).background
-        found = ops.mix_background(
-            qkv.q, *sparse, mask.q_blocks, both, backend=self.plan.backend, out=out
-        )
+        found, mass = self._mix(qkv.q, sparse, call, parts._replace(known=known), out)
         tokens = call.layout.attended_tokens
-        return found, batch * calibration_flops(tokens, head_dim, heads, count)
+        return found, mass, batch * calibration_flops(tokens, head_dim, heads, count)
+
+    def _kept_blocks(
+        self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the kept blocks and its LSE, to be mixed in place by `_mix`."""
+        return ops.block_sparse_attention(
+            *qkv,
+            parts.routing.mask,
+            scale=call.scale,
+            backend=self.plan.backend,
+            out=out,
+            eight_bit=self.eight_bit(qkv.k, qkv.v, call, parts.routing.pooled_k),
+        )
+
+    def _mix(
+        self,
+        q: Tensor,
+        sparse: tuple[Tensor, Tensor],
+        call: AttentionCall,
+        parts: Parts,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Kept blocks and background: -> out, and the mass where weighted keys are still to come.
+
+        The kept part has 1 - g of it, so the whole has LSE - log(1 - g) = LSE + softplus(logit g).
+        """
+        background, q_blocks = parts.background, parts.routing.mask.q_blocks
+        found = ops.mix_background(
+            q, *sparse, q_blocks, background, backend=self.plan.backend, out=out
+        )
+        if not call.layout.weighted:
+            return found, None
+        gate, lse = background.gate, sparse[1]
+        dropped = gate.dropped_lse.index_select(2, q_blocks.block_of_token)
+        gap = dropped.clamp(min=-1e30) - lse.clamp(min=-1e30)
+        logit = gate.slope[..., None] * gap + gate.bias[..., None]
+        if gate.logits is not None:
+            logit = logit + gate.logits
+        mass = lse + F.softplus(logit)
+        return found, torch.where(lse == -torch.inf, dropped, mass)  # a head may keep nothing
 
     def _exact_queries(
         self, qkv: QKV, call: AttentionCall, parts: Parts, sparse: tuple[Tensor, Tensor]

@@ -33,6 +33,8 @@ FEATURES = FeatureMap("softmax")
 class SLA(Method):
     """Stateless: everything follows from the call and the weights."""
 
+    tells_mass = False  # the linear branch has none
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
     ) -> MethodOutput:

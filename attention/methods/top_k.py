@@ -27,7 +27,7 @@ class TopK(Method):
     ) -> MethodOutput:
         """See `Method.attend`."""
         routing = self.route(q, k, call)
-        found, _ = ops.block_sparse_attention(
+        found, mass = ops.block_sparse_attention(
             q,
             k,
             v,
@@ -39,7 +39,7 @@ class TopK(Method):
         )
         cost = self.look(QKV(q, k, v), call, routing)
         return MethodOutput(
-            found, routing.mask, routing.density, calibration=cost, heads=routing.heads
+            found, routing.mask, routing.density, calibration=cost, heads=routing.heads, mass=mass
         )
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
@@ -58,7 +58,7 @@ class PooledTopK(Method):
         """See `Method.attend`."""
         routing, backend = self.route(q, k, call), self.plan.backend
         pooled = self._pooled(v, routing)
-        found, _ = ops.block_sparse_attention(
+        found, mass = ops.block_sparse_attention(
             q,
             k,
             v,
@@ -73,7 +73,7 @@ class PooledTopK(Method):
         batch, heads, tokens, head_dim = q.shape
         background = batch * pooled_flops(tokens, head_dim, heads, pooled.k.shape[2])
         return MethodOutput(
-            found, routing.mask, routing.density, background, cost, heads=routing.heads
+            found, routing.mask, routing.density, background, cost, heads=routing.heads, mass=mass
         )
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:

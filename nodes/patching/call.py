@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from torch import Tensor
 from ...attention import TokenLayout
 from ...attention.accounting import dense_flops
 from .candidate import Candidate, HostCall
-from .dense_reason import DenseReason
+from .dense_reason import SOME_QUERIES, DenseReason
 from .hooks import EnteringLayer
 from .model_info import Layer
 from .tally import Cell, Tally
-from .token_layout import SequenceInfo, with_hidden
+from .token_layout import SequenceInfo, with_mask
 
 if TYPE_CHECKING:
     from .sampling_run import SamplingRun
@@ -115,16 +115,20 @@ class ModelCall:
         self.layers_seen.add(layer.identity)
         return layer
 
-    def layout_of(
-        self, options: Mapping[str, Any], tokens: int, mask: Tensor | None
-    ) -> TokenLayout | DenseReason:
-        """Where the video lies in a sequence of so many tokens, and which others a mask hides."""
+    def layout_of(self, host: HostCall) -> TokenLayout | DenseReason:
+        """Where the video lies in a call's sequence, and what a mask says of the other tokens."""
         assert self.facts.sequence is not None
-        layout = self.facts.sequence.layout(options, tokens, self.run.plan.block_order)
-        if mask is None or not isinstance(layout, TokenLayout):
+        tokens, mask = host.kv_tokens, host.mask
+        layout = self.facts.sequence.layout(host.options, tokens, self.run.plan.block_order)
+        alone = host.tokens != tokens
+        if isinstance(layout, DenseReason) or (mask is None and not alone):
+            return layout
+        if alone and (layout.before or host.tokens != layout.video_tokens):
+            return DenseReason(SOME_QUERIES.format(queries=host.tokens, tokens=tokens))
+        if mask is None:
             return layout
         if self._read_mask is None or self._read_mask[0] is not mask:
-            self._read_mask = (mask, with_hidden(layout, mask))
+            self._read_mask = (mask, with_mask(layout, mask, alone))
         return self._read_mask[1]
 
     def run_previous(self, host: HostCall) -> Tensor:

@@ -87,8 +87,7 @@ class Candidate:
     @cached_property
     def layout(self) -> TokenLayout | DenseReason:
         """Where the video lies and which tokens are hidden, or why that is not known."""
-        host = self.host
-        return self.call.layout_of(host.options, host.tokens, host.mask)
+        return self.call.layout_of(self.host)
 
     @property
     def token_layout(self) -> TokenLayout:

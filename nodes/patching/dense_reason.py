@@ -23,9 +23,8 @@ UNKNOWN_LAYOUT = "{name} is a kind of video model whose token layout is not know
 UNSUPPORTED = "{name} cannot be sparse: {why}"
 SINGLE_IMAGE = "it makes a single image, too few tokens to gain anything"
 REPEATED = "its self-attention calls attention more than once: another node has replaced it"
-GUIDE_STRENGTH = (
-    "its queries are {queries} of {tokens} tokens, as LTX asks where a guide's strength is not 1"
-)
+SOME_QUERIES = "its queries are {queries} of {tokens} tokens, which are not those of the video"
+GUIDE_STRENGTH = "a guide's strength is not 1, which {method} cannot honour"
 UNKNOWN_TOKENS = (
     "{tokens} tokens, but the video's grid {grid} has {held}: the position of the rest is unknown"
 )
@@ -126,11 +125,12 @@ def _speed(candidate: Candidate) -> DenseReason | None:
 
 def _tokens(candidate: Candidate) -> DenseReason | None:
     """Where the video lies, and what a mask hides."""
-    queries, tokens = candidate.host.tokens, candidate.host.kv_tokens
-    if queries != tokens:
-        return DenseReason(GUIDE_STRENGTH.format(queries=queries, tokens=tokens))
     layout = candidate.layout
-    return None if isinstance(layout, TokenLayout) else layout
+    if not isinstance(layout, TokenLayout):
+        return layout
+    if layout.weighted and not candidate.call.run.attention.tells_mass:
+        return DenseReason(GUIDE_STRENGTH.format(method=candidate.plan.method))
+    return None
 
 
 def _length(candidate: Candidate) -> DenseReason | None:

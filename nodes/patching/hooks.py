@@ -71,13 +71,13 @@ class EnteringLayer:
         """What was seen, if it belongs to this attention; a second call sees nothing."""
         x, rope = self._x, self._rope
         self.drop()
-        wanted = (host.batch, host.tokens)
+        wanted = (host.batch, host.kv_tokens)
         if x is None or x.shape[:2] != wanted or x.device != host.q.device:
             return LayerInputs()
         if rope is None:
             return LayerInputs(x)
         if self._read is None or self._read[0] is not rope:
-            self._read = (rope, read_rope(rope, host.tokens, layout.video))
+            self._read = (rope, read_rope(rope, host.kv_tokens, layout.video))
         return LayerInputs(x, self._read[1])
 
 

@@ -1,4 +1,4 @@
-"""Where the video's tokens lie in the sequence of a call, and which text tokens a mask hides."""
+"""Where the video's tokens lie in the sequence of a call, and which others a mask weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .dense_reason import MASK_SHAPE, MASK_VALUES, SINGLE_IMAGE, UNKNOWN_TOKENS,
 from .model_info import ModelInfo
 
 HIDDEN = -1e4  # an additive mask below this leaves nothing
+MOST_SPANS = 32  # of weighted keys, each of which is attended to by itself
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,28 @@ def video_shape(
     return tuple(packed[0] if packed else latent_shape)
 
 
-def with_hidden(layout: TokenLayout, mask: Tensor) -> TokenLayout | DenseReason:
-    """The layout with the tokens that an additive mask hides, or why it cannot be honoured.
+def with_mask(layout: TokenLayout, mask: Tensor, alone: bool) -> TokenLayout | DenseReason:
+    """The layout with what an additive mask says of the keys, or why it cannot be honoured.
 
-    It can if it is the same for all queries and batch rows and hides nothing but text.
+    It can if it is the same for all queries and batch rows and leaves the video's keys as they are.
+    It may hide text; and weight and hide what lies beside the video where the video's queries come
+    alone, as LTX asks for its guides.
     """
     if mask.numel() != layout.tokens or not mask.dtype.is_floating_point:
         return DenseReason(MASK_SHAPE.format(shape=tuple(mask.shape)))
-    values = mask.flatten()
-    hidden = values < HIDDEN
-    if bool((values[~hidden] != 0).any()) or bool(hidden[layout.before :].any()):
+    values = mask.flatten().float().clamp(min=HIDDEN)
+    starts = (torch.diff(values, prepend=values[:1] + 1) != 0).nonzero().flatten()
+    edges = [*starts.tolist(), layout.tokens]
+    spans = [
+        (start, stop, weight)
+        for start, stop, weight in zip(edges, edges[1:], values[starts].tolist())
+        if weight
+    ]
+    video, last = layout.video, layout.tokens if alone else layout.before
+    hidden = tuple((start, stop) for start, stop, weight in spans if weight == HIDDEN)
+    weighted = tuple(span for span in spans if span[2] != HIDDEN)
+    allowed = MOST_SPANS if alone else 0
+    beside = all(stop <= video.start or start >= video.stop for start, stop, _ in spans)
+    if not beside or any(stop > last for _, stop, _ in spans) or len(weighted) > allowed:
         return DenseReason(MASK_VALUES)
-    return replace(layout, hidden=_spans(hidden[: layout.before]))
-
-
-def _spans(hidden: Tensor) -> tuple[tuple[int, int], ...]:
-    """Where a `(n,)` bool is true: (start, stop) of every stretch."""
-    edges = torch.diff(hidden.int(), prepend=hidden.new_zeros(1), append=hidden.new_zeros(1))
-    starts, stops = ((edges == sign).nonzero().flatten().tolist() for sign in (1, -1))
-    return tuple(zip(starts, stops))
+    return replace(layout, hidden=hidden, weighted=weighted)

@@ -147,23 +147,23 @@ def test_masks_that_cannot_be_honoured_run_dense_with_a_reason():
     layout = comfy_host.module(".attention").TokenLayout((2, 8, 8), before=20)
     hide = torch.finfo(torch.float32).min
     mask = torch.zeros(1, 1, 148)
-    assert module.with_hidden(layout, mask) == layout
+    assert module.with_mask(layout, mask, False) == layout
     mask[..., 12:20] = hide
     mask[..., 3] = hide
-    found = module.with_hidden(layout, mask)
+    found = module.with_mask(layout, mask, False)
     assert found.hidden == ((3, 4), (12, 20)) and found.attended_tokens == 139
     for wrong in (
         torch.zeros(2, 1, 148),
         torch.zeros(148, 148),
         torch.ones(1, 148, dtype=torch.bool),
     ):
-        assert module.with_hidden(layout, wrong).text == module.MASK_SHAPE.format(
+        assert module.with_mask(layout, wrong, False).text == module.MASK_SHAPE.format(
             shape=tuple(wrong.shape)
         )
     for at, value in ((3, -1.0), (3, float("nan")), (30, hide)):
         bad = torch.zeros(1, 1, 148)
         bad[..., at] = value
-        assert module.with_hidden(layout, bad).text == module.MASK_VALUES
+        assert module.with_mask(layout, bad, False).text == module.MASK_VALUES
 
 
 def test_layers_are_counted_through_double_and_single_blocks():

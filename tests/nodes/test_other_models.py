@@ -75,26 +75,66 @@ def variant_text(variant):
     return conditioning(1, width=variant.text, **variant.extra((3, 8, 8)))
 
 
-def test_guides_of_another_strength_stay_dense_with_a_reason():
-    """ComfyUI splits such a call by its queries, and weights the guide's keys with a mask."""
+def guided(strength, pixels=None):
+    """LTX-Video with a guide of some strength, for all pixels or those of a mask."""
     variant = VARIANTS["LTX-Video with a guide"]
-    entry = {
-        "pre_filter_count": 64,
-        "strength": 0.7,
-        "pixel_mask": None,
-        "latent_shape": [1, 8, 8],
-    }
-    weaker = replace(
-        variant, extra=lambda x: variant.extra(x) | {"guide_attention_entries": [entry]}
+
+    def extra(latent):
+        _, height, width = latent
+        entry = {
+            "pre_filter_count": height * width,
+            "strength": strength,
+            "pixel_mask": pixels,
+            "latent_shape": [1, height, width],
+        }
+        return variant.extra(latent) | {"guide_attention_entries": [entry]}
+
+    return replace(variant, extra=extra)
+
+
+def splits_queries():
+    """Whether this ComfyUI asks for the video's queries apart from the guides'."""
+    import comfy.ldm.lightricks.model
+
+    return hasattr(comfy.ldm.lightricks.model, "GuideAttentionMask")
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.5, 0.0])
+def test_guides_of_another_strength_run_sparse(strength, monkeypatch):
+    """ComfyUI asks for the video's queries apart, and weights the guide's keys with a mask."""
+    if not splits_queries():
+        pytest.skip("this ComfyUI weights guides with a mask over all queries")
+    weaker = guided(strength)
+    model = weaker.model()
+    dense = weaker.sample(model, weaker.even, 1.0)
+    assert (
+        relative_error(VARIANTS["LTX-Video with a guide"].sample(model, weaker.even, 1.0), dense)
+        > 1e-3
     )
-    model = variant.model()
+    errors = []
+    for method in ("ropeslr", "top-k", "top-k plain", "adaspa"):
+        patched = sparse(model, sparsity=0.6, method=method, strict=True)
+        errors.append(relative_error(weaker.sample(patched, weaker.even, 1.0), dense))
+        assert report(patched).sparse_calls == 4 and not report(patched).dense_calls
+    assert 1e-5 < min(errors) and max(errors) < 0.5
+    full_density(monkeypatch)
+    for cfg in (1.0, 5.0):
+        dense = weaker.sample(model, weaker.odd, cfg)
+        found = weaker.sample(sparse(model, sparsity=0.0), weaker.odd, cfg)
+        assert relative_error(found, dense) < 1e-5
+
+
+def test_guides_that_cannot_be_weighted_stay_dense_with_a_reason():
+    """Each pixel with a strength of its own; and a ComfyUI that weights them for all queries."""
+    weaker = guided(0.7, torch.rand(1, 1, 8, 64, 64) if splits_queries() else None)
+    model = weaker.model()
     patched = sparse(model)
-    found = weaker.sample(patched, variant.even, 1.0)
-    assert torch.equal(found, weaker.sample(model, variant.even, 1.0))
+    found = weaker.sample(patched, weaker.even, 1.0)
+    assert torch.equal(found, weaker.sample(model, weaker.even, 1.0))
     ((reason, count),) = report(patched).dense_calls.items()
-    assert count == 4 and ("strength is not 1" in reason or "attention mask" in reason)
+    assert count == 4 and "attention mask" in reason
     with pytest.raises(RuntimeError, match="strict"):
-        weaker.sample(sparse(model, strict=True), variant.even, 1.0)
+        weaker.sample(sparse(model, strict=True), weaker.even, 1.0)
 
 
 @pytest.mark.parametrize("name", ["Kandinsky 5", "Cosmos Predict2"])
