@@ -84,7 +84,7 @@ def run_once(
     layers = {} if facts.unsupported else self_attentions(model, run.info)
     call = ModelCall(run, facts, layers, reason)
     options = {**request.options, CALL: call, SLOT: sparse_override}
-    with watching(layers):
+    with watching(call, model):
         out = executor(
             request.x,
             request.t,

@@ -65,6 +65,7 @@ class ModelCall:
         self.entering = EnteringLayer()
         self.layers_seen: set[Hashable] = set()
         self.stray_calls = 0  # of a sequence that may hold the video, by no known self-attention
+        self.preferred: Callable[..., Tensor] | None = None  # of the module under way, see hooks
         self.overwritten = False  # another node took the override while the call ran
         self._read_mask: tuple[Tensor, TokenLayout | DenseReason] | None = None  # layers share it
         self._extremes: list[Tensor] = []
@@ -132,11 +133,14 @@ class ModelCall:
         return self._read_mask[1]
 
     def run_previous(self, host: HostCall) -> Tensor:
-        """Hand the call, unchanged, to the previous override, or to ComfyUI's own attention."""
-        arguments = (host.func, host.q, host.k, host.v, host.heads)
+        """Hand the call, unchanged, to the previous override, or to ComfyUI's own attention.
+
+        That is the checkpoint's own, where it names one for the module.
+        """
+        arguments = (host.q, host.k, host.v, host.heads)
         if self.facts.previous is not None:
-            return self.facts.previous(*arguments, mask=host.mask, **host.kwargs)
-        return host.func(*arguments[1:], mask=host.mask, **host.kwargs)
+            return self.facts.previous(host.func, *arguments, mask=host.mask, **host.kwargs)
+        return (self.preferred or host.func)(*arguments, mask=host.mask, **host.kwargs)
 
     def run_sparse(self, candidate: Candidate) -> Tensor:
         """Sparse self-attention, counted."""

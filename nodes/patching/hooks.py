@@ -1,4 +1,4 @@
-"""Hooks on self-attention modules: which layer is under way, its hidden state and RoPE.
+"""Hooks on attention modules: which one is under way, and what it was called with.
 
 An attention call itself tells none of this: not every model says which block calls, and q and k
 arrive projected and rotated. The hooks live for one model call and hold nothing themselves: they
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,14 +122,47 @@ def _call_under_way(args: tuple, kwargs: dict[str, Any]) -> ModelCall | None:
     return None
 
 
+@torch.compiler.disable
+def enter_preferring(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of any attention module that has an attention function of its own."""
+    call = _call_under_way(args, kwargs)
+    if call is not None:
+        call.preferred = own_function(module)
+
+
+@torch.compiler.disable
+def leave_preferring(
+    module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], out: Any
+) -> None:
+    """Forward hook of the same."""
+    call = _call_under_way(args, kwargs)
+    if call is not None:
+        call.preferred = None
+
+
+def own_function(module: torch.nn.Module) -> Callable[..., Tensor] | None:
+    """The attention function that a checkpoint asks for in a module, as newer ComfyUI keeps it.
+
+    An override comes before it there, so it is this pack that has to call it.
+    """
+    return getattr(getattr(module, "comfy_attention", None), "function", None)
+
+
 @contextlib.contextmanager
-def watching(self_attentions: Iterable[Any]) -> Iterator[None]:
-    """Hook some modules for the length of a `with` block; nothing is left behind."""
+def watching(call: ModelCall, model: torch.nn.Module) -> Iterator[None]:
+    """Hook a model's attention for the length of a `with` block; nothing is left behind."""
+    preferring = [module for module in model.modules() if own_function(module) is not None]
     handles: list[Any] = []
+
+    def hook(module: torch.nn.Module, before: Any, after: Any) -> None:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+
     try:
-        for module in self_attentions:
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        for module in call.layers:
+            hook(module, enter, leave)
+        for module in preferring:
+            hook(module, enter_preferring, leave_preferring)
         yield
     finally:
         for handle in handles:

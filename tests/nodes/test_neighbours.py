@@ -1,6 +1,7 @@
 """Other packs: who gets the dense calls, what is left behind, what a compiled model does."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +296,46 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
     assert report(model).sparse_calls == 2 and set(seen) == {False} and len(seen) == len(calls) - 2
     # So hosts with containers unpack for us.
     assert not hasattr(override.sparse_override, "container_function")
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1 T2V", "MiniMax H3", "HunyuanVideo T2V"])
+@pytest.mark.parametrize("overridden", [False, True])
+def test_attention_that_the_checkpoint_asks_for_keeps_the_dense_calls(name, overridden):
+    """Newer ComfyUI keeps it in the module, per layer; any override goes before it there."""
+    if VARIANTS[name].missing():
+        pytest.skip(VARIANTS[name].missing())
+    variant, calls = VARIANTS[name], []
+    model = variant.model()
+    expected = variant.sample(sparse(model, dense_first_steps=1), variant.even, 1.0)
+
+    def own(q, k, v, heads, **kwargs):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        calls.append(q.shape[-2] == k.shape[-2])
+        return optimized_attention(q, k, v, heads, **kwargs)
+
+    net = model.model.diffusion_model
+    info = comfy_host.module(".nodes.patching.model_info")
+    modules = list(info.self_attentions(net, info.model_info(net)))
+    if name.startswith("Wan"):
+        modules += [block.cross_attn for block in net.blocks]
+    first, *_ = modules
+    for module in modules:
+        module.comfy_attention = SimpleNamespace(function=own)
+    patched = sparse(model, dense_first_steps=1)
+    if overridden:
+        patched = with_override(patched, lambda func, *args, **kwargs: func(*args, **kwargs))
+    try:
+        found = variant.sample(patched, variant.even, 1.0)
+    finally:
+        for module in modules:
+            del module.comfy_attention
+    assert torch.equal(found, expected)
+    dense = sum(report(patched).dense_calls.values())
+    across = 4 if name.startswith("Wan") else 0
+    assert calls.count(True) == (0 if overridden else dense) and dense == variant.calls
+    assert calls.count(False) == (0 if overridden else across)
+    assert not first._forward_pre_hooks and not first._forward_hooks
 
 
 def test_two_samplers_of_one_model_each_have_their_own_run():
