@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import comfy.model_management
 from comfy.utils import ProgressBar
@@ -16,12 +17,30 @@ from .host import comfyui_version
 
 logger = logging.getLogger(__name__)
 
-# pixels of width and height, and frames, to one token, by what a person calls the model
+
+class Tokens(NamedTuple):
+    """Pixels of width and height to one token, and how many frames of tokens a video has."""
+
+    pixels: int
+    frames: Callable[[int], int] = lambda length: (length - 1) // 4 + 1
+
+    def grid(self, width: int, height: int, length: int) -> tuple[int, int, int]:
+        """Frames, height and width of a video in tokens."""
+        return self.frames(length), max(1, height // self.pixels), max(1, width // self.pixels)
+
+
+# By what a person calls the model.
 TOKENS = {
-    "Wan 2.1, Wan 2.2 14B": (16, 4),
-    "Wan 2.2 5B": (32, 4),
-    "HunyuanVideo": (16, 4),
-    "HunyuanVideo 1.5": (16, 4),
+    "Wan 2.1, Wan 2.2 14B": Tokens(16),
+    "Wan 2.2 5B": Tokens(32),
+    "HunyuanVideo": Tokens(16),
+    "HunyuanVideo 1.5": Tokens(16),
+    "MiniMax H3": Tokens(32, lambda length: 5 * max(0, -(-(length - 5) // 17)) + 2),
+    "LTX-2, LTX-Video": Tokens(32, lambda length: (length - 1) // 8 + 1),
+    "Kandinsky 5, Cosmos Predict2": Tokens(16),
+    "Mochi": Tokens(16, lambda length: (length - 1) // 6 + 1),
+    "CogVideoX": Tokens(16),
+    "CogVideoX 1.5": Tokens(16, lambda length: -(-((length - 1) // 4 + 1) // 2)),
 }
 
 
@@ -64,7 +83,7 @@ class RoPeSLRDoctor(io.ComfyNode):
                     tooltip="Video height in pixels.",
                 ),
                 io.Int.Input(
-                    "length", default=81, min=1, max=4096, step=4, tooltip="Video length in frames."
+                    "length", default=81, min=1, max=4096, tooltip="Video length in frames."
                 ),
                 io.Float.Input(
                     "sparsity",
@@ -100,8 +119,7 @@ class RoPeSLRDoctor(io.ComfyNode):
         cls, model_kind: str, width: int, height: int, length: int, sparsity: float, seconds: int
     ) -> io.NodeOutput:
         """Examine for about `seconds`, with the memory of one attention call of eight heads."""
-        pixels, frames = TOKENS[model_kind]
-        grid = ((length - 1) // frames + 1, max(1, height // pixels), max(1, width // pixels))
+        grid = TOKENS[model_kind].grid(width, height, length)
         bar = ProgressBar(100)
         device = comfy.model_management.get_torch_device()
         if device.type == "cuda":  # the trials run beside this process

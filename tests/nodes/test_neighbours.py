@@ -416,14 +416,43 @@ def test_little_memory_changes_nothing(file, monkeypatch):
 @pytest.mark.parametrize("name", ["Wan VACE", "Wan HuMo", "Wan SCAIL", "Wan 2.2 TI2V 5B"])
 def test_context_windows_of_models_that_have_more_than_a_text(name):
     """Each window slices the conditionings too: its own grid, and its own tokens behind it."""
+    check_windows(name, "WanContextWindowsManual", 9, context_length=17, context_overlap=4)
+
+
+MANUAL = dict(
+    context_length=6,
+    context_overlap=2,
+    context_schedule="standard_static",
+    context_stride=1,
+    closed_loop=False,
+    fuse_method="pyramid",
+    dim=2,
+    freenoise=False,
+)
+
+
+@pytest.mark.slow  # the same
+@pytest.mark.parametrize(
+    "name", ["Kandinsky 5", "Cosmos Predict2", "Mochi", "CogVideoX", "HunyuanVideo T2V"]
+)
+def test_context_windows_of_other_models(name):
+    """All but MiniMax H3, for which ComfyUI has none."""
+    check_windows(name, "ContextWindowsManual", 10, **MANUAL)
+
+
+@pytest.mark.slow  # older hosts have no such node
+@pytest.mark.parametrize("name", ["LTX-Video with a guide", "LTX-2"])
+def test_context_windows_of_ltx(name):
+    """With packed latents, and with a guide behind each window."""
+    check_windows(name, "LTXVContextWindows", 10, context_length=33, context_overlap=9)
+
+
+def check_windows(name, node, frames, **settings):
     variant = VARIANTS[name]
-    model = variant.model()
-    latent = (9, 16, 16)
+    model, latent = variant.model(), (frames, *variant.even[1:])
 
     def windowed(model):
-        return comfy_host.run_node(
-            "WanContextWindowsManual", model=model, context_length=17, context_overlap=4
-        )[0]
+        return comfy_host.run_node(node, model=model, **settings)[0]
 
     dense = variant.sample(windowed(model), latent, 1.0)
     patched = windowed(sparse(model, sparsity=0.5))
@@ -434,6 +463,10 @@ def test_context_windows_of_models_that_have_more_than_a_text(name):
         and last.sparse_calls == variant.calls * last.model_calls
         and not last.dense_calls
     )
+    with pytest.MonkeyPatch.context() as patch:
+        full_density(patch)
+        exact = variant.sample(windowed(sparse(model, sparsity=0.0)), latent, 1.0)
+    assert relative_error(exact, dense) < 1e-5
 
 
 def test_a_model_that_makes_a_few_frames_at_a_time_runs_its_own_way():

@@ -157,9 +157,22 @@ def test_sound_is_attended_to_as_before(ltx2, monkeypatch):
     assert relative_error(found, dense) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["MiniMax H3", "LTX-2", "Kandinsky 5"])
+COMPILED = [
+    *(pytest.param(name, "eager") for name in ("MiniMax H3", "LTX-2", "Kandinsky 5")),
+    *(
+        pytest.param(name, "eager", marks=pytest.mark.slow("thorough"))
+        for name in ("LTX-Video with a guide", "Cosmos Predict2", "Mochi", "CogVideoX")
+    ),
+    *(
+        pytest.param(name, "inductor", marks=pytest.mark.slow("thorough"))
+        for name in ("MiniMax H3", "LTX-2", "Kandinsky 5")
+    ),
+]
+
+
+@pytest.mark.parametrize("name, backend", COMPILED)
 @pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models_run_sparse_and_alike(name, whole, monkeypatch):
+def test_compiled_models_run_sparse_and_alike(name, backend, whole, monkeypatch):
     variant = VARIANTS[name]
     if variant.missing():
         pytest.skip(variant.missing())
@@ -168,7 +181,7 @@ def test_compiled_models_run_sparse_and_alike(name, whole, monkeypatch):
     patched = sparse(model)
     net = model.model.diffusion_model
     if whole:
-        compiled = torch.compile(net, backend="eager")
+        compiled = torch.compile(net, backend=backend)
         patched.add_object_patch("diffusion_model", compiled)
     else:
         (list_name, _), *_ = (
@@ -176,7 +189,7 @@ def test_compiled_models_run_sparse_and_alike(name, whole, monkeypatch):
         )
         for i, block in enumerate(getattr(net, list_name)):
             patched.add_object_patch(
-                f"diffusion_model.{list_name}.{i}", torch.compile(block, backend="eager")
+                f"diffusion_model.{list_name}.{i}", torch.compile(block, backend=backend)
             )
     found = variant.sample(patched, variant.even, 1.0)
     last = report(patched)
