@@ -60,6 +60,11 @@ def low_rank_flops(tokens: int, head_dim: int, heads: int, rank: int) -> float:
     return 8.0 * tokens * rank * head_dim * heads
 
 
+def coarse_flops(tokens: int, head_dim: int, heads: int, tiles: int, width: int) -> float:
+    """VSA's branch: the gate 2 L C D, the tiles' attention 4 N^2 D, and its sum per head."""
+    return (2.0 * tokens * width + 4.0 * tiles * tiles + 2.0 * tokens) * head_dim * heads
+
+
 def pooled_flops(tokens: int, head_dim: int, heads: int, kv_blocks: int) -> float:
     """One pooled key per block and query: 4 L Nk D per head."""
     return 4.0 * tokens * kv_blocks * head_dim * heads

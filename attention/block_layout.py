@@ -13,6 +13,7 @@ from ..kernels.types import BlockLayout, RequiredBlocks, TokenBlocks
 from .plan import BLOCK
 
 TILE = 4  # a cube of 4 x 4 x 4 tokens is one query block
+ORDERS = ("raster", "cube", "tile")
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class TokenLayout:
 
     order: "raster" cuts the video into blocks as it lies in memory; "cube" cuts a tile order that
     keeps each block compact in time and space. Either way only the video's last block may be short,
-    and no token is added. hidden: spans (start, stop) of tokens beside the video that no query may
-    attend to, ascending. weighted: spans (start, stop, w) of tokens beside the video, ascending,
-    whose scores have w added for the video's queries.
+    and no token is added. "tile": every block is one cube of 4 x 4 x 4 tokens, cut off at the
+    grid's far sides, as VSA has it; blocks of 64 only. segments: the lengths of the stretches that
+    `before` is made of; in order "tile" no block holds tokens of two. hidden: spans (start, stop)
+    of tokens beside the video that no query may attend to, ascending. weighted: spans (start, stop,
+    w) of tokens beside the video, ascending, whose scores have w added for the video's queries.
     """
 
     grid: tuple[int, int, int]
@@ -32,6 +35,7 @@ class TokenLayout:
     order: str = "cube"
     hidden: tuple[tuple[int, int], ...] = ()
     weighted: tuple[tuple[int, int, float], ...] = ()
+    segments: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.grid) != 3 or min(self.grid) < 1:
@@ -40,8 +44,13 @@ class TokenLayout:
             )
         if self.before < 0 or self.after < 0:
             raise ValueError(f"before and after count tokens; found {self.before} and {self.after}")
-        if self.order not in ("raster", "cube"):
-            raise ValueError(f"order must be raster or cube; found {self.order!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {self.order!r}")
+        if self.segments and (min(self.segments) < 0 or sum(self.segments) != self.before):
+            raise ValueError(
+                f"segments must be lengths that add up to before = {self.before}; "
+                f"found {self.segments}"
+            )
         for name in ("hidden", "weighted"):
             self._check_spans(name)
 
@@ -83,6 +92,8 @@ class TokenLayout:
         """Video tokens in block order: -> `(T*H*W,)` int64, a permutation of the raster numbers."""
         if self.order == "raster":
             return torch.arange(self.video_tokens)
+        if self.order == "tile":
+            return _tiles(self.grid).listed
         return _tile_order(self.grid)
 
     def blocks(
@@ -101,8 +112,15 @@ class TokenLayout:
         """
         if key_block < 1 or query_block % key_block:
             raise ValueError(f"key_block must divide {query_block}; found {key_block}")
-        order = self.token_order()
-        q_blocks, own = (TokenBlocks.cut(order, size) for size in (query_block, key_block))
+        if self.order == "tile":
+            if key_block != BLOCK or query_block != BLOCK:
+                raise ValueError(
+                    f"order tile has blocks of {BLOCK}; found {query_block} and {key_block}"
+                )
+            q_blocks = own = _tiles(self.grid)
+        else:
+            order = self.token_order()
+            q_blocks, own = (TokenBlocks.cut(order, size) for size in (query_block, key_block))
         kv_blocks = self._kv_blocks(own)
         n_q, n_own = q_blocks.num_blocks, own.num_blocks
         required = torch.zeros(n_q, kv_blocks.num_blocks, dtype=torch.bool)
@@ -125,11 +143,36 @@ class TokenLayout:
         seen[self.video] = False
         for start, stop, *_ in (*self.hidden, *self.weighted):
             seen[start:stop] = False
-        beside = torch.nonzero(seen).flatten()
-        if beside.numel():
-            cut = TokenBlocks.cut(beside, own.block_size, self.tokens)
-            video = torch.cat((video, cut.tokens))
-        return TokenBlocks(video, self.tokens, self.listed_tokens)
+        stretches = [seen]
+        if self.order == "tile":  # the stretches in front, the video, what is behind
+            lengths = self.segments or (self.before,)
+            stretches = seen.split([*lengths, self.video_tokens, self.after])
+        tables, start = [video], 0
+        for stretch in stretches:
+            beside = start + torch.nonzero(stretch).flatten()
+            start += stretch.numel()
+            if beside.numel():
+                tables.append(TokenBlocks.cut(beside, own.block_size, self.tokens).tokens)
+        return TokenBlocks(torch.cat(tables), self.tokens, self.listed_tokens)
+
+
+def _tiles(grid: tuple[int, int, int]) -> TokenBlocks:
+    """A block for every cube, one after the other through the grid, but whole ones first.
+
+    Kernels need no mask before the first block that is short.
+    """
+    numbers = torch.arange(math.prod(grid)).view(grid)
+    cubes = [
+        cube.flatten()
+        for slab in numbers.split(TILE)
+        for column in slab.split(TILE, dim=1)
+        for cube in column.split(TILE, dim=2)
+    ]
+    cubes.sort(key=lambda cube: cube.numel() < BLOCK)  # stable
+    table = numbers.new_full((len(cubes), BLOCK), -1)
+    for row, cube in zip(table, cubes):
+        row[: cube.numel()] = cube
+    return TokenBlocks(table.int(), numbers.numel(), numbers.numel())
 
 
 def _tile_order(grid: tuple[int, int, int]) -> Tensor:

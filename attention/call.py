@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ class LayerInputs(NamedTuple):
 
     x: Tensor | None = None  # (B, L, H*D): the hidden state that enters the attention
     rope: RopeTable | None = None  # of the video's tokens
+    # The model's own gate of VSA's coarse branch: x -> (B, L, H*D).
+    gate: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

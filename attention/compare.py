@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..kernels.types import BlockMask, blocks_needed
+from ..kernels.types import BlockLayout, BlockMask
 from .accounting import AttentionCost, dense_flops
 from .call import AttentionCall, LayerInputs
 from .methods.calibration import Lesson
@@ -56,6 +56,7 @@ class MethodComparison:
         self.plan = next(iter(plans.values()))
         self.needs_x = any(run.needs_x for run in self.runs.values())
         self.needs_rope = any(run.needs_rope for run in self.runs.values())
+        self.always = True  # everything is compared
         self.tells_mass = all(run.tells_mass for run in self.runs.values())
         self.selection = selection
         self.learns = any(plan.probes for plan in plans.values())
@@ -140,7 +141,7 @@ class MethodComparison:
         self.selection = selection = replace(selection, head=min(selection.head, heads - 1))
 
         def note(mask: BlockMask) -> None:
-            own = blocks_needed(mask.q_blocks.num_listed, mask.kv_blocks.block_size)
+            own = BlockLayout(mask.q_blocks, mask.kv_blocks).num_ranked
             self.kept = mask.to_dense()[0, selection.head, :, :own].cpu()
 
         run.on_mask = note

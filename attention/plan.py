@@ -11,9 +11,10 @@ from ..kernels.types import blocks_needed
 if TYPE_CHECKING:
     from .adapters import Adapter
 
-METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain")
+METHODS = ("auto", "ropeslr", "rola", "sla", "adaspa", "top-k", "top-k plain", "vsa")
 TRAINED_METHODS = ("ropeslr", "rola", "sla")  # adapters exist for these
 NEED_WEIGHTS = ("rola", "sla")
+OF_THE_MODEL = "vsa"  # whose weights are in the model itself, where it has any
 CALIBRATE = ("auto", "first step", "every step", "off", "refine")
 SLA_VARIANTS = ("released", "paper")
 AUTO = -1
@@ -151,8 +152,8 @@ class SparsePlan(_Settings):
         if self.dense_first_steps == AUTO:
             # The first step decides the composition. Weights trained sparse need no help, and
             # AdaSpa is dense until its first search.
-            first = 0 if method == "adaspa" or (adapter and method in NEED_WEIGHTS) else 1
-            values["dense_first_steps"] = first
+            trained_sparse = method == OF_THE_MODEL or (adapter and method in NEED_WEIGHTS)
+            values["dense_first_steps"] = 0 if method == "adaspa" or trained_sparse else 1
         if self.calibrate == "auto":
             # What a run has learned is a start: measured, it suits no other prompt as it stands.
             known = "refine" if adapter is not None and adapter.has("allocation") else "off"
@@ -163,6 +164,8 @@ class SparsePlan(_Settings):
 
     def _order(self, method: str, adapter: Adapter | None) -> str:
         """Training-free methods gain from compact blocks; weights know their own order."""
+        if method == OF_THE_MODEL:  # its tiles are part of it
+            return "tile"
         if self.block_order != "auto":
             return self.block_order
         if adapter is not None:
@@ -171,6 +174,8 @@ class SparsePlan(_Settings):
 
     def _key_block(self, method: str, adapter: Adapter | None) -> str:
         """Small key blocks choose better; weights know what they were trained with."""
+        if method == OF_THE_MODEL:
+            return str(BLOCK)
         if self.key_block != "auto":
             return self.key_block
         if adapter is not None:
@@ -178,6 +183,8 @@ class SparsePlan(_Settings):
         return str(FINE if method in ALLOCATED else BLOCK)
 
     def _query_block(self, method: str, adapter: Adapter | None) -> str:
+        if method == OF_THE_MODEL:
+            return str(BLOCK)
         if self.query_block != "auto":
             return self.query_block
         if adapter is not None:

@@ -34,6 +34,11 @@ class Attention(Protocol):
     def needs_rope(self) -> bool: ...
 
     @property
+    def always(self) -> bool:
+        """Whether short videos and calls that drop nothing run by the method too."""
+        ...
+
+    @property
     def tells_mass(self) -> bool:
         """Whether layouts may have weighted keys."""
         ...
@@ -87,6 +92,10 @@ class AttentionRun:
     @property
     def needs_rope(self) -> bool:
         return self.method.needs_rope
+
+    @property
+    def always(self) -> bool:
+        return self.method.always
 
     @property
     def tells_mass(self) -> bool:
@@ -152,13 +161,14 @@ class AttentionRun:
                 self.on_mask(found.mask)
             if layout.weighted:
                 assert found.mass is not None
-                whole = merge_weighted(q, k, v, (found.out, found.mass), call, self.plan)
-                found = found._replace(out=whole)
+                merged = merge_weighted(q, k, v, (found.out, found.mass), call, self.plan)
+                found = found._replace(out=merged)
             if out is not None:
                 self._attend_beside(q, k, v, call, out)
             elif not alone:
                 out = self._with_beside(q, k, v, call, found.out)
-        return found.out if out is None else out, self._cost(q, call, found)
+            whole = self.method.add_branch(q, k, v, found.out if out is None else out, call)
+        return whole, self._cost(q, call, found)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:
         """See `Attention.observe`."""

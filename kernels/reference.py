@@ -345,6 +345,24 @@ def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tenso
     return parts.square().sum(dim=-1).mean(dim=2)
 
 
+def add_coarse(
+    out: Tensor,
+    gate: Tensor,
+    pooled: tuple[Tensor, Tensor, Tensor],
+    blocks: TokenBlocks,
+    *,
+    scale: float,
+) -> Tensor:
+    """Attention between blocks, added to each of their tokens by a gate.
+
+    out, gate `(B, H, L, D)`; pooled q, k, v `(B, H, N, D)`: the means of `blocks` ->
+    out + gate C[block], C = softmax(scale pooled_q pooled_k^T) pooled_v.
+    """
+    pooled_q, pooled_k, pooled_v = pooled
+    coarse = (scale * pooled_q @ pooled_k.mT).softmax(dim=-1) @ pooled_v
+    return out + gate * F.pad(coarse, (0, 0, 0, 1))[:, :, blocks.block_of_token]
+
+
 def marginal_linear(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, marginal: Tensor, *, eps: float
 ) -> Tensor:

@@ -194,7 +194,9 @@ class BlockLayout:
     @cached_property
     def num_ranked(self) -> int:
         """How many key blocks hold the queries' own tokens: those that a score may keep or drop."""
-        return blocks_needed(self.q_blocks.num_listed, self.kv_blocks.block_size)
+        q, size = self.q_blocks, self.kv_blocks.block_size
+        # Of one size they are the same blocks, any of which may be short.
+        return q.num_blocks if q.block_size == size else blocks_needed(q.num_listed, size)
 
     @cached_property
     def kv_of_queries(self) -> TokenBlocks:

@@ -86,7 +86,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "low-rank or linear branch, for SparkWan and TurboWan checkpoints. adaspa: "
                         "finds the blocks by exact search, twice in a run; dense until the first "
                         "search. top-k: kept blocks plus one averaged key for each dropped block. "
-                        "top-k plain: kept blocks only."
+                        "top-k plain: kept blocks only. vsa: cubes of 4 x 4 x 4 tokens plus a "
+                        "coarse branch that the model itself holds, for checkpoints trained with "
+                        "it (FastH3; ComfyUI 0.35 and newer), where auto takes it."
                     ),
                 ),
                 io.Float.Input(
@@ -137,7 +139,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     tooltip=(
                         "Steps to run dense at the start; they set the composition. Counted over "
                         "the whole schedule, across both experts of Wan 2.2. -1 = auto: 1, or 0 "
-                        "for adaspa and sparse-trained checkpoints (rola, sla)."
+                        "for adaspa and sparse-trained checkpoints (rola, sla, vsa)."
                     ),
                 ),
                 io.Int.Input(

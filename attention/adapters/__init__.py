@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint, convert, open_checkpoint
 from .describe import describe
 from .files import read_adapter, write_adapter
 from .info import AdapterError, AdapterInfo
+from .tensor_file import holds
 from .text import quoted, shown
 from .validate import check_model
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_model",
     "convert",
     "describe",
+    "holds",
     "layer_name",
     "open_checkpoint",
     "quoted",

@@ -64,6 +64,19 @@ def open_safetensors(path: Path, device: str = "cpu") -> TensorFile:
     return TensorFile(shapes, header, read, close)
 
 
+def holds(path: Path, part: str) -> bool:
+    """Whether a safetensors file has a tensor with `part` in its name; False for other files."""
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        return False
+    try:
+        with naming(path):
+            file = open_safetensors(path)
+    except AdapterError:
+        return False
+    with contextlib.closing(file):
+        return any(part in key for key in file.shapes)
+
+
 def check_readable(path: Path) -> None:
     """Raise AdapterError unless this is a regular file that may be read."""
     with _access_in_words():

@@ -9,6 +9,7 @@ from .rola import RmsRoPeSLR, RoLA
 from .ropeslr import RoPeSLR
 from .sla import SLA
 from .top_k import PooledTopK, TopK
+from .vsa import VSA
 
 __all__ = ["Method", "MethodOutput", "create"]
 
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "adaspa": AdaSpa,
     "top-k": PooledTopK,
     "top-k plain": TopK,
+    "vsa": VSA,
 }
 
 

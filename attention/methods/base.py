@@ -90,6 +90,7 @@ class Method:
     """One instance serves one sampling run and owns whatever it remembers between calls."""
 
     routes = True  # scores blocks in every call
+    always = False  # runs whatever length and sparsity: dense attention is not what it stands for
     fewest = 1  # blocks that every head keeps: none is enough for a method with a background
     tells_mass = True  # of the softmax, so that weighted keys can be added to its output
     needs_x = False  # calls without inputs.x cannot run
@@ -138,6 +139,15 @@ class Method:
         out `(B, H, Lv, D)`: where to write; without one, a new tensor.
         """
         raise NotImplementedError
+
+    def add_branch(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: AttentionCall
+    ) -> Tensor:
+        """Add what a method has for all rows, those beside the video included: -> out.
+
+        q, k, v, out `(B, H, L, D)`; out may be overwritten where no gradients are required.
+        """
+        return out
 
     def eight_bit(
         self, k: Tensor, v: Tensor, call: AttentionCall, means: Tensor | None = None
@@ -344,7 +354,7 @@ class Method:
         inside = torch.rand(count, generator=generator, dtype=torch.float64)
         slots = ((torch.arange(count) + inside) * (listed / count)).long()
         slots = slots.to(q.device, non_blocking=True)
-        # Only the last slots of all are empty.
+        # Of empty slots, which only tiles have before the last, token 0 takes the place.
         return Queries(q_blocks.slots[slots], slots // q_blocks.block_size)
 
 

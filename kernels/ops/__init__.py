@@ -39,7 +39,13 @@ from ..types import (
     SiluMap,
     TokenBlocks,
 )
-from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low_rank
+from .additive import (
+    add_coarse,
+    add_rms_low_rank,
+    feature_energy,
+    marginal_linear,
+    rms_low_rank,
+)
 from .attention import block_sparse_attention, dense_attention
 from .eight_bit import quantize_kv
 from .fused import block_sparse_linear, block_sparse_mixed, linear_read, mix_background
@@ -67,6 +73,7 @@ __all__ = [
     "SiluMap",
     "TokenBlocks",
     "TritonNotUsable",
+    "add_coarse",
     "add_rms_low_rank",
     "backend_for",
     "block_mass",

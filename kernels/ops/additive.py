@@ -1,4 +1,4 @@
-"""Linear branches added to the sparse output: RoLA's; SLA's paper form, in PyTorch everywhere."""
+"""Branches added to the sparse output: RoLA's; SLA's paper form and VSA's, in PyTorch only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import dispatch, pytorch
-from ..types import BlockLayout, RmsLowRank
+from ..types import BlockLayout, RmsLowRank, TokenBlocks
 from .register import operands, wants_gradients
 from .validate import (
     check_attention,
@@ -15,6 +15,7 @@ from .validate import (
     check_out,
     check_rms_low_rank,
     check_shape,
+    softmax_scale,
 )
 
 
@@ -57,6 +58,26 @@ def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tenso
     """How much each feature of RoLA's branch adds, mean square over q's rows: -> `(B, H, r)`."""
     check_rms_low_rank(branch, q, k)
     return pytorch.feature_energy(q, k, v, branch)
+
+
+def add_coarse(
+    out: Tensor,
+    gate: Tensor,
+    pooled: tuple[Tensor, Tensor, Tensor],
+    blocks: TokenBlocks,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention between the means of blocks, added by a gate: -> `(B, H, L, D)`.
+
+    out, gate `(B, H, L, D)`; pooled q, k, v `(B, H, N, D)`. out is overwritten where no gradients
+    are required.
+    """
+    check_shape("gate", gate, out.shape)
+    check_blocks("blocks", blocks, out)
+    for name, each in zip(("q", "k", "v"), pooled):
+        check_shape(f"pooled {name}", each, (*out.shape[:2], blocks.num_blocks, out.shape[3]))
+    return pytorch.add_coarse(out, gate, pooled, blocks, softmax_scale(out, scale))
 
 
 def marginal_linear(

@@ -4,7 +4,13 @@ Contracts as in `reference`; every function is differentiable. Half precision is
 per head: a bf16 score of 100 is off by a quarter.
 """
 
-from .additive import add_rms_low_rank, feature_energy, marginal_linear, rms_low_rank
+from .additive import (
+    add_coarse,
+    add_rms_low_rank,
+    feature_energy,
+    marginal_linear,
+    rms_low_rank,
+)
 from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .eight_bit import quantize_kv
@@ -14,6 +20,7 @@ from .prefix import prefix_attention
 from .selection import block_mass, block_select, lists_from_bits
 
 __all__ = [
+    "add_coarse",
     "add_linear",
     "add_rms_low_rank",
     "block_mass",

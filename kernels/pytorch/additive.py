@@ -1,4 +1,4 @@
-"""Linear branches added to the sparse output (RoLA, SLA's paper form), in plain PyTorch."""
+"""Branches added to the sparse output (RoLA, SLA's paper form, VSA), in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import BlockLayout, RmsLowRank, SiluMap
+from ..types import BlockLayout, RmsLowRank, SiluMap, TokenBlocks
 from .common import acc_dtype, gather, per_head, scatter
 from .pooling import project
 
@@ -73,6 +73,25 @@ def silu_features(x: Tensor, silu_map: SiluMap, h: int) -> Tensor:
     even, odd = phi[:, :rotated:2], phi[:, 1:rotated:2]
     pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return torch.cat((pairs.flatten(-2), phi[:, rotated:]), dim=-1)
+
+
+def add_coarse(
+    out: Tensor,
+    gate: Tensor,
+    pooled: tuple[Tensor, Tensor, Tensor],
+    blocks: TokenBlocks,
+    scale: float,
+) -> Tensor:
+    """See `reference.add_coarse`; in place where no gradients are required."""
+    dtype, (queries, keys, values) = acc_dtype(out.dtype), pooled
+    block = blocks.block_of_token
+
+    def add(b: int, h: int) -> tuple[Tensor]:
+        coarse = (scale * queries[b, h] @ keys[b, h].mT).softmax(dim=-1) @ values[b, h]
+        each = F.pad(coarse.to(dtype), (0, 0, 0, 1))[block]  # tokens in no block get nothing
+        return (torch.addcmul(out[b, h].to(dtype), gate[b, h].to(dtype), each).to(out.dtype),)
+
+    return per_head(out, add, nhd_outputs=1, out=out)[0]
 
 
 def marginal_linear(

@@ -134,12 +134,15 @@ def _tokens(candidate: Candidate) -> DenseReason | None:
 
 
 def _length(candidate: Candidate) -> DenseReason | None:
+    if candidate.call.run.attention.always:
+        return None
     tokens, least = candidate.token_layout.video_tokens, candidate.plan.min_tokens
     return too_short(tokens, least)
 
 
 def _sparsity(candidate: Candidate) -> DenseReason | None:
-    if candidate.plan.drops_nothing(candidate.token_layout.video_tokens):
+    nothing = candidate.plan.drops_nothing(candidate.token_layout.video_tokens)
+    if nothing and not candidate.call.run.attention.always:
         return DenseReason(NOTHING_TO_SKIP, chosen=True)
     return None
 

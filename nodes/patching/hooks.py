@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...attention import LayerInputs, RopeTable, TokenLayout
-from .model_info import Layer
+from .model_info import Layer, coarse_gate
 
 if TYPE_CHECKING:
     from .call import ModelCall
@@ -34,6 +34,7 @@ class EnteringLayer:
         self._times: Counter[Layer] = Counter()
         self._x: Tensor | None = None
         self._rope: Tensor | None = None
+        self._gate: Callable[[Tensor], Tensor] | None = None
         # Of the last layer, with what it was read from: all layers share one RoPE.
         self._read: tuple[Tensor, RopeTable | None] | None = None
 
@@ -45,8 +46,9 @@ class EnteringLayer:
             identity = (*identity[:2], self._times[layer])
         self._layer, self.calls = Layer(identity, layer.number), 0
 
-    def note(self, x: Tensor, rope: Tensor | None) -> None:
-        self._x, self._rope = x, rope
+    def note(self, x: Tensor, rope: Tensor | None, gate: Callable[[Tensor], Tensor] | None) -> None:
+        """x: one batch row may come without its dimension, as MiniMax H3 has it."""
+        self._x, self._rope, self._gate = x[None] if x.ndim == 2 else x, rope, gate
 
     def leave(self) -> None:
         self._layer = None
@@ -65,20 +67,20 @@ class EnteringLayer:
 
     def drop(self) -> None:
         """Let go of what dense attention does not use: it is as large as a layer's activations."""
-        self._x = self._rope = None
+        self._x = self._rope = self._gate = None
 
     def take(self, host: HostCall, layout: TokenLayout) -> LayerInputs:
         """What was seen, if it belongs to this attention; a second call sees nothing."""
-        x, rope = self._x, self._rope
+        x, rope, gate = self._x, self._rope, self._gate
         self.drop()
         wanted = (host.batch, host.kv_tokens)
         if x is None or x.shape[:2] != wanted or x.device != host.q.device:
             return LayerInputs()
         if rope is None:
-            return LayerInputs(x)
+            return LayerInputs(x, None, gate)
         if self._read is None or self._read[0] is not rope:
             self._read = (rope, read_rope(rope, host.kv_tokens, layout.video))
-        return LayerInputs(x, self._read[1])
+        return LayerInputs(x, self._read[1], gate)
 
 
 def read_rope(
@@ -104,7 +106,8 @@ def enter(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     call.entering.enter(layer)
     if args and call.run.needs_inputs:
-        call.entering.note(args[0], args[1] if len(args) > 1 else kwargs.get("freqs"))
+        x, *rest = args
+        call.entering.note(x, rest[0] if rest else kwargs.get("freqs"), coarse_gate(module))
 
 
 @torch.compiler.disable

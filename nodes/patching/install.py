@@ -18,6 +18,7 @@ from .adapter_weights import as_comfy_weights
 from .dense_reason import SparseNotPossible
 from .model_info import ModelInfo, model_info
 from .patch import KEY, SparsePatch, put_on
+from .trained_gates import for_gates
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def install(
         raise ValueError(NOT_AN_ADAPTER.format(kind=type(adapter).__name__))
     _go_by_tuning(model.load_device)
     info = model_info(model.model.diffusion_model)
+    if not info.unsupported:
+        plan = for_gates(model, info, plan, adapter is not None)
     resolved = plan.resolve(adapter)
     if info.unsupported:
         if resolved.strict:

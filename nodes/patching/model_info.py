@@ -102,6 +102,11 @@ def self_attentions(
     return {module: layer for module, layer in every if module is not None}
 
 
+def coarse_gate(attention: torch.nn.Module) -> torch.nn.Module | None:
+    """The gate of VSA's coarse branch, which newer ComfyUI loads with a checkpoint that has one."""
+    return getattr(attention, "to_gate_compress", None)
+
+
 def inside(block: torch.nn.Module, attention: str) -> torch.nn.Module | None:
     """A block's self-attention, see `Arrangement.layers`; None where it has no such module."""
     inner = unwrap(block)

@@ -93,7 +93,7 @@ class SamplingRun:
         """
         if self.info.unsupported:
             raise SparseNotPossible(self.info.unsupported)
-        if len(latent_shape) == 5:
+        if len(latent_shape) == 5 and not self.attention.always:
             short = too_short(self.info.video_tokens(latent_shape), self.plan.min_tokens)
             if short is not None:
                 raise SparseNotPossible(short, MAKE_LONGER)

@@ -49,7 +49,15 @@ class SequenceInfo:
         if min(before, after) < 0 or (after and not self.after):
             found = (frames, height, width)
             return DenseReason(UNKNOWN_TOKENS.format(tokens=tokens, grid=found, held=held))
-        return TokenLayout((frames, height, width), before, after, order)
+        segments = _segments(options, before) if self.text_first else ()
+        return TokenLayout((frames, height, width), before, after, order, segments=segments)
+
+
+def _segments(options: Mapping[str, Any], before: int) -> tuple[int, ...]:
+    """Lengths of the stretches before the video, which newer ComfyUI tells of MiniMax H3."""
+    spans = getattr(options.get("minimax_h3_layout"), "segments", ())
+    found = tuple(int(stop) - int(start) for start, stop, *_ in spans if stop <= before)
+    return found if sum(found) == before else ()
 
 
 def sequence_info(

@@ -1,4 +1,4 @@
-"""RoLA's branch and SLA's paper form against their definition in float64.
+"""RoLA's branch, SLA's paper form and VSA's against their definition in float64.
 
 Triton adds RoLA's branch; all else is plain PyTorch.
 """
@@ -84,3 +84,24 @@ def test_what_does_not_fit_is_named():
             wrong = wrong._replace(pe=None, axis_ids=None)
         with pytest.raises(ValueError, match=says):
             ops.rms_low_rank(q, k, v, branch._replace(q_map=wrong))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_between_blocks_matches_its_definition(dtype):
+    """Blocks of any size, in any order; a token that is in none gets nothing."""
+    (q, k, v, _), _ = sparse_case(170, dtype, 48)
+    table = torch.full((4, 64), -1)
+    for row, (start, stop) in zip(table, ((100, 164), (0, 17), (17, 60), (60, 99))):
+        row[: stop - start] = torch.arange(start, stop)
+    blocks = types.TokenBlocks(table.int(), 170, 163)
+    pooled = tuple(
+        ops.block_pool(x, blocks, **(BACKEND if dtype in HALF else {})) for x in (q, k, v)
+    )
+    out, gate = tensors(q.shape, q.shape, dtype=dtype, seed=9)
+    expected = reference.add_coarse(*wide((out, gate, pooled)), blocks, scale=0.2)
+    kept = out.clone()
+    found = ops.add_coarse(out, gate, pooled, blocks, scale=0.2)
+    same(found, expected, dtype)
+    assert found.data_ptr() == out.data_ptr() and torch.equal(found[:, :, 164:], kept[:, :, 164:])
+    with pytest.raises(ValueError, match="pooled k"):
+        ops.add_coarse(out, gate, (pooled[0], pooled[1][:, :, :2], pooled[2]), blocks)

@@ -11,6 +11,7 @@ from support.data.backend import BACKEND, DTYPES, HALF, same
 from support.data.blocks import (
     LIMITS,
     blocks_of,
+    layout_of,
     packed,
     ragged,
     reference,
@@ -74,6 +75,31 @@ def test_query_and_key_lengths_may_differ_and_rows_may_be_ragged(q_tokens, k_tok
     expected, expected_lse = reference.block_sparse_attention(*wide(case))
     same(out, expected, torch.float32)
     assert (lse - expected_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_blocks_may_be_short(dtype):
+    """As tiles at the sides of a grid are; whole ones come first. Selection, sum and all."""
+    q, k, v = tensors(*[(1, 3, 190, 64)] * 3, dtype=dtype)
+    table, order = torch.full((6, 64), -1), torch.arange(190)
+    for row, part in zip(table, order.split([64, 64, 20, 7, 34, 1])):
+        row[: len(part)] = part
+    blocks = types.TokenBlocks(table.int(), 190, 190)
+    layout, means = (
+        layout_of(blocks, blocks),
+        [ops.block_pool(x, blocks, **BACKEND) for x in (q, k)],
+    )
+    for found, x in zip(means, (q, k)):
+        same(found, reference.block_pool(x.double(), blocks), dtype)
+    for topk in (1, 4, 6):
+        mask, _ = ops.block_select(*means, layout, topk, **BACKEND)
+        expected_mask, _ = reference.block_select(*wide(means), layout, topk)
+        assert torch.equal(mask.to_dense(), expected_mask.to_dense())
+        case = (q, k, v, mask, None)
+        out, lse = ops.block_sparse_attention(*case, **BACKEND)
+        expected, expected_lse = reference.block_sparse_attention(*wide(case))
+        same(out, expected, dtype)
+        assert (lse - expected_lse).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("key_block", [64, 16])

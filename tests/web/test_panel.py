@@ -71,7 +71,11 @@ def draw_cases(count=64):
             "query_block": dice.choice((64, 128)),
             "diagonal": dice.random() < 0.3,
             "first": dice.random() < 0.3,
-        }
+        } | (
+            dict(order="tile", key_block=64, query_block=64)
+            if METHODS[i % len(METHODS)] == "vsa"
+            else {}
+        )
 
 
 def in_script(case):
@@ -110,6 +114,8 @@ def in_python(case):
     blocks = layout.blocks(case["diagonal"], case["first"], **sizes)
     n_q, n_k = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
     topk = planning.topk_of(case["sparsity"], blocks.num_ranked)
+    if case["method"] == "vsa":
+        topk = max(1, math.ceil((1.0 - case["sparsity"]) * blocks.num_ranked - 1e-6))
     share = layout.video_tokens / layout.tokens
     density = 1.0 - (1.0 - blocks.density(topk)) * share
     place = (layout.video_tokens, head_dim, heads)
@@ -127,6 +133,7 @@ def in_python(case):
         "adaspa": lambda: 0.0,
         "top-k": lambda: accounting.pooled_flops(*place, n_k),
         "top-k plain": lambda: 0.0,
+        "vsa": lambda: accounting.coarse_flops(*place, n_k, width=0),
     }[case["method"]]()
     routing = (
         accounting.routing_flops(layout.tokens, head_dim, heads, n_q, n_k)

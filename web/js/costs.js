@@ -4,7 +4,7 @@
 export const BLOCK = 64;
 const TILE = 4; // the sides of a cube of 64 tokens; see attention/block_layout.py
 /** @type {Set<RoPeSLR.Method>} Methods that score blocks in every call, as `Method.routes` says. */
-const ROUTES = new Set(["ropeslr", "rola", "sla", "top-k", "top-k plain"]);
+const ROUTES = new Set(["ropeslr", "rola", "sla", "top-k", "top-k plain", "vsa"]);
 const DEFAULT_RANK = 64; // of the released RoLA checkpoints; a file's own rank is not known before the run
 
 /**
@@ -17,12 +17,30 @@ export function keptBlocks(sparsity, blocks) {
 }
 
 /**
- * Key blocks of a video that hold tokens of its first frame. They come first in either order.
+ * Cubes of 4 x 4 x 4 tokens in a grid, those that its far sides cut off included.
+ * @param {number[]} sides
+ */
+function tiles(sides) {
+  return sides.reduce((product, side) => product * Math.ceil(side / TILE), 1);
+}
+
+/**
+ * The same of a grid's tiles, as VSA counts them: rounded up.
+ * @param {number} sparsity
+ * @param {number} count
+ */
+function keptTiles(sparsity, count) {
+  return Math.max(1, Math.ceil((1.0 - sparsity) * count - 1e-6));
+}
+
+/**
+ * Key blocks of a video that hold tokens of its first frame. They come first in every order.
  * @param {RoPeSLR.Grid} grid
  * @param {string} order
  * @param {number} keyBlock tokens of a key block, at least 16
  */
 export function firstFrameBlocks([frames, height, width], order, keyBlock) {
+  if (order === "tile") return tiles([height, width]);
   if (order === "raster") return Math.ceil((height * width) / keyBlock);
   const depth = Math.floor(frames / Math.ceil(frames / TILE)); // frames in the first layer of tiles
   const bands = Math.ceil(height / TILE);
@@ -40,11 +58,12 @@ export function firstFrameBlocks([frames, height, width], order, keyBlock) {
  */
 export function blockDensity(grid, extra, { sparsity, order, keyBlock, queryBlock, keepDiagonal, keepFirstFrame }) {
   const tokens = grid[0] * grid[1] * grid[2];
-  const queries = Math.ceil(tokens / queryBlock);
-  const ranked = Math.ceil(tokens / keyBlock); // the video's key blocks
+  const cubes = order === "tile" ? tiles(grid) : 0;
+  const queries = cubes || Math.ceil(tokens / queryBlock);
+  const ranked = cubes || Math.ceil(tokens / keyBlock); // the video's key blocks
   const extraBlocks = Math.ceil(extra / keyBlock);
   const keys = ranked + extraBlocks;
-  const keep = keptBlocks(sparsity, ranked);
+  const keep = cubes ? keptTiles(sparsity, cubes) : keptBlocks(sparsity, ranked);
   const first = keepFirstFrame ? firstFrameBlocks(grid, order, keyBlock) : 0;
   const own = queryBlock / keyBlock; // key blocks of a query block
   /** @param {number} query */
@@ -95,6 +114,7 @@ export function backgroundFlops({ method, trained, slaVariant }, rank, tokens, h
   /** Channels and features are dropped in pairs. @param {number} number */
   const pairs = (number) => 2 * Math.floor((number + 1) / 2);
   const features = rank > 0 && rank < DEFAULT_RANK ? rank : DEFAULT_RANK;
+  if (method === "vsa") return (4.0 * keys * keys + 2.0 * tokens) * headDim * heads; // its gate is a layer of the model
   if (method === "top-k") return 4.0 * tokens * keys * headDim * heads;
   if (method === "ropeslr") {
     const firstOrder = 4.0 * tokens * (rank > 0 && rank < headDim ? pairs(rank) : headDim) * headDim * heads;

@@ -27,6 +27,10 @@ export function resolve(settings, adapter) {
   const method = settings.method === "auto" ? adapterOr(known, "ropeslr") : settings.method;
   const trained = Boolean(known) && method === known;
   const released = method === "rola" || method === "sla";
+  if (method === "vsa") { // its tiles are part of it
+    const first = Math.max(0, settings.dense_first_steps);
+    return { method, trained, order: "tile", keyBlock: BLOCK, queryBlock: BLOCK, shared: false, first };
+  }
   const order = settings.block_order === "auto" ? (released ? "raster" : "cube") : settings.block_order;
   const free = !trained && ALLOCATED.includes(method);
   const keyBlock = settings.key_block === "auto" ? (free ? FINE : BLOCK) : Number(settings.key_block);
@@ -89,15 +93,16 @@ export function readLayers(text, layers) {
  * @param {number} tokens
  * @param {RoPeSLR.BlockCounts} blocks
  * @param {boolean} everyLayer whether dense_layers lists them all
+ * @param {boolean} always whether the method runs whatever length and sparsity
  */
-export function whyDense(settings, tokens, blocks, everyLayer) {
+export function whyDense(settings, tokens, blocks, everyLayer, always = false) {
   if (settings.backend === "dense") return "Everything runs dense: backend is set to dense. Calls are still counted.";
-  if (settings.sparsity <= 0) return "Everything runs dense: sparsity 0 drops no block.";
-  if (tokens < settings.min_tokens) {
+  if (settings.sparsity <= 0 && !always) return "Everything runs dense: sparsity 0 drops no block.";
+  if (tokens < settings.min_tokens && !always) {
     return `Everything runs dense: this video has ${count(tokens)} tokens, fewer than min tokens ` +
       `(${count(settings.min_tokens)}). Make it larger or longer, or lower min tokens to try anyway.`;
   }
-  if (blocks.keep >= blocks.ranked) return "Everything runs dense: this sparsity drops no block.";
+  if (blocks.keep >= blocks.ranked && !always) return "Everything runs dense: this sparsity drops no block.";
   if (settings.start_percent >= settings.end_percent) {
     return "Everything runs dense: start percent is not below end percent.";
   }
@@ -126,7 +131,7 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
   });
   const tokens = grid[0] * grid[1] * grid[2];
   const denseLayers = readLayers(settings.dense_layers, model.layers);
-  const why = whyDense(settings, tokens, cost, denseLayers.count === model.layers);
+  const why = whyDense(settings, tokens, cost, denseLayers.count === model.layers, plan.method === "vsa");
   const { warning } = denseLayers;
   if (why) return { tokens, method: plan.method, why, warning };
 

@@ -276,6 +276,58 @@ def sla(
     return out
 
 
+# VSA
+
+
+def vsa_tiles(segments: list[int], grid: Grid) -> tuple[list[list[int]], int]:
+    """Tokens of every tile, those of the segments before the video first; and how many those are."""
+    tiles, start = [], 0
+    for length in segments:
+        tiles += [
+            list(range(i, min(i + BLOCK, start + length)))
+            for i in range(start, start + length, BLOCK)
+        ]
+        start += length
+    before = len(tiles)
+    frames, rows, columns = grid
+    for t in range(0, frames, 4):
+        for h in range(0, rows, 4):
+            for w in range(0, columns, 4):
+                tiles.append(
+                    [
+                        start + (a * rows + b) * columns + c
+                        for a in range(t, min(t + 4, frames))
+                        for b in range(h, min(h + 4, rows))
+                        for c in range(w, min(w + 4, columns))
+                    ]
+                )
+    return tiles, before
+
+
+def vsa(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, segments: list[int], grid: Grid, sparsity: float
+) -> Tensor:
+    """O_s + gate C, `(H, L, D)`; q and k after RoPE, gate `(H, L, D)`."""
+    q, k, v, gate = (x.double() for x in (q, k, v, gate))
+    tiles, before = vsa_tiles(segments, grid)
+    count = max(1, min(math.ceil((1 - sparsity) * (len(tiles) - before)), len(tiles) - before))
+    out = torch.zeros_like(v)
+    for h in range(q.shape[0]):
+        means = [torch.stack([x[h, tile].mean(0) for tile in tiles]) for x in (q, k, v)]
+        scores = means[0] @ means[1].T / math.sqrt(q.shape[-1])
+        coarse = torch.softmax(scores, -1) @ means[2]
+        for number, rows in enumerate(tiles):
+            kept = list(range(len(tiles)))
+            if number >= before:
+                best = _descending(scores[number, before:])[:count]
+                kept = [*range(before), *sorted(before + each for each in best)]
+            columns = _tokens(tiles, kept)
+            for i in rows:
+                near, _ = _attend(q[h, i], k[h, columns], v[h, columns])
+                out[h, i] = near + gate[h, i] * coarse[number]
+    return out
+
+
 # RoLA
 
 
