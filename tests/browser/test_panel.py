@@ -166,3 +166,36 @@ def test_after_a_run_it_tells_what_happened(shown, server):
     assert " per call" in text and "Measured: a sparse call" in text
     shown.fit()
     shown.screenshot(f"panel_{shown.renderer}_done")
+
+
+# Put a LoRA of some name before the node, wait for the panel's offer, take it; -> text before it, text after, values.
+OFFER = """async (file) => {
+    const node = app.graph.nodes.find((each) => each.type === "RoPeSLRSparseAttention")
+    const link = app.graph.links[node.inputs.find((each) => each.name === "model").link] ??
+        app.graph.links.get(node.inputs.find((each) => each.name === "model").link)
+    const source = app.graph.getNodeById(link.origin_id), slot = link.origin_slot
+    const lora = LiteGraph.createNode("LoraLoaderModelOnly")
+    app.graph.add(lora)
+    lora.widgets.find((each) => each.name === "lora_name").value = file
+    source.connect(slot, lora, 0)
+    lora.connect(0, node, node.findInputSlot("model"))
+    const panel = node.widgets.find((each) => each.name === "ropeslr_panel").element
+    const until = async (ready) => {
+        for (let i = 0; i < 300 && !ready(); i++) await new Promise((done) => requestAnimationFrame(done))
+    }
+    await until(() => panel.querySelector("button"))
+    const before = panel.innerText
+    panel.querySelector("button").click()
+    await until(() => !panel.querySelector("button"))
+    const value = (name) => node.widgets.find((each) => each.name === name).value
+    return [before, panel.innerText, ["method", "sparsity", "block_order", "dense_first_steps"].map(value)]
+}"""
+
+
+def test_the_settings_of_a_lora_that_was_trained_sparse_are_one_click(shown):
+    shown.drop("wan2.1_t2v", fresh(load("wan2.1_t2v")))
+    file = "minimax_h3_fl2v_turbo_4step_v0.1_768p_sla_comfyui_bf16.safetensors"
+    before, after, values = shown.page.evaluate(OFFER, file)
+    assert "MiniMax H3 Turbo-SLA" in before and "sparsity 0.85" in before
+    assert "Turbo-SLA" not in after
+    assert values == ["top-k plain", 0.85, "raster", 0]

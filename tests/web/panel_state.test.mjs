@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { panelState } from "../../web/js/panel_state.js";
+import { presetAround } from "../../web/js/presets.js";
 import { EMPTY, graphOf, KSAMPLER, LATENT, LINKED, LOADER, MODEL } from "./small_graphs.mjs";
 
 const SETTINGS = { sparsity: 0.9, method: "auto", min_tokens: 4096, dense_layers: "" };
@@ -91,4 +92,45 @@ test("a node that is off says so, and the report is of before", () => {
   assert.match(state(report()).idle, /before it was switched off/);
   node.mode = 2;
   assert.match(state().numbers.why, /muted: nothing after it runs/);
+});
+
+const FILE = "h3/minimax_h3_fl2v_turbo_4step_v0.1_768p_sla_comfyui_bf16.safetensors";
+const H3 = ["UNETLoader", {}, [MODEL], { unet_name: "minimax_h3_fl2v_bf16.safetensors" }];
+const lora = (file) => ["LoraLoaderModelOnly", { model: MODEL }, [MODEL], { lora_name: file, strength_model: 1 }];
+const UNTOUCHED = {
+  method: "auto", sparsity: 0.9, block_order: "auto", key_block: "auto", allocation: "auto", dense_first_steps: -1,
+  min_tokens: 4096, dense_layers: "",
+};
+const withSettings = (settings = {}) => ["RoPeSLRSparseAttention", { model: MODEL }, [MODEL], { ...UNTOUCHED, ...settings }];
+const H3_LATENT = ["EmptyLatent", {}, [LATENT], { width: 864, height: 480, length: 124 }];
+
+function line(nodes, order) {
+  const wires = order.slice(1).map((id, i) => [order[i], 0, id, "model"]);
+  const { graph, node } = graphOf({ 9: H3_LATENT, ...nodes }, [...wires, [9, 0, order.at(-1), "latent_image"]]);
+  return { graph, node: node(3) };
+}
+
+test("the LoRA is found before the node and after it, by the file's name alone", () => {
+  for (const order of [[1, 2, 3, 4], [1, 3, 2, 4]]) {
+    const { graph, node } = line({ 1: H3, 2: lora(FILE), 3: withSettings(), 4: KSAMPLER }, order);
+    assert.equal(presetAround(graph, node)?.name, "MiniMax H3 Turbo-SLA");
+  }
+  for (const file of ["minimax_h3_turbo_4step.safetensors", "h3_slalom_turbo.safetensors", "wan_sla.safetensors"]) {
+    const { graph, node } = line({ 1: H3, 2: lora(file), 3: withSettings(), 4: KSAMPLER }, [1, 2, 3, 4]);
+    assert.equal(presetAround(graph, node), null, file);
+  }
+});
+
+test("what differs from its settings is offered, and nothing once they are set", () => {
+  const offer = (settings) => {
+    const { graph, node } = line({ 1: H3, 2: lora(FILE), 3: withSettings(settings), 4: KSAMPLER }, [1, 2, 3, 4]);
+    return panelState(graph, node).offer;
+  };
+  const own = {
+    method: "top-k plain", sparsity: 0.85, block_order: "raster", key_block: "64", allocation: "uniform",
+    dense_first_steps: 0,
+  };
+  assert.deepEqual(offer({}), { name: "MiniMax H3 Turbo-SLA", settings: own });
+  assert.deepEqual(offer({ ...own, sparsity: 0.9 }).settings, { sparsity: 0.85 });
+  assert.equal(offer(own), null);
 });

@@ -4,6 +4,7 @@
 import { estimate } from "./estimate.js";
 import { graphContext, whyOff } from "./graph_context.js";
 import { MODELS } from "./models.js";
+import { missingOf, presetAround } from "./presets.js";
 import { updateStatus } from "./reports.js";
 import { isLinked, valueOf } from "./values.js";
 
@@ -63,6 +64,18 @@ function lastSize(report) {
 }
 
 /**
+ * The settings that a file on the model's line was trained with, where the node has others.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {RoPeSLR.Offer | null}
+ */
+function offerOf(root, node) {
+  const preset = presetAround(root, node);
+  const settings = preset && missingOf(root, node, preset);
+  return preset && settings && Object.keys(settings).length ? { name: preset.name, settings } : null;
+}
+
+/**
  * What the panel shows; brings the status of the report up to date.
  * @param {Comfy.Graph} root
  * @param {Comfy.Node} node
@@ -75,6 +88,7 @@ export function panelState(root, node, report) {
   const size = context.size ?? chosenSize(node) ?? lastSize(report?.detail);
   const { settings, assumptions } = settingsOf(root, node);
   const off = whyOff(node);
+  const offer = offerOf(root, node);
   const basis = JSON.stringify([settings, assumptions, model, size, context.adapter, context.steps, off]);
   if (report) updateStatus(report, basis, settings.sparsity);
   /** @type {RoPeSLR.Estimate | null} */
@@ -85,6 +99,6 @@ export function panelState(root, node, report) {
     models: NAMES, model, size, numbers, assumptions, basis,
     found: { model: Boolean(context.model), size: Boolean(context.size) },
     idle: off && "before it was switched off",
-    report: report?.detail ?? null, status: report?.status ?? "new",
+    offer, report: report?.detail ?? null, status: report?.status ?? "new",
   };
 }

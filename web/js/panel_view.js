@@ -44,6 +44,9 @@ export const STYLE = `
 .ropeslr-panel select { flex: 1 1 auto; min-width: 0; padding: 2px 4px; font: inherit; border-radius: 4px;
   color: var(--input-text, #ddd); background: var(--bg-color, #202020);
   border: 1px solid var(--border-color, #4e4e4e); }
+.ropeslr-panel button { align-self: flex-start; padding: 2px 8px; font: inherit; border-radius: 4px; cursor: pointer;
+  color: var(--input-text, #ddd); background: var(--bg-color, #202020);
+  border: 1px solid var(--border-color, #4e4e4e); }
 .ropeslr-panel :focus-visible { outline: 2px solid #3d8fd1; outline-offset: 1px; }
 .ropeslr-map { margin: 0; }
 .ropeslr-cells { display: block; width: 100%; border-radius: 3px;
@@ -104,7 +107,7 @@ function note(text) {
 
 /** The panel: `element` goes on the node, `body` has the height that it needs. */
 export class PanelView {
-  /** @param {(kind: "model" | "size", value: string) => void} onChoose hears the two menus */
+  /** @param {(kind: RoPeSLR.Choice, value: string) => void} onChoose hears the menus and the button */
   constructor(onChoose) {
     this.onChoose = onChoose;
     this.element = make("div", "ropeslr-panel");
@@ -120,6 +123,7 @@ export class PanelView {
   render(state) {
     this.shownMaps = [];
     const sections = [];
+    if (state.offer) sections.push(this.offerSection(state.offer));
     if (!state.report || state.status !== "fresh") sections.push(this.estimateSection(state));
     if (state.report) sections.push(this.reportSection(state, state.report));
     const active = document.activeElement;
@@ -132,6 +136,17 @@ export class PanelView {
 
   redraw() {
     for (const { canvas, map } of this.shownMaps) draw(canvas, map);
+  }
+
+  /** What a file was trained with, and a button that sets it. @param {RoPeSLR.Offer} offer */
+  offerSection({ name, settings }) {
+    const section = make("section");
+    const values = Object.entries(settings).map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`);
+    const button = make("button", "", "Use its settings");
+    button.type = "button";
+    button.addEventListener("click", () => this.onChoose("preset", JSON.stringify(settings)));
+    section.append(head(name, "trained sparse"), make("div", "", `It was trained with ${values.join(", ")}.`), button);
+    return section;
   }
 
   /** @param {RoPeSLR.PanelState} state */

@@ -147,7 +147,7 @@ class Panel {
     reports.open(root.id);
     const report = reports.of(root, this.node);
     const state = panelState(root, this.node, report);
-    const shown = JSON.stringify([state.basis, state.found, state.status, report?.number]);
+    const shown = JSON.stringify([state.basis, state.found, state.offer, state.status, report?.number]);
     if (shown === this.shown) return;
     this.shown = shown;
     this.view.render(state); // the observer of its size calls fit, before the browser paints
@@ -185,11 +185,26 @@ class Panel {
     })));
   }
 
-  /** @param {"model" | "size"} kind @param {string} value */
+  /** @param {RoPeSLR.Choice} kind @param {string} value */
   choose(kind, value) {
+    if (kind === "preset") {
+      this.set(JSON.parse(value));
+      return;
+    }
     const { properties } = this.node;
     if (value) properties[CHOSEN[kind]] = kind === "size" ? JSON.parse(value) : value;
     else delete properties[CHOSEN[kind]];
+    this.refresh();
+  }
+
+  /** Set widgets as if a person had. @param {Record<string, unknown>} settings */
+  set(settings) {
+    for (const widget of this.node.widgets ?? []) {
+      if (!Object.hasOwn(settings, widget.name)) continue;
+      widget.value = settings[widget.name];
+      widget.callback?.(widget.value);
+    }
+    this.node.graph?.setDirtyCanvas?.(true, true);
     this.refresh();
   }
 }

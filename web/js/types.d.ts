@@ -26,6 +26,7 @@ declare namespace Comfy {
     name: string;
     value?: unknown;
     serialize?: boolean;
+    callback?(value: unknown): void;
   }
 
   interface Input {
@@ -356,7 +357,24 @@ declare namespace RoPeSLR {
     assumptions: string[];
     /** All that an estimate depends on, as a text to compare. */
     basis: string;
+    /** What a file in the graph was trained with, where the settings differ. */
+    offer: Offer | null;
   }
+
+  /** Settings that belong to a file, recognised by its name. */
+  interface Preset {
+    name: string;
+    file: RegExp;
+    settings: Partial<Settings>;
+  }
+
+  interface Offer {
+    name: string;
+    settings: Partial<Settings>;
+  }
+
+  /** What a person does on the panel, with its value. */
+  type Choice = "model" | "size" | "preset";
 
   /** Big number and what it means. */
   type Figure = [value: string, caption: string];
