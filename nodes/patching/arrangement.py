@@ -67,4 +67,8 @@ WHY_NOT: dict[Identity, str] = {
     # Where its patches are flat.
     (HUNYUAN, "HunyuanVideo"): "HunyuanImage generates single images",
     ("comfy.ldm.seedvr.model", "NaDiT"): "its attention already looks at windows of the video",
+    # Newer than 0.30.
+    ("comfy.ldm.wan.model_animate2", "WanAnimate2Model"): (
+        "it attends frame by frame, each with a frame of the pose beside all keys"
+    ),
 }

@@ -137,6 +137,22 @@ def test_guides_that_cannot_be_weighted_stay_dense_with_a_reason():
         weaker.sample(sparse(model, strict=True), weaker.even, 1.0)
 
 
+@pytest.mark.parametrize(
+    "module, name, why",
+    [
+        ("comfy.ldm.wan.model_animate2", "WanAnimate2Model", "it attends frame by frame"),
+        ("comfy.ldm.seedvr.model", "NaDiT", "windows of the video"),
+        ("comfy.ldm.wan.model_of_tomorrow", "NextWan", "none of the video models"),
+    ],
+)
+def test_models_that_ask_in_another_form_have_the_true_reason(module, name, why):
+    """By their classes' names: this ComfyUI need not have them."""
+    kind = type(name, (torch.nn.Module,), {"__module__": module})
+    comfy_host.pack()
+    info = comfy_host.module(".nodes.patching.model_info").model_info(kind())
+    assert info.name == name and why in info.unsupported
+
+
 @pytest.mark.parametrize("name", ["Kandinsky 5", "Cosmos Predict2"])
 def test_single_images_of_a_video_model_stay_dense_with_a_reason(name):
     variant = VARIANTS[name]
