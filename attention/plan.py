@@ -32,6 +32,7 @@ QUERY_BLOCKS = ("auto", "64", "128")
 PRECISIONS = ("auto", "16-bit", "8-bit")
 ALLOCATIONS = ("auto", "uniform")
 TARGETS = ("sparsity", "error")
+TRAININGS = ("dense", "sparse")
 ALLOCATED = ("ropeslr", "top-k", "top-k plain")  # methods whose heads find their own share
 MAX_LAYERS_TEXT = 1000  # characters of dense_layers
 
@@ -64,6 +65,7 @@ class _Settings:
     error: float = 0.05
     query_block: str = "auto"
     precision: str = "auto"
+    training: str = "dense"
 
 
 CHOICES = {
@@ -77,6 +79,7 @@ CHOICES = {
     "precision": PRECISIONS,
     "allocation": ALLOCATIONS,
     "target": TARGETS,
+    "training": TRAININGS,
 }
 RANGES = {
     "sparsity": (0.0, MAX_SPARSITY),
@@ -102,7 +105,8 @@ class SparsePlan(_Settings):
     block. query_block: queries that keep the same key blocks. allocation: "auto" lets layers and
     heads share what sparsity leaves, "uniform" gives all the same. target "error": as many blocks
     as keep the outputs' lost energy at `error` of theirs. precision: of keys and values; "auto": 8
-    bits where they were measured to be faster, for the layers that lose little by it.
+    bits where they were measured to be faster, for the layers that lose little by it. training: how
+    attention runs where gradients are required.
 
     Every field is checked on construction; a ValueError names the field, what was found and what
     was expected. `resolve` replaces every "auto" by what it means.

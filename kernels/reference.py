@@ -90,6 +90,12 @@ def block_select(
     return BlockMask.from_dense(layout.q_blocks, layout.kv_blocks, kept), dropped_lse
 
 
+def dropped_mass(pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, *, scale: float) -> Tensor:
+    """The dropped_lse `(B, H, Nq)` of `block_select`, of a mask that is given; -inf for none."""
+    scores = scale * pooled_q @ pooled_k.mT + mask.kv_blocks.sizes.log()
+    return scores.masked_fill(mask.to_dense(), -torch.inf).logsumexp(dim=-1)
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

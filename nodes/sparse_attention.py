@@ -22,6 +22,7 @@ from ..attention.plan import (
     QUERY_BLOCKS,
     SLA_VARIANTS,
     TARGETS,
+    TRAININGS,
     SparsePlan,
     parse_layers,
 )
@@ -336,6 +337,19 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                         "an error of 1 to 3 %. auto: 8-bit on GPUs where RoPeSLR Doctor has "
                         "measured that it is right and faster, and there for each layer that "
                         "loses little by it; 16-bit everywhere else."
+                    ),
+                ),
+                io.Combo.Input(
+                    "training",
+                    options=list(TRAININGS),
+                    default="dense",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "When Train LoRA or another training node uses this model. dense: trains "
+                        "as without this node. sparse: trains through the sparse attention, for a "
+                        "LoRA that is used with it; in every step and at every length from "
+                        "min_tokens on."
                     ),
                 ),
             ],

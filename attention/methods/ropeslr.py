@@ -173,6 +173,10 @@ class RoPeSLR(Method):
         pooled_k, v_mean, cov = ops.block_pool_state(k, v, blocks, channel_ids, backend=backend)
         state = State(v_mean, cov, call.softmax_scale(q.shape[3]))
         routing = self.route(q, k, call, pooled_k)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            pooled_q = ops.block_pool(q, blocks.q_blocks, backend=backend)
+            dropped = ops.dropped_mass(pooled_q, pooled_k, routing.mask, scale=call.scale)
+            routing = routing._replace(dropped_lse=dropped)
         trained = self._trained(q, k, v, call)
         known, state = self._start(known, state, trained, due)
         return Parts(routing, state, known, trained)

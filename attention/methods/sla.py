@@ -41,7 +41,8 @@ class SLA(Method):
         """See `Method.attend`."""
         assert self.plan.adapter is not None
         weights = layer_weights(self.plan.adapter, call.layer, q.device)
-        weight, bias = weights["weight"].float(), weights["bias"].float()
+        wide = torch.promote_types(q.dtype, torch.float32)
+        weight, bias = weights["weight"].to(wide), weights["bias"].to(wide)
         routing = self.route(q, k, call)
         small = self.eight_bit(k, v, call, routing.pooled_k)
         options = {"scale": call.scale, "backend": self.plan.backend, "eight_bit": small}
@@ -50,7 +51,7 @@ class SLA(Method):
             blocks = self.blocks(call.layout, q.device)
             near, _ = ops.block_sparse_attention(q, k, v, routing.mask, **options)
             far = ops.marginal_linear(q, k, v, blocks, _marginal(routing), eps=EPS)
-            found = (near.float() + far.float() @ weight.T + bias).to(q.dtype)
+            found = (near.to(wide) + far.to(wide) @ weight.T + bias).to(q.dtype)
             counts = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
             flops = marginal_flops(tokens, head_dim, heads, *counts)
             found = found if out is None else out.copy_(found)

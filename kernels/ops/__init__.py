@@ -51,7 +51,7 @@ from .eight_bit import quantize_kv
 from .fused import block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
-from .selection import block_mass, block_select, mask_from_bits
+from .selection import block_mass, block_select, dropped_mass, mask_from_bits
 
 __all__ = [
     "Background",
@@ -84,6 +84,7 @@ __all__ = [
     "block_sparse_linear",
     "block_sparse_mixed",
     "dense_attention",
+    "dropped_mass",
     "eight_bit_works",
     "empty_nhd",
     "feature_energy",

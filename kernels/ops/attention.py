@@ -176,7 +176,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple:
-    saved, rest = list(ctx.saved_tensors[:5]), list(ctx.saved_tensors[5:])
+    everything = list(ctx.saved_tensors)  # read once: a checkpoint gives it out once
+    saved, rest = everything[:5], everything[5:]
     mask, pooled = rest[: ctx.num_mask], rest[ctx.num_mask :]
     nothing, small = [None] * len(mask), [None] * ctx.num_eight_bit
     if d_out is None and d_lse is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import dispatch
+from .. import dispatch, pytorch
 from ..triton_support import Operands
 from ..types import BlockLayout, BlockMask, Packing, RequiredBlocks, TokenBlocks, list_dtype
 from .register import fake_numbers, fake_sums, operands, operation
@@ -74,6 +74,21 @@ def block_select(
             )
     mask = BlockMask(q_blocks, kv_blocks, indices, kept, packing, trusted=True)
     return mask, dropped_lse
+
+
+def dropped_mass(
+    pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, *, scale: float | None = None
+) -> Tensor:
+    """The dropped_lse `(B, H, Nq)` of a mask, with gradients of the pooled q and k `(B, H, N, D)`.
+
+    For who trains: `block_select` gives the same without. Plain PyTorch.
+    """
+    check_heads(pooled_q=pooled_q, pooled_k=pooled_k)
+    for name, x, blocks in (("q", pooled_q, mask.q_blocks), ("k", pooled_k, mask.kv_blocks)):
+        check_shape(
+            f"pooled_{name}", x, (*pooled_q.shape[:2], blocks.num_blocks, pooled_q.shape[3])
+        )
+    return pytorch.dropped_mass(pooled_q, pooled_k, mask, softmax_scale(pooled_q, scale))
 
 
 def _run_select(

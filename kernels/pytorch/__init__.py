@@ -17,7 +17,7 @@ from .eight_bit import quantize_kv
 from .fused import add_linear, block_sparse_linear, block_sparse_mixed, linear_read, mix_background
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
-from .selection import block_mass, block_select, lists_from_bits
+from .selection import block_mass, block_select, dropped_mass, lists_from_bits
 
 __all__ = [
     "add_coarse",
@@ -32,6 +32,7 @@ __all__ = [
     "block_sparse_linear",
     "block_sparse_mixed",
     "dense_attention",
+    "dropped_mass",
     "feature_energy",
     "linear_read",
     "lists_from_bits",

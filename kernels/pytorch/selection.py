@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import BlockLayout, list_dtype
+from ..types import BlockLayout, BlockMask, list_dtype
 from .common import acc_dtype, gather, head_chunks, per_head
 
 BLOCKS_PER_STEP = 8
@@ -41,6 +42,51 @@ def block_select(
     whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
     lists, counts, dropped_lse = (x.unflatten(0, pooled_q.shape[:2]) for x in whole)
     return lists, counts, dropped_lse
+
+
+def dropped_mass(pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """See `reference.dropped_mass`; the backward pass makes the scores again."""
+    return _DroppedMass.apply(pooled_q, pooled_k, mask, scale)
+
+
+class _DroppedMass(torch.autograd.Function):
+    """A few heads at a time: the scores of all may be larger than q."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, scale: float
+    ) -> Tensor:
+        found = pooled_q.new_empty(pooled_q.shape[:3])
+        for some, scores in _dropped_scores(pooled_q, pooled_k, mask, scale):
+            found.flatten(0, 1)[some] = scores.logsumexp(dim=-1)
+        ctx.save_for_backward(pooled_q, pooled_k, found)
+        ctx.mask, ctx.scale = mask, scale
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pooled_q, pooled_k, found = ctx.saved_tensors
+        d_q, d_k = torch.empty_like(pooled_q), torch.empty_like(pooled_k)
+        q, k = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1)
+        for some, scores in _dropped_scores(pooled_q, pooled_k, ctx.mask, ctx.scale):
+            # A row that drops nothing has no mass, and no gradient.
+            total = found.flatten(0, 1)[some].clamp(min=-1e30)[..., None]
+            shares = (scores - total).exp() * gradients[0].flatten(0, 1)[some][..., None]
+            shares = ctx.scale * shares.masked_fill(scores == -torch.inf, 0.0)
+            d_q.flatten(0, 1)[some] = shares @ k[some]
+            d_k.flatten(0, 1)[some] = shares.mT @ q[some]
+        return d_q, d_k, None, None
+
+
+def _dropped_scores(
+    pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, scale: float
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some of B * H heads, and their scores plus log sizes `(n, Nq, Nk)`, -inf where kept."""
+    q, k, kept = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1), mask.to_dense().flatten(0, 1)
+    sizes = mask.kv_blocks.sizes.to(q.dtype).log()
+    for some in head_chunks(q.shape[0], q.shape[1] * k.shape[1]):
+        scores = scale * q[some] @ k[some].mT + sizes
+        yield some, scores.masked_fill(kept[some], -torch.inf)
 
 
 def _select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -84,7 +85,11 @@ def run_once(
     layers = {} if facts.unsupported else self_attentions(model, run.info)
     call = ModelCall(run, facts, layers, reason)
     options = {**request.options, CALL: call, SLOT: sparse_override}
-    with watching(call, model):
+    hooks: contextlib.AbstractContextManager = watching(call, model)
+    if call.trains:
+        run.keep_hooks(hooks)
+        hooks = contextlib.nullcontext()
+    with hooks:
         out = executor(
             request.x,
             request.t,

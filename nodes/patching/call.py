@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention import TokenLayout
 from ...attention.accounting import dense_flops
+from ...attention.run import Attention
 from .candidate import Candidate, HostCall
 from .dense_reason import SOME_QUERIES, DenseReason
 from .hooks import EnteringLayer
@@ -58,6 +59,9 @@ class ModelCall:
     ) -> None:
         self.run = run
         self.facts = facts
+        self.trains = run.trains
+        self.number = run.tally.model_calls  # from 1
+        self._own_attention: Attention | None = None  # of a call that is trained through
         self.layers = layers  # of the self-attention modules that run in this call
         self.step = run.schedule.step(facts.sigma)  # of this sampler
         self.reason = reason or run.call_reason(facts.sigma)  # why the whole call stays dense
@@ -76,8 +80,21 @@ class ModelCall:
 
     @property
     def full_step(self) -> int:
-        """The step of the whole schedule."""
-        return self.run.schedule.before + self.step
+        """The step of the whole schedule; of training, the number of the call."""
+        return self.number if self.trains else self.run.schedule.before + self.step
+
+    @property
+    def full_steps(self) -> int:
+        """Steps of the whole schedule; each call of training is by itself."""
+        return 1 if self.trains else self.run.schedule.full_steps
+
+    def attention_on(self, device: torch.device) -> Attention:
+        """What attends: the run's, or in training what belongs to this call and its graph."""
+        if not self.trains:
+            return self.run.attention_on(device)
+        if self._own_attention is None:
+            self._own_attention = self.run.training.model_call()
+        return self._own_attention
 
     @property
     def conditioning(self) -> Conditioning:
@@ -146,7 +163,7 @@ class ModelCall:
         """Sparse self-attention, counted."""
         host, run = candidate.host, self.run
         q, k, v = host.views()
-        attention = run.attention_on(q.device)
+        attention = self.attention_on(q.device)
         with run.timing.measure("sparse", q.device):
             out, cost = attention.attend(q, k, v, candidate.attention_call())
             self.note_output(out)
@@ -159,7 +176,7 @@ class ModelCall:
     def observe(self, candidate: Candidate) -> None:
         """Let the method learn from a call that is dense for now."""
         q, k, v = candidate.host.views()
-        attention = self.run.attention_on(q.device)
+        attention = self.attention_on(q.device)
         self.tally.learned(attention.observe(q, k, v, candidate.attention_call()))
 
     def run_dense(self, host: HostCall, layer: Layer, reason: DenseReason) -> Tensor:

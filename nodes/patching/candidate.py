@@ -107,7 +107,7 @@ class Candidate:
             layout=self.token_layout,
             layer=self.layer.identity,
             step=call.full_step,
-            num_steps=call.run.schedule.full_steps,
+            num_steps=call.full_steps,
             sigma=call.sigma,
             conditioning=call.conditioning,
             window=call.window,

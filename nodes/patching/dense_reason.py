@@ -107,6 +107,8 @@ def _repeated(candidate: Candidate) -> DenseReason | None:
 def _gradients(candidate: Candidate) -> DenseReason | None:
     """Training recomputes layers, so what a run remembers would belong to another pass."""
     host = candidate.host
+    if candidate.call.trains:
+        return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (host.q, host.k, host.v)):
         return DenseReason(TRAINING)
     return None

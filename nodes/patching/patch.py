@@ -137,6 +137,7 @@ class SparsePatch:
         return run
 
     def _end(self, run: SamplingRun, completed: bool) -> None:
+        run.drop_hooks()
         self.last_report = run.report(completed)
         try:
             self.last_learned = run.learned() if completed else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import threading
@@ -20,6 +21,7 @@ from ...attention.backend import backend_of, shape_reason, tuned
 from ...attention.learned import Lesson, learned_adapter
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
+from ...attention.training import TrainingRun
 from .dense_reason import BACKEND_DENSE, TRAINING, DenseReason, SparseNotPossible, too_short
 from .model_info import ModelInfo
 from .notices import Notices
@@ -68,6 +70,8 @@ class SamplingRun:
         self.unguarded: set[Hashable] = set()
         self.started = time.perf_counter()
         self._make_attention = make_attention
+        self.training = TrainingRun(plan)
+        self._kept_hooks: contextlib.ExitStack | None = None
         # The first device takes the attention that is there already.
         self._spare: Attention | None = self.attention
         self._attentions: dict[torch.device, Attention] = {}
@@ -102,10 +106,17 @@ class SamplingRun:
         if unable:
             raise SparseNotPossible(unable)
 
+    @property
+    def trains(self) -> bool:
+        """Whether what runs now is trained through, as the plan allows."""
+        return self.plan.training == "sparse" and (in_training() or torch.is_grad_enabled())
+
     def call_reason(self, sigma: float) -> DenseReason | None:
         """Why a whole model call stays dense; None where its layers may be sparse."""
         if self.plan.backend == "dense":
             return DenseReason(BACKEND_DENSE, chosen=True)
+        if self.trains:  # at levels that belong to no schedule
+            return None
         if in_training():
             return DenseReason(TRAINING)
         step = self.schedule.before + self.schedule.step(sigma)
@@ -121,6 +132,20 @@ class SamplingRun:
                 found, self._spare = self._spare, None
                 self._attentions[device] = found or self._make_attention(self.plan)
             return self._attentions[device]
+
+    def keep_hooks(self, hooks: contextlib.AbstractContextManager) -> None:
+        """Hold a model's hooks to the run's end: a checkpoint's layers run again after their call.
+
+        Once, since they serve every call.
+        """
+        if self._kept_hooks is None:
+            self._kept_hooks = contextlib.ExitStack()
+            self._kept_hooks.enter_context(hooks)
+
+    def drop_hooks(self) -> None:
+        """Take them off."""
+        if self._kept_hooks is not None:
+            self._kept_hooks.close()
 
     def forget(self, device: torch.device) -> None:
         """Drop what the method has learned on a device so far in this run."""

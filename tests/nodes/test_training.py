@@ -1,12 +1,39 @@
 """ComfyUI's own training runs dense, with a reason: a run's memory fits no second pass."""
 
+import math
+
 import pytest
 import torch
 
 import comfy_host
+from support.data.variants import VARIANTS
 from support.host.sampling import conditioning, load_model, report, sample, sparse
 
 reasons = comfy_host.module(".nodes.patching.dense_reason")
+
+
+def train(patched, checkpointing, latent, steps=3, positive=None, **more):
+    """Core's own training node; -> the LoRA, its losses, and the steps."""
+    nodes = comfy_host.boot().NODE_CLASS_MAPPINGS
+    if "TrainLoraNode" not in nodes:
+        pytest.skip("this ComfyUI has no training node")
+    inputs = {
+        each.id: each.default
+        for each in nodes["TrainLoraNode"].GET_SCHEMA().inputs
+        if hasattr(each, "default")
+    }
+    inputs |= dict(
+        steps=steps, rank=2, gradient_checkpointing=checkpointing, training_dtype="fp32", lora_dtype="fp32",
+        existing_lora="[None]", batch_size=1, **more,
+    )  # fmt: skip
+    widgets = {name: [value] for name, value in inputs.items() if value is not None}
+    widgets |= dict(model=[patched], latents=[latent], positive=[positive or conditioning(1)])
+    lora, losses, done = nodes["TrainLoraNode"].EXECUTE_NORMALIZED(**widgets).result
+    return lora, losses["loss"], done
+
+
+def video(*shape):
+    return {"samples": torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))}
 
 
 @pytest.mark.slow
@@ -14,25 +41,56 @@ reasons = comfy_host.module(".nodes.patching.dense_reason")
 @pytest.mark.parametrize("settings", [dict(), dict(method="adaspa")])
 def test_train_lora_runs_on_a_patched_model(settings, checkpointing):
     """A calibration remembered with its graph ended it; recomputed layers took another path."""
-    nodes = comfy_host.boot().NODE_CLASS_MAPPINGS
-    if "TrainLoraNode" not in nodes:
-        pytest.skip("this ComfyUI has no training node")
     patched = sparse(load_model("tiny_wan21_t2v"), dense_first_steps=0, **settings)
-    latent = {"samples": torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))}
-    inputs = {
-        each.id: each.default
-        for each in nodes["TrainLoraNode"].GET_SCHEMA().inputs
-        if hasattr(each, "default")
-    }
-    inputs |= dict(
-        steps=3, rank=2, gradient_checkpointing=checkpointing, training_dtype="fp32", lora_dtype="fp32",
-        existing_lora="[None]", batch_size=1,
-    )  # fmt: skip
-    widgets = {name: [value] for name, value in inputs.items() if value is not None}
-    widgets |= dict(model=[patched], latents=[latent], positive=[conditioning(1)])
-    nodes["TrainLoraNode"].EXECUTE_NORMALIZED(**widgets)
+    train(patched, checkpointing, video(16, 5, 16, 16))
     last = report(patched)
     assert last.sparse_calls == 0 and set(last.dense_calls) == {reasons.TRAINING}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("Wan 2.1 T2V", "ropeslr"),
+        ("HunyuanVideo T2V", "ropeslr"),
+        pytest.param("Wan 2.1 T2V", "adaspa", marks=pytest.mark.slow("thorough")),
+        pytest.param("Wan 2.1 T2V", "top-k", marks=pytest.mark.slow("thorough")),
+        pytest.param("LTX-Video", "ropeslr", marks=pytest.mark.slow("thorough")),
+    ],
+)
+def test_train_lora_trains_through_sparse_attention_where_asked(name, method):
+    """Losses are finite and fall; checkpoints change nothing; the model is as it was."""
+    variant = VARIANTS[name]
+    model, loras = variant.model(), []
+    before = variant.sample(model, variant.even, 1.0)
+
+    def trained(learning_rate, checkpointing):
+        patched = sparse(model, method=method, sparsity=0.6, training="sparse")
+        torch.manual_seed(0)
+        lora, losses, steps = train(
+            patched,
+            checkpointing,
+            video(variant.channels, *variant.even),
+            12,
+            learning_rate=learning_rate,
+            positive=conditioning(1, width=variant.text, **variant.extra(variant.even)),
+        )
+        last = report(patched)
+        assert steps == 12 and all(math.isfinite(loss) for loss in losses)
+        assert last.sparse_calls == variant.calls * last.model_calls and not last.dense_calls
+        return lora, sum(losses[-4:])  # at the same noise, whatever was learned
+
+    _, untrained = trained(1e-7, True)
+    # Others than Wan add in place, so that ComfyUI cannot train them without checkpoints at all.
+    for checkpointing in (False, True) if name.startswith("Wan") else (True,):
+        lora, loss = trained(3e-3, checkpointing)
+        assert loss < 0.9 * untrained
+        loras.append(lora)
+    one, other = loras[0], loras[-1]
+    assert any(float(each.abs().max()) > 1e-3 for each in one.values())
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    assert torch.equal(variant.sample(model, variant.even, 1.0), before)
+    assert not [m for m in model.model.diffusion_model.modules() if m._forward_pre_hooks]
 
 
 def test_a_run_while_comfyui_trains_stays_dense_and_says_so(monkeypatch, caplog):
