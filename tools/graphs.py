@@ -788,10 +788,10 @@ H3_GAIN = (
 H3_FOUR_STEPS = (
     "## Four steps\n\n*Turbo-SLA* by lightx2v is a LoRA for four steps, trained with 85 % of "
     "attention left out, for videos of 768 pixels on the short side. To try it, turn on both nodes "
-    "of its group (select them, Ctrl+B) and set *steps* to 4. On the RoPeSLR node choose *method* "
-    "top-k plain, *sparsity* 0.85, *dense_first_steps* 0, *block_order* raster and *key_block* 64, "
-    "which is how it was trained; in addition, text and sound stay exact. We have not opened this "
-    "file, so whether it loads and how it looks is untested."
+    "of its group (select them, Ctrl+B), set *steps* to 4 and the sampler to euler. On the RoPeSLR "
+    "node choose *method* top-k plain, *sparsity* 0.85, *dense_first_steps* 0, *block_order* "
+    "raster and *key_block* 64, which is close to how it was trained; in addition, text and sound "
+    "stay exact. We have not opened this file, so whether it loads and how it looks is untested."
 )
 
 
@@ -1027,9 +1027,9 @@ def kandinsky5_t2v() -> Graph:
     return graph(
         "kandinsky5_t2v",
         "Kandinsky 5 Lite text to video",
-        "A small model with long sequences: attention takes most of its time, so it gains most of "
-        "all models here. This file is for five seconds at about 768 x 512. For ten seconds, load "
-        "the 10 s model, set *length* to 241 and use sides that 128 divides.",
+        "A small model with long sequences: attention is most of its work, which is where the node "
+        "helps. This file is for five seconds at about 768 x 512. For ten seconds, load the 10 s "
+        "model, set *length* to 241 and use sides that 128 divides.",
         (
             Group(
                 "Models",

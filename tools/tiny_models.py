@@ -8,6 +8,7 @@ models folder is laid out.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -273,19 +274,26 @@ def _ltx2_upscaler(path: Path) -> None:
     import comfy.ops
 
     config = dict(in_channels=128, mid_channels=32, num_blocks_per_stage=1, dims=3)
-    model = upsampler.LatentUpsampler.from_config(config, comfy.ops.disable_weight_init)
+    known = inspect.signature(upsampler.LatentUpsampler).parameters  # older ones make plain layers
+    layers = {"operations": comfy.ops.disable_weight_init} if "operations" in known else {}
+    model = upsampler.LatentUpsampler(**config, **layers)
     save_file(_fill(model, 49).state_dict(), path, {"config": json.dumps(config)})
 
 
-def _ltx2_lora(path: Path) -> None:
-    """Two ranks of one projection."""
-    generator = torch.Generator().manual_seed(51)
-    name = "diffusion_model.transformer_blocks.0.attn1.to_q.lora_"
-    weights = {
-        f"{name}A.weight": 0.1 * torch.randn(2, WIDTH, generator=generator),
-        f"{name}B.weight": 0.1 * torch.randn(WIDTH, 2, generator=generator),
-    }
-    save_file(weights, path)
+def _lora(seed: int, layer: str, wide: int) -> Callable[[Path], None]:
+    """Two ranks of one layer, from WIDTH channels to `wide`."""
+
+    def write(path: Path) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"A": (2, WIDTH), "B": (wide, 2)}
+        weights = {
+            f"diffusion_model.{layer}.lora_{part}.weight": 0.1
+            * torch.randn(shape, generator=generator)
+            for part, shape in shapes.items()
+        }
+        save_file(weights, path)
+
+    return write
 
 
 def _wan_vae(path: Path) -> None:
@@ -489,7 +497,8 @@ FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_ltx2.safetensors": _model(42, LTX2, LTX2_SIZES, num_layers=LAYERS),
     "checkpoints/tiny_ltx2.safetensors": _ltx2_checkpoint,
     "latent_upscale_models/tiny_ltx2_spatial_x2.safetensors": _ltx2_upscaler,
-    "loras/tiny_ltx2_lora.safetensors": _ltx2_lora,
+    "loras/tiny_ltx2_lora.safetensors": _lora(51, "transformer_blocks.0.attn1.to_q", WIDTH),
+    "loras/tiny_minimax_h3_lora.safetensors": _lora(52, "blocks.0.attn.qkv_proj", 3 * WIDTH),
     "diffusion_models/tiny_kandinsky5.safetensors": _model(
         43,
         "kandinsky5.model.Kandinsky5",

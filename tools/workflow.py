@@ -31,6 +31,9 @@ TINY = {
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_clip_l.pt",
     "minimax_h3_fl2va_pruned_int8_convrot.safetensors": "tiny_minimax_h3.safetensors",
     "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors": "tiny_clip_l.pt",
+    "minimax_h3_fl2v_turbo_4step_v0.1_768p_sla_comfyui_bf16.safetensors": (
+        "tiny_minimax_h3_lora.safetensors"
+    ),
     "ltx-2.3-22b-dev-fp8.safetensors": "tiny_ltx2.safetensors",
     "ltx_2.3_22b_distilled_1.1_lora_dynamic_fro09_avg_rank_111_bf16.safetensors": (
         "tiny_ltx2_lora.safetensors"

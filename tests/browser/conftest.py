@@ -37,7 +37,9 @@ def shipped(server):
         workflow = load(name)
         unknown = {node["type"] for node in workflow["nodes"]} - known
         if unknown and comfyui_version.__version__ != graph_file.CORE:
-            pytest.skip(f"ComfyUI {comfyui_version.__version__} has no {', '.join(unknown)}")
+            pytest.skip(
+                f"ComfyUI {comfyui_version.__version__} has no {', '.join(sorted(unknown))}"
+            )
         return workflow
 
     return of_name

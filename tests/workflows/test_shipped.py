@@ -313,6 +313,30 @@ def test_one_node_serves_two_stages_the_small_one_dense_and_the_large_one_sparse
     assert (second["sparse_calls"], second["dense_calls"], second["tokens"]) == (6, {}, 128)
 
 
+def test_the_four_steps_of_minimax_h3_run_as_its_note_says(server):
+    """Its LoRA and noise shift turned on, and every step sparse."""
+    from workflow import BYPASS, load, make_tiny, node_id, to_prompt
+
+    workflow = load("minimax_h3_t2v")
+    off = [node for node in workflow["nodes"] if node["mode"] == BYPASS]
+    assert [node["type"] for node in off] == ["LoraLoaderModelOnly", "MiniMaxH3SigmaShift"]
+    for node in off:
+        node["mode"] = 0
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = make_tiny(prompt, 128, 128, length=9, steps=4)
+    prompt[node_id(prompt, "KSamplerSelect")]["inputs"]["sampler_name"] = "euler"
+    prompt[node_id(prompt, NODE)]["inputs"].update(
+        method="top-k plain",
+        sparsity=0.85,
+        dense_first_steps=0,
+        block_order="raster",
+        key_block="64",
+    )
+    (report,) = server.run(prompt).reports
+    assert (report["sparse_calls"], report["dense_calls"]) == (8, {})
+    assert report["method"] == "top-k plain"
+
+
 def test_the_length_of_every_picture_and_sound_is_one_number(info):
     """LTX-2 takes it from a node of its own, which a tiny prompt must change as well."""
     needs.need("comfy_cli")
