@@ -275,7 +275,9 @@ def _ltx2_upscaler(path: Path) -> None:
 
     config = dict(in_channels=128, mid_channels=32, num_blocks_per_stage=1, dims=3)
     known = inspect.signature(upsampler.LatentUpsampler).parameters  # older ones make plain layers
-    layers = {"operations": comfy.ops.disable_weight_init} if "operations" in known else {}
+    layers: dict[str, Any] = {}
+    if "operations" in known:
+        layers["operations"] = comfy.ops.disable_weight_init
     model = upsampler.LatentUpsampler(**config, **layers)
     save_file(_fill(model, 49).state_dict(), path, {"config": json.dumps(config)})
 
