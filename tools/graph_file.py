@@ -26,6 +26,8 @@ GROWS = {
     "RoPeSLRReport": 30,
     "SaveVideo": 320,
     "RoPeSLRFewStepSigmas": 30,
+    "ManualSigmas": 30,  # experimental, which Vue nodes say below
+    "LTXVLatentUpsampler": 30,
     "RoPeSLRLoadAdapter": 30,
     "RoPeSLRLoadSparseCheckpoint": 30,
 }
@@ -117,7 +119,8 @@ def inputs_of(definition: dict) -> Iterator[tuple[str, str, dict, bool]]:
 
 
 def is_widget(kind: str, options: dict) -> bool:
-    return kind in WIDGETS and not options.get("forceInput")
+    """Also of an input that takes several types, shown as the widget of one of them."""
+    return options.get("widgetType", kind) in WIDGETS and not options.get("forceInput")
 
 
 def widget_names(definition: dict) -> list[str]:

@@ -8,6 +8,7 @@ models folder is laid out.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -52,6 +53,8 @@ def _fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if 0 in weight.stride():  # a constant, seen many times
+                continue
             if not weight.is_floating_point():
                 weight.zero_()
                 continue
@@ -111,23 +114,25 @@ def _model(seed: int, place: str, metadata: dict | None = None, **config) -> Cal
     """
 
     def write(path: Path) -> None:
-        import comfy.ops
-
-        module, _, kind = place.rpartition(".")
-        model = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)(
-            device="cpu",
-            dtype=torch.float32,
-            operations=comfy.ops.disable_weight_init,
-            **(config | (metadata or {})),
-        )
-        _fill(model, seed)
-        if hasattr(getattr(model, "rope", None), "inv_freq"):  # what it is in released files
-            count = len(model.rope.inv_freq)
-            model.rope.inv_freq.copy_(10000.0 ** -(torch.arange(count) / count))
+        model = _made(seed, place, **(config | (metadata or {})))
         told = {"config": json.dumps({"transformer": metadata})} if metadata else None
         save_file(model.state_dict(), path, told)
 
     return write
+
+
+def _made(seed: int, place: str, **config) -> torch.nn.Module:
+    import comfy.ops
+
+    module, _, kind = place.rpartition(".")
+    model = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)(
+        device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config
+    )
+    _fill(model, seed)
+    if hasattr(getattr(model, "rope", None), "inv_freq"):  # what it is in released files
+        count = len(model.rope.inv_freq)
+        model.rope.inv_freq.copy_(10000.0 ** -(torch.arange(count) / count))
+    return model
 
 
 HUNYUAN_SIZES: dict[str, Any] = dict(
@@ -189,6 +194,108 @@ LTX_SIZES = dict(
     causal_temporal_positioning=True,
     use_middle_indices_grid=True,
 )
+LTX2 = "lightricks.av_model.LTXAVModel"
+LTX2_SIZES = LTX_SIZES | dict(
+    audio_num_attention_heads=HEADS,
+    audio_attention_head_dim=64,
+    audio_cross_attention_dim=64 * HEADS,
+    connector_num_attention_heads=TEXT_WIDTH // 128,
+    connector_num_layers=1,
+    rope_type="split",
+)
+# A pixel of its latents is 32 x 32 pixels of 8 frames, and 128 numbers are four of sound.
+LTX2_VAE: dict[str, Any] = dict(
+    dims=3,
+    latent_channels=128,
+    encoder_blocks=[["compress_all", {}]] * 3,
+    decoder_blocks=[*[["compress_all", {}]] * 3, ["res_x", {"num_layers": 1}]],
+    encoder_base_channels=16,
+    decoder_base_channels=16,
+    patch_size=4,
+    norm_layer="pixel_norm",
+    latent_log_var="uniform",
+)
+LTX2_SOUND: dict[str, Any] = dict(
+    double_z=True,
+    mel_bins=64,
+    z_channels=8,
+    resolution=256,
+    in_channels=2,
+    out_ch=2,
+    ch=8,
+    ch_mult=[1, 1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    dropout=0.0,
+    mid_block_add_attention=False,
+    norm_type="pixel",
+    causality_axis="height",
+)
+LTX2_VOCODER: dict[str, Any] = dict(
+    upsample_initial_channel=32,
+    resblock_kernel_sizes=[3],
+    resblock_dilation_sizes=[[1, 3, 5]],
+)
+
+
+def _ltx2_checkpoint(path: Path) -> None:
+    """LTX-2 is one file: the model, the decoders of pictures and of sound, and their sizes."""
+    from comfy.ldm.lightricks.vae import audio_vae, causal_video_autoencoder
+
+    config = dict(
+        transformer=LTX2_SIZES,
+        vae=LTX2_VAE,
+        audio_vae={"model": {"params": {"ddconfig": LTX2_SOUND}}},
+        vocoder=LTX2_VOCODER,
+    )
+    told = {"config": json.dumps(config)}
+    pictures = causal_video_autoencoder.VideoVAE(config=LTX2_VAE)
+    sound = audio_vae.CausalAudioAutoencoder(config["audio_vae"])
+    parts = {
+        "model.diffusion_model.": _made(42, LTX2, **LTX2_SIZES, num_layers=LAYERS),
+        "vae.": _fill(pictures, 46),
+        "audio_vae.": _fill(sound, 47),
+        "vocoder.": _fill(audio_vae.Vocoder(LTX2_VOCODER), 48),
+    }
+    weights = {
+        prefix + name: weight.float().contiguous()
+        for prefix, part in parts.items()
+        for name, weight in part.state_dict().items()
+    }
+    for name in weights:  # what it divides by
+        if name.endswith("std-of-means"):
+            weights[name] = torch.ones_like(weights[name])
+    save_file(weights, path, told)
+
+
+def _ltx2_upscaler(path: Path) -> None:
+    """Twice the height and width of LTX-2's latents."""
+    import comfy.ldm.lightricks.latent_upsampler as upsampler
+    import comfy.ops
+
+    config = dict(in_channels=128, mid_channels=32, num_blocks_per_stage=1, dims=3)
+    known = inspect.signature(upsampler.LatentUpsampler).parameters  # older ones make plain layers
+    layers: dict[str, Any] = {}
+    if "operations" in known:
+        layers["operations"] = comfy.ops.disable_weight_init
+    model = upsampler.LatentUpsampler(**config, **layers)
+    save_file(_fill(model, 49).state_dict(), path, {"config": json.dumps(config)})
+
+
+def _lora(seed: int, layer: str, wide: int) -> Callable[[Path], None]:
+    """Two ranks of one layer, from WIDTH channels to `wide`."""
+
+    def write(path: Path) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"A": (2, WIDTH), "B": (wide, 2)}
+        weights = {
+            f"diffusion_model.{layer}.lora_{part}.weight": 0.1
+            * torch.randn(shape, generator=generator)
+            for part, shape in shapes.items()
+        }
+        save_file(weights, path)
+
+    return write
 
 
 def _wan_vae(path: Path) -> None:
@@ -389,20 +496,11 @@ FILES: dict[str, Callable[[Path], None]] = {
     "diffusion_models/tiny_ltxv.safetensors": _model(
         41, "lightricks.model.LTXVModel", LTX_SIZES, num_layers=LAYERS
     ),
-    "diffusion_models/tiny_ltx2.safetensors": _model(
-        42,
-        "lightricks.av_model.LTXAVModel",
-        LTX_SIZES
-        | dict(
-            audio_num_attention_heads=HEADS,
-            audio_attention_head_dim=64,
-            audio_cross_attention_dim=64 * HEADS,
-            connector_num_attention_heads=TEXT_WIDTH // 128,
-            connector_num_layers=1,
-            rope_type="split",
-        ),
-        num_layers=LAYERS,
-    ),
+    "diffusion_models/tiny_ltx2.safetensors": _model(42, LTX2, LTX2_SIZES, num_layers=LAYERS),
+    "checkpoints/tiny_ltx2.safetensors": _ltx2_checkpoint,
+    "latent_upscale_models/tiny_ltx2_spatial_x2.safetensors": _ltx2_upscaler,
+    "loras/tiny_ltx2_lora.safetensors": _lora(51, "transformer_blocks.0.attn1.to_q", WIDTH),
+    "loras/tiny_minimax_h3_lora.safetensors": _lora(52, "blocks.0.attn.qkv_proj", 3 * WIDTH),
     "diffusion_models/tiny_kandinsky5.safetensors": _model(
         43,
         "kandinsky5.model.Kandinsky5",

@@ -29,13 +29,34 @@ TINY = {
     "hunyuan_video_vae_bf16.safetensors": "tiny_taehv_hunyuan.safetensors",
     "hunyuanvideo15_vae_fp16.safetensors": "tiny_lighttae_hv15.safetensors",
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_clip_l.pt",
+    "minimax_h3_fl2va_pruned_int8_convrot.safetensors": "tiny_minimax_h3.safetensors",
+    "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors": "tiny_clip_l.pt",
+    "minimax_h3_fl2v_turbo_4step_v0.1_768p_sla_comfyui_bf16.safetensors": (
+        "tiny_minimax_h3_lora.safetensors"
+    ),
+    "ltx-2.3-22b-dev-fp8.safetensors": "tiny_ltx2.safetensors",
+    "ltx_2.3_22b_distilled_1.1_lora_dynamic_fro09_avg_rank_111_bf16.safetensors": (
+        "tiny_ltx2_lora.safetensors"
+    ),
+    "ltx-2.3-spatial-upscaler-x2-1.1.safetensors": "tiny_ltx2_spatial_x2.safetensors",
+    "kandinsky5lite_t2v_sft_5s.safetensors": "tiny_kandinsky5.safetensors",
 }
 # The trained tiny Wan, whose latents need a decoder of their own; and what it understands.
 TRAINED = ROOT / "benchmarks" / "data" / "tiny_wan.safetensors"
 TRAINED_VAE = "unfolding.safetensors"
 TRAINED_SIZE = dict(width=256, height=192, length=29)
 TRAINED_PROMPT, TRAINED_CFG = "red discs on white", 2.5
-CLIP = "tiny_clip_l.pt"  # one tiny text encoder takes the place of Hunyuan's two
+# One tiny text encoder takes the place of two.
+ONE_CLIP = "CLIPLoader", {"clip_name": "tiny_clip_l.pt", "type": "wan", "device": "default"}
+# Loaders of what ComfyUI knows in one size only; those of stand_ins.py.
+STAND_INS = {
+    ("DualCLIPLoader", "kandinsky5"): ("TinyTextEncoder", {"width": 3584}),
+    ("DualCLIPLoader", "hunyuan_video"): ONE_CLIP,
+    ("DualCLIPLoader", "hunyuan_video_15"): ONE_CLIP,
+    ("LTXAVTextEncoderLoader", "ltx-2.3-22b-dev-fp8.safetensors"): ONE_CLIP,
+    ("VAELoader", "minimax_h3_video_vae_int8_convrot.safetensors"): ("TinyMiniMaxH3VAE", {}),
+    ("VAELoader", "minimax_h3_audio_vae_fp32.safetensors"): ("TinyMiniMaxH3VAE", {}),
+}
 SEED = 42  # in every shipped workflow
 BYPASS = 4  # a node's mode in the UI format
 
@@ -60,18 +81,17 @@ def to_prompt(workflow: dict, object_info: dict, bypass: str | None = None) -> d
 def make_tiny(prompt: dict, width: int, height: int, length: int, steps: int) -> dict:
     """The same prompt with tiny checkpoints, and sizes that a CPU can sample."""
     prompt = copy.deepcopy(prompt)
-    for node in prompt.values():
-        if node["class_type"] == "DualCLIPLoader":
-            node.update(class_type="CLIPLoader", inputs={"clip_name": CLIP, "type": "wan"})
-        inputs = node["inputs"]
+    given = [node["inputs"]["length"] for node in prompt.values() if "length" in node["inputs"]]
+    lengths = {source[0] for source in given if isinstance(source, list)}
+    for key, node in prompt.items():
+        node["class_type"], inputs = _stand_in(node["class_type"], node["inputs"])
         sizes = dict(width=width, height=height, length=length) if "length" in inputs else {}
-        inputs.update(
-            {
-                name: _tiny(name, value, sizes, steps)
-                for name, value in inputs.items()
-                if not isinstance(value, list)
-            }
-        )
+        if key in lengths:
+            sizes = dict(value=length)
+        node["inputs"] = {
+            name: value if isinstance(value, list) else _tiny(name, value, sizes, steps)
+            for name, value in inputs.items()
+        }
     return prompt
 
 
@@ -80,20 +100,35 @@ def tiny_workflow(
 ) -> dict:
     """The same for the UI format, so that a browser can run it."""
     workflow = copy.deepcopy(workflow)
+    sources = {link[0]: link[1] for link in workflow["links"]}
+    lengths = {
+        sources.get(each["link"])
+        for node in workflow["nodes"]
+        for each in node["inputs"]
+        if each["name"] == "length"
+    }
     for node in workflow["nodes"]:
         if node["type"] not in object_info:
             continue  # notes
         node["properties"].pop("models", None)
-        if node["type"] == "DualCLIPLoader":
-            node.update(type="CLIPLoader", widgets_values=[CLIP, "wan", "default"])
-            node["properties"]["Node name for S&R"] = "CLIPLoader"
         names = widget_names(object_info[node["type"]])
-        sizes = dict(width=width, height=height, length=length) if "length" in names else {}
         # An older ComfyUI may lack the last of them.
-        node["widgets_values"] = [
-            _tiny(name, value, sizes, steps) for name, value in zip(names, node["widgets_values"])
-        ]
+        held = dict(zip(names, node["widgets_values"]))
+        node["type"], held = _stand_in(node["type"], held)
+        node["properties"]["Node name for S&R"] = node["type"]
+        sizes = dict(width=width, height=height, length=length) if "length" in held else {}
+        if node["id"] in lengths:
+            sizes = dict(value=length)
+        node["widgets_values"] = [_tiny(name, value, sizes, steps) for name, value in held.items()]
     return workflow
+
+
+def _stand_in(type_: str, inputs: dict) -> tuple[str, dict]:
+    """A node of another type with inputs of its own for a loader of what cannot be tiny."""
+    for value in inputs.values():
+        if isinstance(value, str) and (type_, value) in STAND_INS:
+            return STAND_INS[type_, value]
+    return type_, inputs
 
 
 def use_trained(workflow: dict) -> dict:

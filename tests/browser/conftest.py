@@ -23,6 +23,28 @@ def server():
         yield running
 
 
+@pytest.fixture(scope="session")
+def shipped(server):
+    """Loads a shipped workflow by its name; skips where an older ComfyUI lacks a node of it."""
+    import comfyui_version
+
+    import graph_file
+    from workflow import load
+
+    known = {graph_file.NOTE, *server.get("/object_info")}
+
+    def of_name(name):
+        workflow = load(name)
+        unknown = {node["type"] for node in workflow["nodes"]} - known
+        if unknown and comfyui_version.__version__ != graph_file.CORE:
+            pytest.skip(
+                f"ComfyUI {comfyui_version.__version__} has no {', '.join(sorted(unknown))}"
+            )
+        return workflow
+
+    return of_name
+
+
 @pytest.fixture(scope="session", params=["classic", "vue"])
 def page(request, server):
     """ComfyUI in a browser window; opened once for all tests, since that takes longest."""

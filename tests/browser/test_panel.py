@@ -1,5 +1,7 @@
 """The panel in a real browser: follows the slider at once, asks no server, shows the run."""
 
+import pytest
+
 from workflow import fresh, load, tiny_workflow
 
 PANEL = """() => {
@@ -199,3 +201,43 @@ def test_the_settings_of_a_lora_that_was_trained_sparse_are_one_click(shown):
     assert "MiniMax H3 Turbo-SLA" in before and "sparsity 0.85" in before
     assert "Turbo-SLA" not in after
     assert values == ["top-k plain", 0.85, "raster", 0]
+
+
+@pytest.mark.parametrize(
+    "name, told, small, ran",
+    [
+        (
+            "minimax_h3_t2v",
+            ["MiniMax H3 · 864 × 480, 124 frames", "19 of 20 steps sparse"],
+            "MiniMax H3 · 128 × 128, 9 frames",
+            ["2 of 4 calls sparse", "2 dense: dense first steps"],
+        ),
+        (
+            "ltx2_two_stage_t2v",
+            ["LTX-2 · 1280 × 704, 121 frames", "3 of 3 steps sparse"],
+            "LTX-2 · 256 × 256, 9 frames",
+            ["6 of 6 calls sparse"],
+        ),
+    ],
+    ids=["minimax_h3_t2v", "ltx2_two_stage_t2v"],
+)
+def test_models_with_sound_show_the_size_of_the_video_and_then_its_run(
+    shown, server, shipped, name, told, small, ran
+):
+    """Pictures and sound travel in one latent; of two stages the larger counts."""
+    workflow = shipped(name)
+    shown.drop(name, workflow)
+    text = shown.page.evaluate(PANEL)
+    assert all(each in text for each in told), text
+    shown.drop(
+        name,
+        fresh(tiny_workflow(workflow, server.get("/object_info"), 128, 128, length=9, steps=2)),
+    )
+    text = shown.page.evaluate(PANEL)
+    assert small in text and "Last run" not in text, text
+    shown.run()
+    text = shown.page.evaluate(PANEL)
+    assert "Last run" in text and all(each in text for each in ran), text
+    assert "with other settings" not in text
+    shown.show("RoPeSLRSparseAttention")
+    shown.screenshot(f"panel_{name}_{shown.renderer}_done")

@@ -55,10 +55,10 @@ SOME = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough):
+def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, shipped, name, thorough):
     if shown.renderer == "vue" and name not in QUICK and not thorough:
         pytest.skip("Vue nodes see every workflow when thorough")
-    workflow = load(name)
+    workflow = shipped(name)
     nodes = shown.drop(name, workflow)
     shown.fit()
     shown.screenshot(f"{name}_{shown.renderer}")
@@ -74,14 +74,14 @@ def test_a_dropped_workflow_is_whole_and_saves_to_the_same(shown, name, thorough
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
+def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, shipped, name):
     """Boxes with titles, once the pack's node has its panel.
 
     Vue nodes take the height they need.
     """
     if OLDER and shown.renderer == "vue":
         pytest.skip("the files are laid out for the newest frontend, where Vue nodes are lower")
-    nodes = shown.drop(name, load(name))
+    nodes = shown.drop(name, shipped(name))
     for i, node in enumerate(nodes):
         if shown.renderer == "classic":
             assert all(has >= needs - 1 for has, needs in zip(node["size"], node["least"])), node
@@ -93,10 +93,10 @@ def test_nothing_overlaps_or_is_clipped_as_the_browser_draws_it(shown, name):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_it_runs_to_a_video_that_is_shown(shown, server, name):
+def test_it_runs_to_a_video_that_is_shown(shown, server, shipped, name):
     side = 256 if name == "wan2.2_5b" else 128  # its tokens are twice as large each way
     small = fresh(
-        tiny_workflow(load(name), server.get("/object_info"), side, side, length=9, steps=2)
+        tiny_workflow(shipped(name), server.get("/object_info"), side, side, length=9, steps=2)
     )
     shown.drop(name, small)
     outputs = shown.run()

@@ -87,6 +87,12 @@ test("two experts share one schedule's first and last steps", () => {
   assert.deepEqual([high, low].map((steps) => sparseSteps(steps, "adaspa", 0, 0)), [5, 9]);
 });
 
+test("steps that go on from a video are sparse from the first, unless someone asks for dense ones", () => {
+  const stage = { total: 3, from: 0, to: 3 };
+  const sparse = (steps, first) => estimate({ ...SETTINGS, dense_first_steps: first }, "ltx-2", SIZE_720, "", steps).run.sparse;
+  assert.deepEqual([sparse(stage, -1), sparse({ ...stage, begun: true }, -1), sparse({ ...stage, begun: true }, 1)], [2, 3, 2]);
+});
+
 test("dense layers count once, within the model, and none in a text that cannot be read", () => {
   const counted = (text) => readLayers(text, 40).count;
   assert.deepEqual(["0, 1, 38-39, 39", "38-45", "", " 0, 2 - 5,"].map(counted), [4, 2, 0, 5]);

@@ -121,6 +121,55 @@ test("a bypassed upscaler leaves the size alone, and a muted source gives none",
   assert.deepEqual([on, bypassed, muted].map(sizeOf), ["1664x960x81", "832x480x81", ""]);
 });
 
+/** LTX-2 in two stages, as ComfyUI's templates have it: sampler 3 at half size, sampler 5 after the upscaler. */
+function twoStages(file) {
+  const custom = ["SamplerCustomAdvanced", { guider: "GUIDER", sigmas: "SIGMAS", latent_image: LATENT }, [LATENT]];
+  const concat = ["LTXVConcatAVLatent", { video_latent: LATENT, audio_latent: LATENT }, [LATENT]];
+  const sigmas = (text) => ["ManualSigmas", {}, ["SIGMAS"], { sigmas: text }];
+  return graphOf({
+    1: ["CheckpointLoaderSimple", {}, [MODEL, "CLIP", "VAE"], { ckpt_name: "ltx-2.3-22b-dev-fp8.safetensors" }],
+    2: OURS, 3: custom, 5: custom, 6: concat, 7: concat, 8: sigmas("1., 0.99375, 0.909375, 0.421875, 0.0"),
+    9: sigmas("0.85, 0.7250, 0.4219, 0.0"), 10: ["CFGGuider", { model: MODEL }, ["GUIDER"]],
+    11: ["EmptyLTXVLatentVideo", {}, [LATENT], { width: 640, height: 360, length: 121 }],
+    12: ["LTXVEmptyLatentAudio", {}, [LATENT], { frames_number: 121, frame_rate: 25 }],
+    13: ["LTXVSeparateAVLatent", { av_latent: LATENT }, ["video_latent:LATENT", "audio_latent:LATENT"]],
+    14: ["LatentUpscaleModelLoader", {}, ["LATENT_UPSCALE_MODEL"], { model_name: file }],
+    15: ["LTXVLatentUpsampler", { samples: LATENT, upscale_model: "LATENT_UPSCALE_MODEL", vae: "VAE" }, [LATENT]],
+  }, [
+    [1, 0, 2, "model"], [2, 0, 10, "model"], [10, 0, 3, "guider"], [10, 0, 5, "guider"], [8, 0, 3, "sigmas"],
+    [9, 0, 5, "sigmas"], [11, 0, 6, "video_latent"], [12, 0, 6, "audio_latent"], [6, 0, 3, "latent_image"],
+    [3, 0, 13, "av_latent"], [13, 0, 15, "samples"], [14, 0, 15, "upscale_model"], [15, 0, 7, "video_latent"],
+    [13, 1, 7, "audio_latent"], [7, 0, 5, "latent_image"],
+  ]);
+}
+
+test("of two stages with one model, the larger is shown; its few steps go on from a video", () => {
+  const shown = (file) => {
+    const { graph, node } = twoStages(file);
+    const { size, model, steps } = graphContext(graph, node(2));
+    return [size.width, size.height, size.length, model, steps];
+  };
+  const second = { total: 3, from: 0, to: 3, begun: true };
+  assert.deepEqual(shown("ltx-2.3-spatial-upscaler-x2-1.1.safetensors"), [1280, 704, 121, "ltx-2", second]);
+  assert.deepEqual(shown("ltx-2.3-spatial-upscaler-x1.5-1.0.safetensors"), [960, 512, 121, "ltx-2", second]);
+  assert.deepEqual(shown("ltx-2-temporal-upscaler-x2-1.0.safetensors"), [640, 360, 241, "ltx-2", second]);
+  assert.deepEqual(shown("mine.safetensors"), [640, 360, 121, "ltx-2", whole(4)], "what it multiplies is not known");
+});
+
+test("noise levels that are written out are one more than there are steps", () => {
+  const stepsOf = (sigmas) => {
+    const { graph, node } = graphOf({
+      2: OURS, 3: ["SamplerCustom", { model: MODEL, sigmas: "SIGMAS", latent_image: LATENT }, [LATENT]],
+      4: ["ManualSigmas", {}, ["SIGMAS"], { sigmas }],
+    }, [[2, 0, 3, "model"], [4, 0, 3, "sigmas"]]);
+    return graphContext(graph, node(2)).steps;
+  };
+  assert.deepEqual(["1, 0.5, 0", ".97 0.5", "0.9, 0", "0.2, 0.9"].map(stepsOf), [
+    whole(2), whole(1), { ...whole(1), begun: true }, whole(1),
+  ]);
+  assert.deepEqual(["", "1", "none"].map(stepsOf), [null, null, null]);
+});
+
 const CAMERA = [
   "WanCameraEmbedding", {}, ["camera_embedding:WAN_CAMERA_EMBEDDING", "width:INT", "height:INT", "length:INT"],
   { camera_pose: "Zoom In", width: 720, height: 480, length: 81, speed: 1 },

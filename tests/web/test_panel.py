@@ -325,6 +325,14 @@ def test_sparse_steps_are_those_of_the_schedule():
         assert answer == len(sparse), (total, begin, end, method, first, last)
 
 
+def test_a_second_stage_is_what_the_run_takes_for_one():
+    """By the same share of noise; the module itself needs ComfyUI."""
+    python = (ROOT / "nodes" / "patching" / "full_schedule.py").read_text("utf-8")
+    script = (ROOT / "web" / "js" / "graph_context.js").read_text("utf-8")
+    found = [re.search(r"\bBEGUN = ([\d.]+)", text) for text in (python, script)]
+    assert found[0] and found[1] and found[0][1] == found[1][1]
+
+
 def layer_texts(count=400):
     """Lists of layers as a person may write them, many with a mistake."""
     dice = random.Random(3)

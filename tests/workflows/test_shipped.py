@@ -18,6 +18,10 @@ NAMES = [
     "dense_vs_sparse",
     "hunyuanvideo1.5_t2v",
     "hunyuanvideo_t2v",
+    "kandinsky5_t2v",
+    "ltx2_two_stage_t2v",
+    "minimax_h3_i2v",
+    "minimax_h3_t2v",
     "sparkwan_few_step",
     "wan2.1_i2v",
     "wan2.1_t2v",
@@ -25,10 +29,27 @@ NAMES = [
     "wan2.2_5b",
     "wan2.2_a14b_t2v",
 ]
-QUICK = ("wan2.2_a14b_t2v", "hunyuanvideo_t2v", "sparkwan_few_step")  # run by default
+QUICK = (  # run by default
+    "hunyuanvideo_t2v",
+    "ltx2_two_stage_t2v",
+    "minimax_h3_t2v",
+    "sparkwan_few_step",
+    "wan2.2_a14b_t2v",
+)
+SOUND = ("ltx2_two_stage_t2v", "minimax_h3_i2v", "minimax_h3_t2v")
+RUNS = {"ltx2_two_stage_t2v": 2}  # of one node, where it serves several samplers
 NODE = "RoPeSLRSparseAttention"
 SCHEMA = Draft202012Validator(
     json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8"))
+)
+FOLDERS = (
+    "checkpoints",
+    "clip_vision",
+    "diffusion_models",
+    "latent_upscale_models",
+    "loras",
+    "text_encoders",
+    "vae",
 )
 TITLE = 30  # a node's title stands above its position
 
@@ -156,7 +177,7 @@ def test_our_nodes_are_found_by_the_manager_and_models_can_be_downloaded(workflo
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(
                 "/" + model["name"]
             )
-            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "clip_vision")
+            assert model["directory"] in FOLDERS
     ours = [node for node in workflow["nodes"] if node["type"].startswith("RoPeSLR")]
     assert ours and all(
         node["properties"]["cnr_id"] == "ropeslr" and node["properties"]["ver"] for node in ours
@@ -262,9 +283,71 @@ def test_every_workflow_runs_to_a_video(server, name):
     (saved,) = result.outputs[save]["images"]
     video = server.base / "output" / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4" and video.stat().st_size > 0
+    assert has_sound(video) == (name in SOUND)
     nodes = [key for key, node in prompt.items() if node["class_type"] == NODE]
-    assert sorted(report["node"] for report in result.reports) == sorted(nodes)
+    runs = sorted(nodes * RUNS.get(name, 1))
+    assert sorted(report["node"] for report in result.reports) == runs
     assert any(report["sparse_calls"] for report in result.reports), result.reports
+
+
+def has_sound(video: Path) -> bool:
+    import av
+
+    with av.open(str(video)) as opened:
+        return len(opened.streams.audio) == 1
+
+
+def test_one_node_serves_two_stages_the_small_one_dense_and_the_large_one_sparse(server):
+    """The second starts below full noise, so that none of its three steps is dense by itself."""
+    from workflow import load, make_tiny, to_prompt
+
+    prompt = to_prompt(load("ltx2_two_stage_t2v"), server.get("/object_info"))
+    prompt = make_tiny(prompt, 128, 128, length=9, steps=2)
+    for node in prompt.values():  # not what the server has kept
+        if "noise_seed" in node["inputs"]:
+            node["inputs"]["noise_seed"] += 1
+    first, second = server.run(prompt).reports
+    # 2 layers, 8 and 3 steps; 4 x 4 latent pixels in two frames, then four times as many.
+    assert first["sparse_calls"] == 0 and sum(first["dense_calls"].values()) == 16
+    assert first["dense_calls"]["32 tokens are fewer than min_tokens 64"] == 14
+    assert (second["sparse_calls"], second["dense_calls"], second["tokens"]) == (6, {}, 128)
+
+
+def test_the_four_steps_of_minimax_h3_run_as_its_note_says(server):
+    """Its LoRA and noise shift turned on, and every step sparse."""
+    from workflow import BYPASS, load, make_tiny, node_id, to_prompt
+
+    workflow = load("minimax_h3_t2v")
+    off = [node for node in workflow["nodes"] if node["mode"] == BYPASS]
+    assert [node["type"] for node in off] == ["LoraLoaderModelOnly", "MiniMaxH3SigmaShift"]
+    for node in off:
+        node["mode"] = 0
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = make_tiny(prompt, 128, 128, length=9, steps=4)
+    prompt[node_id(prompt, "KSamplerSelect")]["inputs"]["sampler_name"] = "euler"
+    prompt[node_id(prompt, NODE)]["inputs"].update(
+        method="top-k plain",
+        sparsity=0.85,
+        dense_first_steps=0,
+        block_order="raster",
+        key_block="64",
+    )
+    (report,) = server.run(prompt).reports
+    assert (report["sparse_calls"], report["dense_calls"]) == (8, {})
+    assert report["method"] == "top-k plain"
+
+
+def test_the_length_of_every_picture_and_sound_is_one_number(info):
+    """LTX-2 takes it from a node of its own, which a tiny prompt must change as well."""
+    needs.need("comfy_cli")
+    from workflow import load, make_tiny, to_prompt
+
+    prompt = make_tiny(to_prompt(load("ltx2_two_stage_t2v"), info), 128, 64, length=17, steps=2)
+    (number,) = (key for key, node in prompt.items() if node["class_type"] == "PrimitiveInt")
+    assert prompt[number]["inputs"]["value"] == 17
+    taken = [(name, value) for node in prompt.values() for name, value in node["inputs"].items()]
+    lengths = [value for name, value in taken if name in ("length", "frames_number")]
+    assert lengths == [[number, 0]] * 2
 
 
 def test_an_equal_node_of_another_number_hears_of_its_own_runs(server):

@@ -151,7 +151,8 @@ export function estimate(settings, modelKey, size, adapter = "", steps = null) {
     windowed: settings.start_percent > 0 || settings.end_percent < 1,
   };
   if (steps && own > 0) {
-    const sparse = sparseSteps(steps, plan.method, plan.first, settings.dense_last_steps);
+    const first = steps.begun && settings.dense_first_steps < 0 ? 0 : plan.first;
+    const sparse = sparseSteps(steps, plan.method, first, settings.dense_last_steps);
     const now = sparse * (spent + linear) + (own - sparse) * (dense + linear);
     numbers.run = { steps: own, sparse, speedUp: (own * (dense + linear)) / now };
   }

@@ -8,6 +8,8 @@ import { hasValue, numberOf, valueOf } from "./values.js";
 const LENGTHS = ["length", "num_frames", "video_length", "frames"];
 const MODEL_FILE = /\.(safetensors|sft|gguf|pth?|ckpt|bin)$/i;
 const DEEPEST = 20; // nodes that change one output of sigmas, one after the other
+const BEGUN = 0.95; // share of noise: what starts with less has a composition already, as the run itself sees it
+const LTX_PIXELS = 32; // of a side of LTX's latents
 
 /**
  * @param {{ type?: string } | undefined} slot
@@ -99,6 +101,7 @@ function madeSize(root, node) {
  * @returns {RoPeSLR.LatentSize | null} null where it is scaled by what is not known
  */
 function rescaled(root, node, size) {
+  if (node.type === "LTXVLatentUpsampler") return upsampled(root, node, size);
   let { width, height } = size;
   if (hasValue(node, "scale_by")) {
     const by = numberOf(root, node, "scale_by") ?? 0;
@@ -108,6 +111,24 @@ function rescaled(root, node, size) {
     [width, height] = [numberOf(root, node, "width") ?? 0, numberOf(root, node, "height") ?? 0];
   }
   return width > 0 && height > 0 ? { ...size, width, height } : null;
+}
+
+/**
+ * The size after LTX's upscaler, whose file's name says what it multiplies.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @param {RoPeSLR.LatentSize} size
+ * @returns {RoPeSLR.LatentSize | null}
+ */
+function upsampled(root, node, size) {
+  const [file = ""] = loaderFiles(root, node, "upscale_model");
+  const found = /(spatial|temporal)\D*[-_]x(\d+(?:\.\d+)?)/i.exec(file);
+  if (!found) return null;
+  const by = Number(found[2]);
+  if (found[1].toLowerCase() === "temporal") return { ...size, length: (size.length - 1) * by + 1 };
+  /** @param {number} pixels */
+  const side = (pixels) => Math.floor(Math.floor(pixels / LTX_PIXELS) * by) * LTX_PIXELS;
+  return { ...size, width: side(size.width), height: side(size.height) };
 }
 
 /**
@@ -156,6 +177,7 @@ export function adapterMethod(root, node) {
  */
 function stepsOfSigmas(root, { node, slot }, depth = 0) {
   const input = node.inputs?.find((each) => isKind(each, "SIGMAS"));
+  if (node.type === "ManualSigmas") return stepsOfLevels(valueOf(root, node, "sigmas"));
   if (!input) {
     const total = numberOf(root, node, "steps") ?? presetSteps(valueOf(root, node, "preset")) ?? 0;
     return total > 0 ? { total, from: 0, to: total } : null;
@@ -166,6 +188,19 @@ function stepsOfSigmas(root, { node, slot }, depth = 0) {
   if (!whole || border === undefined) return null;
   const step = Math.min(whole.from + border, whole.to);
   return slot === 0 ? { ...whole, to: step } : { ...whole, from: step };
+}
+
+/**
+ * The steps of noise levels that are written out, one less than there are numbers.
+ * @param {unknown} text
+ * @returns {RoPeSLR.Steps | null}
+ */
+function stepsOfLevels(text) {
+  const levels = typeof text === "string" ? text.match(/[-+]?\d*\.*\d+/g)?.map(Number) : null;
+  if (!levels || levels.length < 2) return null;
+  const total = levels.length - 1;
+  const steps = { total, from: 0, to: total };
+  return levels[0] < BEGUN && levels[0] > levels[total] ? { ...steps, begun: true } : steps;
 }
 
 /**
@@ -197,6 +232,11 @@ function stepsOf(root, sampler) {
   return source ? stepsOfSigmas(root, source) : null;
 }
 
+/** @param {RoPeSLR.VideoSize} size */
+function volume({ width, height, length }) {
+  return width * height * length;
+}
+
 /**
  * Why a node does nothing at all; "" where it works.
  * @param {Comfy.Node} node
@@ -217,11 +257,10 @@ export function graphContext(root, node) {
   let [first] = samplers;
   /** @type {RoPeSLR.LatentSize | null} */
   let size = null;
-  for (const sampler of samplers) { // where the nearest one's size is unknown, that of a later pass may be known
-    size = latentSize(root, sampler);
-    if (!size) continue;
-    first = sampler;
-    break;
+  for (const sampler of samplers) { // of several passes the largest, where the time goes; of equal ones the nearest
+    const found = latentSize(root, sampler);
+    if (!found || (size && volume(found) <= volume(size))) continue;
+    [first, size] = [sampler, found];
   }
   const model = loaderFiles(root, node).map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
   return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first) : null };

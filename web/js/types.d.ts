@@ -162,11 +162,12 @@ declare namespace RoPeSLR {
   /** Frames, height and width of a video in tokens. */
   type Grid = [number, number, number];
 
-  /** Steps [from, to) of a schedule of `total` steps. */
+  /** Steps [from, to) of a schedule of `total` steps; `begun`: it starts below full noise, as a second stage does. */
   interface Steps {
     total: number;
     from: number;
     to: number;
+    begun?: boolean;
   }
 
   /** The main node's widgets that change an estimate. */

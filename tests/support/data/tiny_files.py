@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ SPARKWAN, CLIP_VISION = (
     "clip_vision/tiny_clip_vision_h.pt",
 )
 WANTED = {*TINY.values(), TRAINED_VAE}
+STAND_INS = Path(tiny_models.__file__).with_name("stand_ins.py")
+H3 = "diffusion_models/tiny_minimax_h3.safetensors"
 # CLIP-ViT-H as Wan 2.1 needs it: its sizes are fixed.
 WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 
@@ -27,9 +31,10 @@ def make(base: Path) -> None:
 
     Files that exist are kept.
     """
-    tiny_models.make(
-        base / "models", [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED]
-    )
+    wanted = [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED]
+    if importlib.util.find_spec("comfy.ldm.minimax") is None:  # an older ComfyUI
+        wanted.remove(H3)
+    tiny_models.make(base / "models", wanted)
     for name, write in ((SPARKWAN, _sparkwan), (CLIP_VISION, _clip_vision)):
         path = base / "models" / name
         if not path.exists():
@@ -38,6 +43,8 @@ def make(base: Path) -> None:
             write(partial)
             partial.replace(path)
     browser.start_image(base / "input" / "example.png")
+    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+    shutil.copy(STAND_INS, base / "custom_nodes")
 
 
 def _sparkwan(path: Path) -> None:
