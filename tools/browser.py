@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # playwright is only there where a browser is driven
 
 SECONDS = 1000  # playwright counts in milliseconds
 PATIENCE = 120 * SECONDS  # a busy machine takes many times the usual two seconds to load the page
-PICTURE_WIDTHS, PICTURE_BYTES = (1600, 1440, 1280, 1120, 960, 800), 80_000
+PICTURE_WIDTHS, PICTURE_BYTES = (1600, 1440, 1280, 1120, 960, 800), 70_000
 # Nothing is to cover the canvas: no tour, no template browser, no floating tools.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
