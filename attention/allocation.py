@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .head_share import HeadShare
+
 SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the mean, probed
 HALF_A_BLOCK = 0.5  # what 0 blocks count as on a logarithmic scale
 TINY = 1e-30  # an error that is none
@@ -207,14 +209,19 @@ class _Group:
         self.table: dict[Hashable, list[list[int]]] = {}  # layer -> batch row -> head -> kept
         self.probed_at: int | None = None  # the step whose curves no table has used yet
         self.lost = 0.0  # error that the table leaves by the curves, beyond a target
+        self.spent = 0  # blocks that all heads keep together
 
-    def solve(self, error: float | None) -> None:
+    def solve(self, error: float | None, share: HeadShare | None = None) -> None:
         """Deal the blocks out anew, for each batch row by itself."""
         layers, probed = list(self.curves), [each.curve for each in self.curves.values()]
         first, heads = probed[0], [each.errors.shape[1] for each in probed]
         # One transfer for all layers.
-        errors = torch.cat([each.errors for each in probed], dim=1).cpu().double()
-        energy = torch.cat([each.energy for each in probed], dim=1).cpu().double()
+        errors = torch.cat([each.errors for each in probed], dim=1)
+        energy = torch.cat([each.energy for each in probed], dim=1)
+        if share is not None:
+            errors, energy = (share.whole(x, len(layers)) for x in (errors, energy))
+            heads = [share.size * count for count in heads]
+        errors, energy = errors.cpu().double(), energy.cpu().double()
         rows, known, self.lost = [], (first.counts, first.blocks), 0.0
         for row in range(errors.shape[0]):
             if not bool(torch.isfinite(errors[row]).all()):
@@ -233,7 +240,7 @@ class _Group:
         for layer, count in zip(layers, heads):
             self.table[layer] = [row[start : start + count] for row in rows]
             start += count
-        self.probed_at = None
+        self.spent, self.probed_at = sum(map(sum, rows)), None
 
 
 class Allocation:
@@ -246,6 +253,7 @@ class Allocation:
 
     def __init__(self, interval: int | None, error: float | None = None) -> None:
         self.interval, self.error = interval, error
+        self.share: HeadShare | None = None
         self._groups: dict[tuple[Hashable, tuple[int, ...]], _Group] = {}
 
     def due(self, layer: Hashable, step: int, parts: Parts, counts: tuple[int, ...]) -> bool:
@@ -272,13 +280,16 @@ class Allocation:
     def kept(
         self, layer: Hashable, step: int, parts: Parts, counts: tuple[int, ...]
     ) -> list[list[int] | None]:
-        """Blocks that each head keeps in this call, by batch row; None where none are known yet."""
+        """Blocks that each head keeps in this call, by batch row; None where none are known yet.
+
+        Of all processes' heads.
+        """
         found: list[list[int] | None] = []
         for key, own in parts:
             batch = own.stop - own.start
             group = self._groups.get((key, counts))
             if group is not None and group.probed_at not in (None, step):
-                group.solve(self.error)
+                group.solve(self.error, self.share)
             rows = None if group is None else group.table.get(layer)
             found += [None] * batch if rows is None or len(rows) != batch else rows
         return found
@@ -290,8 +301,7 @@ class Allocation:
         """
         groups = [each for each in self._groups.values() if each.probed_at not in (None, step)]
         for group in groups:
-            group.solve(self.error)
+            group.solve(self.error, self.share)
         if not groups:
             return None
-        tables = [rows for group in groups for rows in group.table.values()]
-        return sum(x.lost for x in groups), sum(sum(row) for rows in tables for row in rows)
+        return sum(x.lost for x in groups), sum(x.spent for x in groups)

@@ -14,6 +14,7 @@ from ..kernels.types import BlockMask
 from .accounting import AttentionCost, dense_flops, sparse_flops
 from .block_layout import TokenLayout
 from .call import AttentionCall, LayerInputs
+from .head_share import HeadShare
 from .methods import Method, MethodOutput, create
 from .methods.base import QKV, routing_cost
 from .methods.calibration import Lesson
@@ -80,9 +81,12 @@ class Attention(Protocol):
 class AttentionRun:
     """Attends as a plan says; owns what its method remembers. Drop it to free that."""
 
-    def __init__(self, plan: ResolvedPlan) -> None:
+    def __init__(self, plan: ResolvedPlan, share: HeadShare | None = None) -> None:
+        """share: where other processes attend for the rest of the heads."""
         self.plan = plan
         self.method: Method = create(plan)
+        if share is not None:
+            self.method.share_heads(share)
         self.on_mask: Callable[[BlockMask], None] | None = None  # sees the kept blocks of each call
 
     @property

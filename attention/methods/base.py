@@ -24,6 +24,7 @@ from ..adapters.adapter import layer_identity
 from ..allocation import Allocation, Curve, from_shares, probe_counts
 from ..block_layout import TokenLayout
 from ..call import AttentionCall
+from ..head_share import HeadShare
 from ..plan import BLOCK, ResolvedPlan
 from .adapter_terms import at_noise
 from .calibration import Lesson
@@ -107,10 +108,18 @@ class Method:
         # The same with query blocks of WIDE, until the run knows what those cost.
         self._wide: Allocation | None = None
         self.precision = Precision(plan)
+        self.share: HeadShare | None = None
         if plan.allocates:
             self.allocation = Allocation(plan.probe_interval, plan.error_target)
             if plan.query_block == "auto" and plan.probes:
                 self._wide = Allocation(plan.probe_interval, plan.error_target)
+
+    def share_heads(self, share: HeadShare) -> None:
+        """Attend for a share of the heads; others attend for the rest."""
+        self.share = share
+        for allocation in (self.allocation, self._wide):
+            if allocation is not None:
+                allocation.share = share
 
     def dense_reason(self, step: int, num_steps: int) -> str | None:
         """Why the method itself leaves a step of the schedule dense; None where it does not."""
@@ -240,18 +249,27 @@ class Method:
 
     def kept(self, q: Tensor, call: AttentionCall) -> int | list[int]:
         """How many blocks rows keep by score: one number, or one for each of B * H heads."""
+        rows = self.kept_by_all(q, call)
+        if isinstance(rows, int):
+            return rows
+        own = slice(None) if self.share is None else self.share.own(len(rows[0]))
+        return [count for row in rows for count in row[own]]
+
+    def kept_by_all(self, q: Tensor, call: AttentionCall) -> int | list[list[int]]:
+        """The same by batch row, with the heads that other processes attend for."""
         blocks = self.blocks(call.layout, q.device)
         mean = self.plan.topk(blocks.num_ranked)
         if self.allocation is None:
             return mean
         batch, heads = q.shape[:2]
+        heads *= 1 if self.share is None else self.share.size
         parts, probed = call.conditionings(batch), self._probed(blocks)
         rows = self.allocation.kept(call.layer, call.step, parts, probed)
         start = self._start_table(call, mean, probed)
         if start is None and all(row is None for row in rows):
             return mean
         first = (start or {}).get(call.layer, [mean] * heads)
-        return [count for row in rows for count in (row or first)]
+        return [row or first for row in rows]
 
     def _start_table(
         self, call: AttentionCall, mean: int, probed: tuple[int, ...]

@@ -107,7 +107,7 @@ class RoLA(RmsMethod):
         if rank == info.rank:
             return branch
         if call.layer not in self._kept:
-            self._kept[call.layer] = _strongest_pairs(q, k, v, branch, (rank + 1) // 2)
+            self._kept[call.layer] = self._strongest_pairs(q, k, v, branch, (rank + 1) // 2)
         features, pairs = self._kept[call.layer]
         return branch._replace(
             q_map=_only(q_map, features, pairs), k_map=_only(k_map, features, pairs)
@@ -122,6 +122,33 @@ class RoLA(RmsMethod):
             angles = angles[:, : self.adapter.info.rank // 2]
             known = self._feature_rope = (rope, dtype, angles.cos(), angles.sin())
         return known[2:]
+
+    def _strongest_pairs(
+        self, q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The `count` pairs of features that add most to O_l over all heads, by some queries.
+
+        -> their features `(2 count,)` and those pairs of them that turn, int64.
+        """
+        sampled = min(SAMPLED_QUERIES, q.shape[2])
+        tokens = torch.arange(sampled, device=q.device) * q.shape[2] // sampled
+        q_map = branch.q_map
+        some = q_map._replace(
+            **{
+                name: getattr(q_map, name)[tokens]
+                for name in ("rope_cos", "rope_sin", "feature_cos", "feature_sin")
+            }
+        )
+        energy = ops.feature_energy(q.index_select(2, tokens), k, v, branch._replace(q_map=some))
+        least = torch.finfo(energy.dtype).tiny
+        share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=least)
+        pairs = share.sum(dim=(0, 1)).view(-1, 2).sum(dim=-1)
+        if self.share is not None:
+            pairs = self.share.total(pairs)
+        kept = pairs.topk(min(count, pairs.numel())).indices.sort().values
+        features = torch.stack((2 * kept, 2 * kept + 1), dim=-1).flatten()
+        assert q_map.feature_cos is not None
+        return features, kept[kept < q_map.feature_cos.shape[1]]
 
 
 class RmsRoPeSLR(RmsMethod):
@@ -146,32 +173,6 @@ class RmsRoPeSLR(RmsMethod):
             for x in ("q", "k")
         )
         return RmsLowRank(q_map, k_map, torch.finfo(q.dtype).eps)
-
-
-def _strongest_pairs(
-    q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank, count: int
-) -> tuple[Tensor, Tensor]:
-    """The `count` pairs of features that add most to O_l over all heads, measured on some queries.
-
-    -> their features `(2 count,)` and those pairs of them that turn, int64.
-    """
-    sampled = min(SAMPLED_QUERIES, q.shape[2])
-    tokens = torch.arange(sampled, device=q.device) * q.shape[2] // sampled
-    q_map = branch.q_map
-    some = q_map._replace(
-        **{
-            name: getattr(q_map, name)[tokens]
-            for name in ("rope_cos", "rope_sin", "feature_cos", "feature_sin")
-        }
-    )
-    energy = ops.feature_energy(q.index_select(2, tokens), k, v, branch._replace(q_map=some))
-    least = torch.finfo(energy.dtype).tiny
-    share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=least)
-    pairs = share.sum(dim=(0, 1)).view(-1, 2).sum(dim=-1)
-    kept = pairs.topk(min(count, pairs.numel())).indices.sort().values
-    features = torch.stack((2 * kept, 2 * kept + 1), dim=-1).flatten()
-    assert q_map.feature_cos is not None
-    return features, kept[kept < q_map.feature_cos.shape[1]]
 
 
 def _only(silu_map: SiluMap, features: Tensor, pairs: Tensor) -> SiluMap:

@@ -74,7 +74,8 @@ class Parts(NamedTuple):
         return Background(gate, first, low_rank)
 
 
-Kept = int | tuple[int, ...]  # blocks that every head keeps, or each of B * H
+# Blocks that every head keeps; or each, by batch row.
+Kept = int | tuple[tuple[int, ...], ...]
 
 
 class Remembered(NamedTuple):
@@ -399,13 +400,13 @@ class RoPeSLR(Method):
         self, q: Tensor, call: AttentionCall
     ) -> list[tuple[Hashable, slice, Kept]]:
         """Each conditioning with its rows of the batch, and what its heads keep."""
-        (batch, heads), kept = q.shape[:2], self.kept(q, call)
+        batch, kept = q.shape[0], self.kept_by_all(q, call)
         # Windows of a longer video may differ in length.
         blocks = self.blocks(call.layout, q.device).num_ranked
         parts = [((key, blocks), own) for key, own in call.conditionings(batch)]
         if isinstance(kept, int):
             return [(key, own, kept) for key, own in parts]
-        return [(key, own, tuple(kept[own.start * heads : own.stop * heads])) for key, own in parts]
+        return [(key, own, tuple(map(tuple, kept[own]))) for key, own in parts]
 
 
 def _branch(some_q: Tensor, tokens: Tensor, low_rank: LowRank, v_mean: Tensor) -> Tensor:
