@@ -157,6 +157,7 @@ class AttentionRun:
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # One tensor that every part is written into; gradients have to put the parts together.
         out = None if alone or gradients else ops.empty_nhd(q, q.shape[2])
+        gate = self.method.gate(call)
         with _full_precision(q.device):
             own = None if out is None else out[:, :, video]
             found = self.method.attend(q[:, :, video], k, v, call, own)
@@ -171,7 +172,8 @@ class AttentionRun:
                 self._attend_beside(q, k, v, call, out)
             elif not alone:
                 out = self._with_beside(q, k, v, call, found.out)
-            whole = self.method.add_branch(q, k, v, found.out if out is None else out, call)
+            whole = found.out if out is None else out
+            whole = self.method.add_branch(q, k, v, whole, gate, call)
         return whole, self._cost(q, call, found)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> float:

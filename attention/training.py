@@ -3,7 +3,7 @@
 A layer is attended to twice, first without gradients: that calibrates, searches and probes. The
 second time changes nothing, and neither does a third, by which gradient checkpointing makes the
 graph anew. What was found belongs to one model call and lives as long as its graph. Only how many
-blocks heads keep is carried on, to the next call.
+blocks heads keep is carried on, to the next call: whatever it trains on, since no two may be alike.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _CallAttention(AttentionRun):
         super().__init__(plan)
         if self.method.allocation is not None:
             self.method.allocation = _FixedAllocation(shared)
+        self._prepares = self.method.remembers or self.method.allocation is not None
         self._prepared: set[Hashable] = set()
 
     def attend(
@@ -46,11 +47,14 @@ class _CallAttention(AttentionRun):
     ) -> tuple[Tensor, AttentionCost]:
         """See `AttentionRun.attend`; differentiable in q, k, v and the layer's inputs."""
         key = call.layer, call.conditioning, call.window
-        if key not in self._prepared:
+        if self._prepares and key not in self._prepared:
             with torch.no_grad():
                 super().attend(q.detach(), k.detach(), v.detach(), call)
             self._prepared.add(key)
         return super().attend(q, k, v, call)
+
+
+ANY = [("training", slice(0, 1))]  # the first batch row speaks for all
 
 
 class _FixedAllocation(Allocation):
@@ -59,23 +63,22 @@ class _FixedAllocation(Allocation):
     def __init__(self, shared: Allocation) -> None:
         super().__init__(shared.interval, shared.error)
         self._shared = shared
-        self._fixed: dict[Hashable, list[list[int] | None]] = {}
+        self._fixed: dict[Hashable, list[int] | None] = {}
         self._probed: set[Hashable] = set()
 
     def due(self, layer: Hashable, step: int, parts: Parts, counts: tuple[int, ...]) -> bool:
         """See `Allocation.due`; once is enough for a model call."""
-        return layer not in self._probed and self._shared.due(layer, step, parts, counts)
+        return layer not in self._probed and self._shared.due(layer, step, ANY, counts)
 
     def add(self, layer: Hashable, step: int, parts: Parts, curve: Curve) -> None:
         """See `Allocation.add`."""
         self._probed.add(layer)
-        self._shared.add(layer, step, parts, curve)
+        self._shared.add(layer, step, ANY, curve)
 
     def kept(
         self, layer: Hashable, step: int, parts: Parts, counts: tuple[int, ...]
     ) -> list[list[int] | None]:
         """See `Allocation.kept`; the same to whoever asks again."""
-        key = layer, tuple((name, own.start, own.stop) for name, own in parts), counts
-        if key not in self._fixed:
-            self._fixed[key] = self._shared.kept(layer, step, parts, counts)
-        return self._fixed[key]
+        if (layer, counts) not in self._fixed:
+            (self._fixed[layer, counts],) = self._shared.kept(layer, step, ANY, counts)
+        return [self._fixed[layer, counts]] * max(own.stop for _, own in parts)

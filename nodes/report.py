@@ -183,7 +183,7 @@ def _compare(
         return None, NO_POSITIVE
     try:
         with torch.inference_mode():
-            found = comparison.compare(model, latent["samples"], positive, request)
+            found = comparison.compare(model, latent, positive, request)
     except Exception as error:  # the video is finished: a report must not cost it
         logger.warning("RoPeSLR: the comparison failed", exc_info=True)
         return None, f"No comparison: it failed ({type(error).__name__}: {error})."

@@ -788,10 +788,11 @@ H3_GAIN = (
 H3_FOUR_STEPS = (
     "## Four steps\n\n*Turbo-SLA* by lightx2v is a LoRA for four steps, trained with 85 % of "
     "attention left out, for videos of 768 pixels on the short side. To try it, turn on both nodes "
-    "of its group (select them, Ctrl+B), set *steps* to 4 and the sampler to euler. On the RoPeSLR "
-    "node choose *method* top-k plain, *sparsity* 0.85, *dense_first_steps* 0, *block_order* "
-    "raster and *key_block* 64, which is close to how it was trained; in addition, text and sound "
-    "stay exact. We have not opened this file, so whether it loads and how it looks is untested."
+    "of its group (select them, Ctrl+B), set *steps* to 4 and the sampler to euler. The panel of "
+    "the RoPeSLR node then offers what it was trained with: click *Use its settings* (top-k plain, "
+    "sparsity 0.85, raster order, blocks of 64, every head alike, no dense step). In addition, "
+    "text and sound stay exact. We have not opened this file, so whether it loads and how it looks "
+    "is untested."
 )
 
 

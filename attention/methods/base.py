@@ -91,6 +91,7 @@ class Method:
     """One instance serves one sampling run and owns whatever it remembers between calls."""
 
     routes = True  # scores blocks in every call
+    remembers = True  # something from one call of a layer to the next
     always = False  # runs whatever length and sparsity: dense attention is not what it stands for
     fewest = 1  # blocks that every head keeps: none is enough for a method with a background
     tells_mass = True  # of the softmax, so that weighted keys can be added to its output
@@ -149,8 +150,18 @@ class Method:
         """
         raise NotImplementedError
 
+    def gate(self, call: AttentionCall) -> Tensor | None:
+        """What the model's own gate says `(B, L, H*D)`, in the precision that the model runs in."""
+        return None
+
     def add_branch(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: AttentionCall
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        gate: Tensor | None,
+        call: AttentionCall,
     ) -> Tensor:
         """Add what a method has for all rows, those beside the video included: -> out.
 

@@ -33,6 +33,7 @@ FEATURES = FeatureMap("softmax")
 class SLA(Method):
     """Stateless: everything follows from the call and the weights."""
 
+    remembers = False
     tells_mass = False  # the linear branch has none
 
     def attend(

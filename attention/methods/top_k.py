@@ -22,6 +22,8 @@ from .base import QKV, Method, MethodOutput, Routing
 class TopK(Method):
     """The kept blocks and nothing else."""
 
+    remembers = False
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
     ) -> MethodOutput:
@@ -51,6 +53,8 @@ class TopK(Method):
 
 class PooledTopK(Method):
     """The kept blocks, and every other one as a single key."""
+
+    remembers = False
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None

@@ -34,7 +34,7 @@ class VSA(TopK):
     def kept(self, q: Tensor, call: AttentionCall) -> int:
         """See `Method.kept`; rounded up, as in training."""
         tiles = self.blocks(call.layout, q.device).num_ranked
-        return max(1, math.ceil((1.0 - self.plan.sparsity) * tiles - 1e-6))
+        return max(1, min(math.ceil((1.0 - self.plan.sparsity) * tiles), tiles))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, out: Tensor | None = None
@@ -49,15 +49,27 @@ class VSA(TopK):
         background = batch * coarse_flops(tokens, head_dim, heads, tiles, width)
         return found._replace(background=background)
 
-    def add_branch(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: AttentionCall
-    ) -> Tensor:
-        """See `Method.add_branch`."""
+    def gate(self, call: AttentionCall) -> Tensor | None:
+        """See `Method.gate`."""
         inputs = call.inputs
         if inputs.gate is None:
-            return out
+            return None
         assert inputs.x is not None  # `needs_x` keeps calls without it away
-        gate = inputs.gate(inputs.x).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+        return inputs.gate(inputs.x)
+
+    def add_branch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        gate: Tensor | None,
+        call: AttentionCall,
+    ) -> Tensor:
+        """See `Method.add_branch`."""
+        if gate is None:
+            return out
+        gate = gate.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
         blocks, backend = self.blocks(call.layout, q.device).kv_blocks, self.plan.backend
         means = [ops.block_pool(x, blocks, backend=backend) for x in (q, k, v)]
         return ops.add_coarse(out, gate, (means[0], means[1], means[2]), blocks, scale=call.scale)

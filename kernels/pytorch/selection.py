@@ -82,11 +82,13 @@ def _dropped_scores(
     pooled_q: Tensor, pooled_k: Tensor, mask: BlockMask, scale: float
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some of B * H heads, and their scores plus log sizes `(n, Nq, Nk)`, -inf where kept."""
-    q, k, kept = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1), mask.to_dense().flatten(0, 1)
-    sizes = mask.kv_blocks.sizes.to(q.dtype).log()
+    q, k, blocks = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1), mask.kv_blocks.num_blocks
+    lists, sizes = mask.fill_unused(blocks).flatten(0, 1), mask.kv_blocks.sizes.to(q.dtype).log()
     for some in head_chunks(q.shape[0], q.shape[1] * k.shape[1]):
         scores = scale * q[some] @ k[some].mT + sizes
-        yield some, scores.masked_fill(kept[some], -torch.inf)
+        kept = torch.zeros(*scores.shape[:-1], blocks + 1, dtype=torch.bool, device=q.device)
+        kept.scatter_(-1, lists[some], True)
+        yield some, scores.masked_fill(kept[..., :blocks], -torch.inf)
 
 
 def _select(

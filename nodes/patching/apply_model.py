@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -85,11 +84,7 @@ def run_once(
     layers = {} if facts.unsupported else self_attentions(model, run.info)
     call = ModelCall(run, facts, layers, reason)
     options = {**request.options, CALL: call, SLOT: sparse_override}
-    hooks: contextlib.AbstractContextManager = watching(call, model)
-    if call.trains:
-        run.keep_hooks(hooks)
-        hooks = contextlib.nullcontext()
-    with hooks:
+    with run.hooks(model, lambda: watching(layers, model), keep=call.trains):
         out = executor(
             request.x,
             request.t,

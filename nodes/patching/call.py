@@ -15,7 +15,7 @@ from ...attention.accounting import dense_flops
 from ...attention.run import Attention
 from .candidate import Candidate, HostCall
 from .dense_reason import SOME_QUERIES, DenseReason
-from .hooks import EnteringLayer
+from .hooks import ENTERED, EnteringLayer
 from .model_info import Layer
 from .tally import Cell, Tally
 from .token_layout import SequenceInfo, with_mask
@@ -121,7 +121,8 @@ class ModelCall:
             if "block_index" in host.options and host.tokens == host.kv_tokens:
                 self.leave_dense(self.facts.unsupported)
             return None
-        layer = self.entering.layer_of(host, bool(self.run.info.arrangement.guides))
+        guides = bool(self.run.info.arrangement.guides)
+        layer = self.entering_of(host).layer_of(host, guides)
         if layer is None:
             # ComfyUI names the block in some models; the tally tells the rest apart by length.
             across = "block_index" in host.options or host.tokens != host.kv_tokens
@@ -132,6 +133,10 @@ class ModelCall:
             return None
         self.layers_seen.add(layer.identity)
         return layer
+
+    def entering_of(self, host: HostCall) -> EnteringLayer:
+        """What hooks saw of the self-attention that makes an attention call."""
+        return host.options.get(ENTERED, self.entering)
 
     def layout_of(self, host: HostCall) -> TokenLayout | DenseReason:
         """Where the video lies in a call's sequence, and what a mask says of the other tokens."""
@@ -181,9 +186,10 @@ class ModelCall:
 
     def run_dense(self, host: HostCall, layer: Layer, reason: DenseReason) -> Tensor:
         """Log and count self-attention that stays dense."""
-        self.entering.drop()
+        self.entering_of(host).drop()
         self.run.notices.dense(reason)
-        flops = host.batch * dense_flops(host.tokens, host.head_dim, host.heads)
+        flops = host.batch * dense_flops(host.kv_tokens, host.head_dim, host.heads)
+        flops *= host.tokens / host.kv_tokens  # fewer queries where LTX asks for the video's alone
         self.tally.dense(Cell(self.step, layer.number), reason.text, flops)
         with self.run.timing.measure("dense", host.q.device):
             return self.run_previous(host)

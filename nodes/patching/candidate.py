@@ -98,7 +98,7 @@ class Candidate:
     @cached_property
     def inputs(self) -> LayerInputs:
         """What hooks saw of the layer; they hand it out once."""
-        return self.call.entering.take(self.host, self.token_layout)
+        return self.call.entering_of(self.host).take(self.host, self.token_layout)
 
     def attention_call(self) -> AttentionCall:
         """Everything but q, k, v that the attention floor needs."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
 import torch
-from torch import Tensor
 
 from ...attention import ResolvedPlan, SparsePlan
 from ...attention.compare import MapSelection, MethodComparison
-from ...attention.plan import METHODS, NEED_WEIGHTS
+from ...attention.plan import METHODS, NEED_WEIGHTS, OF_THE_MODEL
 from .model_info import model_info
 from .patch import KEY, SparsePatch, put_on
 from .run_report import RunReport
@@ -36,9 +36,9 @@ class SilentPatch(SparsePatch):
 
 
 def compare(
-    model: Any, latent: Tensor, positive: list, request: Request
+    model: Any, latent: Mapping[str, Any], positive: list, request: Request
 ) -> MethodComparison | None:
-    """Put noise on the first of some latents `(B, C, ...)` and denoise it once, or once to learn.
+    """Put noise on the first of a LATENT's `(B, C, ...)` and denoise it once, or once to learn.
 
     Uses the plan and the adapter of the RoPeSLR node on MODEL, default settings without one; steps,
     layers and lengths that the plan leaves dense are tried too. None where the model cannot run
@@ -56,9 +56,9 @@ def compare(
     put_on(compared, SilentPatch(comparison.plan, None, lambda _: comparison))
     if comparison.learns:
         comparison.learning = True
-        _denoise_once(compared, latent[:1], positive, request.at)
+        _denoise_once(compared, latent, positive, request.at)
         comparison.learning = False
-    _denoise_once(compared, latent[:1], positive, request.at)
+    _denoise_once(compared, latent, positive, request.at)
     return comparison if any(comparison.errors.values()) else None
 
 
@@ -80,23 +80,26 @@ def _plans(patch: SparsePatch | None, every_method: bool) -> dict[str, ResolvedP
     plans = {plan.method: plan}
     if every_method:
         trained = plan.adapter.info.method if plan.adapter is not None else None
-        names = [name for name in METHODS[1:] if name == trained or name not in NEED_WEIGHTS]
+        weights = (*NEED_WEIGHTS, OF_THE_MODEL)  # without which a method is another
+        names = [name for name in METHODS[1:] if name == trained or name not in weights]
         plans |= {name: plan.by_method(name) for name in names if name not in plans}
     return plans
 
 
-def _denoise_once(model: Any, latent: Tensor, positive: list, at: float) -> None:
+def _denoise_once(model: Any, latent: Mapping[str, Any], positive: list, at: float) -> None:
+    samples, mask = latent["samples"][:1], latent.get("noise_mask")
     sigma = float(model.get_model_object("model_sampling").percent_to_sigma(at))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # noise seeds all of them
         comfy.sample.sample_custom(
             model,
-            comfy.sample.prepare_noise(latent, 0),
+            comfy.sample.prepare_noise(samples, 0),
             1.0,
             comfy.samplers.sampler_object("euler"),
             torch.tensor([sigma, 0.0]),
             positive,
             positive,
-            latent,
+            samples,
+            noise_mask=None if mask is None else mask[:1],
             disable_pbar=True,
             seed=0,
         )

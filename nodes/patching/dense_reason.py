@@ -101,7 +101,8 @@ def _layer(candidate: Candidate) -> DenseReason | None:
 
 def _repeated(candidate: Candidate) -> DenseReason | None:
     """What a run remembers of a layer would be mixed up."""
-    return DenseReason(REPEATED) if candidate.call.entering.calls > 1 else None
+    repeated = candidate.call.entering_of(candidate.host).calls > 1
+    return DenseReason(REPEATED) if repeated else None
 
 
 def _gradients(candidate: Candidate) -> DenseReason | None:
@@ -121,6 +122,8 @@ def _heads(candidate: Candidate) -> DenseReason | None:
 
 
 def _speed(candidate: Candidate) -> DenseReason | None:
+    if candidate.call.trains or candidate.call.run.attention.always:
+        return None
     text = dense_is_faster(candidate.plan, candidate.host.q)
     return None if text is None else DenseReason(text)
 

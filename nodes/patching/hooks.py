@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .call import ModelCall
     from .candidate import HostCall
 
-CALL = "ropeslr_call"
+CALL, ENTERED = "ropeslr_call", "ropeslr_entered"
 
 
 class EnteringLayer:
@@ -49,6 +49,10 @@ class EnteringLayer:
     def note(self, x: Tensor, rope: Tensor | None, gate: Callable[[Tensor], Tensor] | None) -> None:
         """x: one batch row may come without its dimension, as MiniMax H3 has it."""
         self._x, self._rope, self._gate = x[None] if x.ndim == 2 else x, rope, gate
+
+    @property
+    def layer(self) -> Layer | None:
+        return self._layer
 
     def leave(self) -> None:
         self._layer = None
@@ -83,6 +87,25 @@ class EnteringLayer:
         return LayerInputs(x, self._read[1], gate)
 
 
+class Entered(EnteringLayer):
+    """The same for one run of a layer that is trained through, handed to it in its own options.
+
+    A checkpoint calls the layer again with the options that it was called with, and not its hooks.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self._layer, self.calls = layer, 1
+
+    def layer_of(self, host: HostCall, guides: bool) -> Layer | None:
+        """See `EnteringLayer.layer_of`."""
+        across = host.tokens != host.kv_tokens
+        return None if across and not guides else self._layer
+
+    def drop(self) -> None:
+        """Nothing: it is needed once more."""
+
+
 def read_rope(
     rope: Tensor | None,
     tokens: int,
@@ -98,16 +121,36 @@ def read_rope(
 
 
 @torch.compiler.disable
-def enter(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def enter(
+    module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of a self-attention module: (x, rope, ..., transformer_options)."""
     call = _call_under_way(args, kwargs)
     layer = None if call is None else call.layers.get(module)
     if call is None or layer is None:
-        return
-    call.entering.enter(layer)
+        return None
+    entering = call.entering
+    entering.enter(layer)
+    found = None
+    if call.trains and entering.layer is not None:
+        entering = Entered(entering.layer)
+        found = _with_entered(args, kwargs, entering)
     if args and call.run.needs_inputs:
         x, *rest = args
-        call.entering.note(x, rest[0] if rest else kwargs.get("freqs"), coarse_gate(module))
+        entering.note(x, rest[0] if rest else kwargs.get("freqs"), coarse_gate(module))
+    return found
+
+
+def _with_entered(
+    args: tuple, kwargs: dict[str, Any], entered: Entered
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments, with options of the layer's own in place of those that all share."""
+
+    def own(value: Any) -> Any:
+        ours = isinstance(value, dict) and CALL in value
+        return {**value, ENTERED: entered} if ours else value
+
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
 
 @torch.compiler.disable
@@ -152,8 +195,11 @@ def own_function(module: torch.nn.Module) -> Callable[..., Tensor] | None:
 
 
 @contextlib.contextmanager
-def watching(call: ModelCall, model: torch.nn.Module) -> Iterator[None]:
-    """Hook a model's attention for the length of a `with` block; nothing is left behind."""
+def watching(layers: Iterable[torch.nn.Module], model: torch.nn.Module) -> Iterator[None]:
+    """Hook a model's attention for the length of a `with` block; nothing is left behind.
+
+    layers: its self-attention modules.
+    """
     preferring = [module for module in model.modules() if own_function(module) is not None]
     handles: list[Any] = []
 
@@ -162,7 +208,7 @@ def watching(call: ModelCall, model: torch.nn.Module) -> Iterator[None]:
         handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     try:
-        for module in call.layers:
+        for module in layers:
             hook(module, enter, leave)
         for module in preferring:
             hook(module, enter_preferring, leave_preferring)

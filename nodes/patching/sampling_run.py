@@ -71,7 +71,9 @@ class SamplingRun:
         self.started = time.perf_counter()
         self._make_attention = make_attention
         self.training = TrainingRun(plan)
-        self._kept_hooks: contextlib.ExitStack | None = None
+        # Of models that are trained through: a checkpoint's layers run again after their call.
+        self._kept_hooks = contextlib.ExitStack()
+        self._hooked: set[Any] = set()
         # The first device takes the attention that is there already.
         self._spare: Attention | None = self.attention
         self._attentions: dict[torch.device, Attention] = {}
@@ -133,19 +135,20 @@ class SamplingRun:
                 self._attentions[device] = found or self._make_attention(self.plan)
             return self._attentions[device]
 
-    def keep_hooks(self, hooks: contextlib.AbstractContextManager) -> None:
-        """Hold a model's hooks to the run's end: a checkpoint's layers run again after their call.
-
-        Once, since they serve every call.
-        """
-        if self._kept_hooks is None:
-            self._kept_hooks = contextlib.ExitStack()
-            self._kept_hooks.enter_context(hooks)
+    def hooks(
+        self, model: Any, make: Callable[[], contextlib.AbstractContextManager], keep: bool
+    ) -> contextlib.AbstractContextManager:
+        """A model's hooks for one call; or, where they are kept, to the run's end."""
+        with self._lock:
+            if keep and model not in self._hooked:
+                self._hooked.add(model)
+                self._kept_hooks.enter_context(make())
+            return contextlib.nullcontext() if model in self._hooked else make()
 
     def drop_hooks(self) -> None:
-        """Take them off."""
-        if self._kept_hooks is not None:
-            self._kept_hooks.close()
+        """Take off those that were kept."""
+        self._kept_hooks.close()
+        self._hooked.clear()
 
     def forget(self, device: torch.device) -> None:
         """Drop what the method has learned on a device so far in this run."""

@@ -23,7 +23,7 @@ NOT_LOADED = (
 )
 LEFT_OUT = (
     "the checkpoint was trained with VSA, and {method} leaves out its gated branch: the video may "
-    "be noise. Set method to auto or vsa"
+    "be noise. Set method to vsa"
 )
 NO_GATE = "the model has no gate of VSA, so only block-sparse attention runs, in VSA's tiles"
 OTHER_METHOD = "Set method to auto."
@@ -38,7 +38,8 @@ def for_gates(model: Any, info: ModelInfo, plan: SparsePlan, has_adapter: bool) 
     if gated and plan.method == "auto" and not has_adapter:
         return replace(plan, method=OF_THE_MODEL)
     if gated and plan.method != OF_THE_MODEL:
-        _warn(LEFT_OUT.format(method=plan.method))
+        method = "the adapter's method" if plan.method == "auto" else plan.method
+        _warn(LEFT_OUT.format(method=method))
     path = None if gated else _file(model)
     if path is not None and _has_gates(path):
         _warn(NOT_LOADED.format(file=path.name))

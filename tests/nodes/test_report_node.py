@@ -42,7 +42,8 @@ def test_every_method_is_compared_with_dense_attention(finished):
     rows = {
         line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")
     }
-    assert set(rows) == {name for name in plan.METHODS[1:] if name not in plan.NEED_WEIGHTS}
+    weights = (*plan.NEED_WEIGHTS, plan.OF_THE_MODEL)
+    assert set(rows) == {name for name in plan.METHODS[1:] if name not in weights}
     assert "on this model at this sparsity: ropeslr" in text
     assert report(model) is run  # the comparison is no run of the person's
     assert not torch.equal(image, run_report(model, latent)[1])
@@ -56,7 +57,7 @@ def test_the_errors_are_those_of_the_methods():
     An adapter adds its method.
     """
     module = comfy_host.module(".nodes.patching.compare")
-    model, latent = load_model("tiny_wan21_t2v"), torch.randn(1, 16, 9, 16, 16)
+    model, latent = load_model("tiny_wan21_t2v"), {"samples": torch.randn(1, 16, 9, 16, 16)}
     alike = dict(allocation="uniform", key_block="64")
     low, high = (
         module.compare(
@@ -83,6 +84,41 @@ def test_the_errors_are_those_of_the_methods():
     trained = module.compare(patched, latent, conditioning(1), module.Request(True))
     assert list(trained.errors)[0] == "rola"
     assert set(trained.errors) == {*low.errors, "rola"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_a_video_with_guides_is_compared_too(strength):
+    """Its guides are held by a mask of the noise; their strength is what the methods see of it."""
+    import comfy.ldm.lightricks.model
+
+    if not hasattr(comfy.ldm.lightricks.model, "GuideAttentionMask"):
+        pytest.skip("this ComfyUI weights guides with a mask over all queries")
+    variant = VARIANTS["LTX-Video with a guide"]
+    frames, height, width = variant.even
+    entry = {
+        "pre_filter_count": height * width,
+        "strength": strength,
+        "pixel_mask": None,
+        "latent_shape": [1, height, width],
+    }
+    extra = variant.extra(variant.even) | {"guide_attention_entries": [entry]}
+    mask = torch.ones(1, 1, frames + 1, 1, 1)
+    mask[:, :, frames:] = 0
+    latent = {
+        "samples": torch.randn(1, variant.channels, frames + 1, height, width),
+        "noise_mask": mask,
+    }
+    module = comfy_host.module(".nodes.patching.compare")
+    found = module.compare(
+        sparse(variant.model(), sparsity=0.6),
+        latent,
+        conditioning(1, width=variant.text, **extra),
+        module.Request(True),
+    )
+    assert set(found.errors) == {"ropeslr", "adaspa", "top-k", "top-k plain"}
+    for each in found.errors.values():
+        assert len(each) == 2 and all(0 < error.relative < 0.8 for error in each.values())
 
 
 @pytest.mark.slow

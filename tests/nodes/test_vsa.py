@@ -30,7 +30,7 @@ def gated(monkeypatch):
             gate.weight, std=0.5 / width**0.5, generator=torch.Generator().manual_seed(number)
         )
         monkeypatch.setattr(block.attn, "to_gate_compress", gate, raising=False)
-    layouts, made = [], h3.PackedLayout.__init__
+    entered, layouts, made = [], [], h3.PackedLayout.__init__
 
     def noted(self, *args, **kwargs):
         made(self, *args, **kwargs)
@@ -43,21 +43,24 @@ def gated(monkeypatch):
         if not layouts:  # the text's own layers, before there is any
             return forward(self, x, rope_freqs)
         transformer_options["minimax_h3_layout"] = layouts[-1]
+        entered.append((x, getattr(self, "to_gate_compress", None)))
         return forward(self, x, rope_freqs, transformer_options)
 
     monkeypatch.setattr(h3.Attention, "forward", told)
-    return variant, model
+    return variant, model, entered
 
 
 def test_a_checkpoint_trained_with_vsa_runs_as_it_was_trained(gated, monkeypatch):
     """Chosen by itself; short videos and sparsity 0 too; every row against the transcription."""
-    variant, model = gated
+    variant, model, entered = gated
     run_class, compared = comfy_host.module(".attention").AttentionRun, []
     attend = run_class.attend
 
     def watched(self, q, k, v, call):
         out, cost = attend(self, q, k, v, call)
         layout, inputs = call.layout, call.inputs
+        x, own = entered[-1]
+        assert inputs.gate is own and torch.equal(inputs.x[0], x)
         assert len(layout.segments) > 1 and sum(layout.segments) == layout.before
         gate = inputs.gate(inputs.x)[0].unflatten(-1, (q.shape[1], -1)).transpose(0, 1)
         expected = vsa(
@@ -76,7 +79,7 @@ def test_a_checkpoint_trained_with_vsa_runs_as_it_was_trained(gated, monkeypatch
 
 
 def test_other_methods_say_that_they_leave_the_gate_out(gated, caplog):
-    variant, model = gated
+    variant, model, entered = gated
     patched = sparse(model, method="top-k")
     assert "leaves out its gated branch" in caplog.text
     variant.sample(patched, variant.even, 1.0)

@@ -68,6 +68,7 @@ test("auto follows the adapter, and released weights start sparse", () => {
     assert.deepEqual([found.keyBlock, found.shared], [keyBlock, shared], method);
   }
   assert.equal(resolve({ ...SETTINGS, allocation: "uniform" }, "").shared, false);
+  assert.deepEqual([auto("vsa").method, auto("vsa").order, auto("vsa").first], ["vsa", "tile", 0]);
   assert.equal(resolve({ ...SETTINGS, key_block: "32" }, "rola").keyBlock, 32);
   assert.ok(resolve({ ...SETTINGS, method: "sla" }, "unknown").trained);
 });

@@ -23,6 +23,16 @@ test("a plain graph: size, model and steps", () => {
   assert.deepEqual([found.model, found.steps, found.adapter], ["wan-1.3b", whole(30), ""]);
 });
 
+test("a checkpoint that holds the gate of VSA is estimated as it will run", () => {
+  for (const [file, method] of [["MiniMax-H3-FastH3-8step_bf16.safetensors", "vsa"], ["h3_vsa.gguf", "vsa"], ["h3.safetensors", ""]]) {
+    const loader = ["UNETLoader", {}, [MODEL], { unet_name: file }];
+    const { graph, node } = graphOf({ 1: loader, 2: OURS, 3: KSAMPLER, 4: EMPTY }, [
+      [1, 0, 2, "model"], [2, 0, 3, "model"], [4, 0, 3, "latent_image"],
+    ]);
+    assert.equal(graphContext(graph, node(2)).adapter, method, file);
+  }
+});
+
 test("links kept as a plain object work too, and an unconnected node finds nothing", () => {
   const { graph, node } = graphOf({ 2: OURS, 3: KSAMPLER }, [[2, 0, 3, "model"]]);
   graph.links = Object.fromEntries(graph.links);

@@ -115,7 +115,7 @@ def in_python(case):
     n_q, n_k = blocks.q_blocks.num_blocks, blocks.kv_blocks.num_blocks
     topk = planning.topk_of(case["sparsity"], blocks.num_ranked)
     if case["method"] == "vsa":
-        topk = max(1, math.ceil((1.0 - case["sparsity"]) * blocks.num_ranked - 1e-6))
+        topk = max(1, math.ceil((1.0 - case["sparsity"]) * blocks.num_ranked))
     share = layout.video_tokens / layout.tokens
     density = 1.0 - (1.0 - blocks.density(topk)) * share
     place = (layout.video_tokens, head_dim, heads)

@@ -331,6 +331,7 @@ def test_the_four_steps_of_minimax_h3_run_as_its_note_says(server):
         dense_first_steps=0,
         block_order="raster",
         key_block="64",
+        allocation="uniform",
     )
     (report,) = server.run(prompt).reports
     assert (report["sparse_calls"], report["dense_calls"]) == (8, {})

@@ -30,11 +30,11 @@ function tiles(sides) {
  * @param {number} count
  */
 function keptTiles(sparsity, count) {
-  return Math.max(1, Math.ceil((1.0 - sparsity) * count - 1e-6));
+  return Math.max(1, Math.min(Math.ceil((1.0 - sparsity) * count), count));
 }
 
 /**
- * Key blocks of a video that hold tokens of its first frame. They come first in every order.
+ * Key blocks of a video that hold tokens of its first frame. They come first, or count as if they did.
  * @param {RoPeSLR.Grid} grid
  * @param {string} order
  * @param {number} keyBlock tokens of a key block, at least 16

@@ -7,6 +7,7 @@ import { hasValue, numberOf, valueOf } from "./values.js";
 
 const LENGTHS = ["length", "num_frames", "video_length", "frames"];
 const MODEL_FILE = /\.(safetensors|sft|gguf|pth?|ckpt|bin)$/i;
+const GATED = /fasth3|[-_.]vsa([-_.]|$)/i; // checkpoints that hold the gate of VSA
 const DEEPEST = 20; // nodes that change one output of sigmas, one after the other
 const BEGUN = 0.95; // share of noise: what starts with less has a composition already, as the run itself sees it
 const LTX_PIXELS = 32; // of a side of LTX's latents
@@ -262,6 +263,8 @@ export function graphContext(root, node) {
     if (!found || (size && volume(found) <= volume(size))) continue;
     [first, size] = [sampler, found];
   }
-  const model = loaderFiles(root, node).map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
-  return { size, model, adapter: adapterMethod(root, node), steps: first ? stepsOf(root, first) : null };
+  const files = loaderFiles(root, node);
+  const model = files.map(guessModel).find(Boolean) || guessModelByLatent(size?.type);
+  const adapter = adapterMethod(root, node) || (files.some((file) => GATED.test(file)) ? "vsa" : "");
+  return { size, model, adapter, steps: first ? stepsOf(root, first) : null };
 }

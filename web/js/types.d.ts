@@ -115,7 +115,7 @@ declare namespace Comfy {
 declare namespace RoPeSLR {
   type Method = "ropeslr" | "rola" | "sla" | "adaspa" | "top-k" | "top-k plain" | "vsa";
   /** What an adapter was trained for; "" without one, "unknown" where its file's name does not say. */
-  type AdapterMethod = "" | "unknown" | "ropeslr" | "rola" | "sla";
+  type AdapterMethod = "" | "unknown" | "ropeslr" | "rola" | "sla" | "vsa";
 
   /** Published dimensions of a model. */
   interface Model {
