@@ -173,21 +173,28 @@ def test_sound_is_attended_to_as_before(ltx2, monkeypatch):
     assert relative_error(found, dense) < 1e-5
 
 
+THOROUGH = pytest.mark.slow("thorough")
 COMPILED = [
-    *(pytest.param(name, "eager") for name in ("MiniMax H3", "LTX-2", "Kandinsky 5")),
+    ("MiniMax H3", "eager", True),
+    ("MiniMax H3", "eager", False),
+    ("LTX-2", "eager", False),
+    ("Kandinsky 5", "eager", True),
+    ("Kandinsky 5", "eager", False),
+    pytest.param("LTX-2", "eager", True, marks=THOROUGH),  # takes as long as all the others
     *(
-        pytest.param(name, "eager", marks=pytest.mark.slow("thorough"))
+        pytest.param(name, "eager", whole, marks=THOROUGH)
         for name in ("LTX-Video with a guide", "Cosmos Predict2", "Mochi", "CogVideoX")
+        for whole in (True, False)
     ),
     *(
-        pytest.param(name, "inductor", marks=pytest.mark.slow("thorough"))
+        pytest.param(name, "inductor", whole, marks=THOROUGH)
         for name in ("MiniMax H3", "LTX-2", "Kandinsky 5")
+        for whole in (True, False)
     ),
 ]
 
 
-@pytest.mark.parametrize("name, backend", COMPILED)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name, backend, whole", COMPILED)
 def test_compiled_models_run_sparse_and_alike(name, backend, whole, monkeypatch):
     variant = VARIANTS[name]
     if variant.missing():
