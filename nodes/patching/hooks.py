@@ -1,8 +1,8 @@
 """Hooks on attention modules: which one is under way, and what it was called with.
 
 An attention call itself tells none of this: not every model says which block calls, and q and k
-arrive projected and rotated. The hooks live for one model call and hold nothing themselves: they
-write into the call that is under way.
+arrive projected and rotated. The hooks live for one model call, in training for one run, and hold
+nothing themselves: they write into the call that is under way.
 """
 
 from __future__ import annotations
