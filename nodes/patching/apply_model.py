@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import CallFacts, Conditioning, ModelCall
+from .call import CallFacts, Conditioning, ModelCall, Override
 from .dense_reason import NOT_FINITE, OTHER_MODEL, DenseReason
 from .hooks import CALL, watching
 from .model_info import model_info, self_attentions, unwrap
@@ -154,7 +154,7 @@ def call_facts(run: SamplingRun, base: Any, request: ApplyArguments) -> CallFact
         conditioning=_conditioning(options, request.x.shape[0]),
         window=tuple(getattr(options.get("context_window"), "index_list", None) or ()),
         unsupported=_unsupported(run, base),
-        previous=options.get(SLOT),
+        previous=_previous(options),
     )
     if facts.unsupported:
         return facts
@@ -163,6 +163,15 @@ def call_facts(run: SamplingRun, base: Any, request: ApplyArguments) -> CallFact
         facts,
         sequence=sequence_info(run.info, model, request.x, conditions),
     )
+
+
+def _previous(options: Mapping[str, Any]) -> Override | None:
+    """The override that was set before; where this is a call within our own, what was before that.
+
+    Another pack may copy options with our wrapper in them into options that have it too.
+    """
+    found = options.get(SLOT)
+    return options[CALL].facts.previous if found is sparse_override else found
 
 
 def _unsupported(run: SamplingRun, base: Any) -> DenseReason | None:

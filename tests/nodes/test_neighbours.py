@@ -298,6 +298,25 @@ def test_unknown_arguments_of_newer_hosts_are_passed_on():
     assert not hasattr(override.sparse_override, "container_function")
 
 
+def test_a_wrapper_that_was_copied_twice_calls_no_override_for_ever():
+    """Dense calls within dense calls would hand each other back and forth."""
+    from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+    model = load_model("tiny_wan21_t2v")
+    calls = []
+
+    def below(func, *args, **kwargs):
+        calls.append(1)
+        return func(*args, **kwargs)
+
+    expected = sample(sparse(model, dense_first_steps=1))
+    patched = with_override(sparse(model, dense_first_steps=1), below)
+    module = comfy_host.module(".nodes.patching.patch")
+    options = patched.model_options["transformer_options"]
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, "copied", module.wrapped_apply_model, options)
+    assert torch.equal(sample(patched), expected) and calls
+
+
 @pytest.mark.parametrize("name", ["Wan 2.1 T2V", "MiniMax H3", "HunyuanVideo T2V"])
 @pytest.mark.parametrize("overridden", [False, True])
 def test_attention_that_the_checkpoint_asks_for_keeps_the_dense_calls(name, overridden):
