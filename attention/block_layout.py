@@ -88,6 +88,10 @@ class TokenLayout:
         """The video's tokens in the sequence."""
         return slice(self.before, self.before + self.video_tokens)
 
+    def video_rows(self, queries: int) -> slice:
+        """The video's among so many queries: of the sequence, or the video's alone."""
+        return slice(0, queries) if queries == self.video_tokens else self.video
+
     def token_order(self) -> Tensor:
         """Video tokens in block order: -> `(T*H*W,)` int64, a permutation of the raster numbers."""
         if self.order == "raster":

@@ -113,8 +113,7 @@ class MethodComparison:
             return dense, AttentionCost(1.0, flops, flops)
         count = min(SAMPLED_QUERIES, layout.video_tokens)
         positions = torch.arange(count, device=q.device) * layout.video_tokens // count
-        alone = q.shape[2] == layout.video_tokens
-        tokens = positions if alone else layout.before + positions
+        tokens = layout.video_rows(q.shape[2]).start + positions
         exact = dense.index_select(2, tokens).float()
         self._watch_kept_blocks(first, call, heads)
         for name, run in self.runs.items():

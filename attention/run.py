@@ -153,7 +153,7 @@ class AttentionRun:
             raise ValueError(missing)
         self.method.begin(call)
         alone = q.shape[2] == layout.video_tokens
-        video = slice(None) if alone else layout.video
+        video = layout.video_rows(q.shape[2])
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         # One tensor that every part is written into; gradients have to put the parts together.
         out = None if alone or gradients else ops.empty_nhd(q, q.shape[2])
@@ -182,9 +182,9 @@ class AttentionRun:
         if self.missing(call.inputs):
             return 0.0
         self.method.begin(call)
-        video = q if q.shape[2] == call.layout.video_tokens else q[:, :, call.video]
+        video = call.layout.video_rows(q.shape[2])
         with _full_precision(q.device), torch.no_grad():
-            return self.method.observe(video, k, v, call)
+            return self.method.observe(q[:, :, video], k, v, call)
 
     def _check_tokens(self, q: Tensor, layout: TokenLayout) -> None:
         fits = (layout.video_tokens,) if layout.weighted else (layout.tokens, layout.video_tokens)

@@ -489,6 +489,15 @@ class Gate(NamedTuple):
     bias: Tensor  # (B, H)
     logits: Tensor | None = None  # (B, H, Lq): a term of each query's own
 
+    def logit(self, lse: Tensor, dropped: Tensor) -> Tensor:
+        """Of g `(B, H, Lq)`, by the LSE of what each query keeps, and that of what it drops.
+
+        Minus infinity has a bound, since slope 0 times it would be no number.
+        """
+        gap = dropped.clamp(min=-1e30) - lse.clamp(min=-1e30)
+        found = self.slope[..., None] * gap + self.bias[..., None]
+        return found if self.logits is None else found + self.logits
+
 
 class FirstOrder(NamedTuple):
     """The background v_mean + (channel_scale * q) cov, exact to first order in the logits."""

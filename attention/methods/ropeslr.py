@@ -267,11 +267,7 @@ class RoPeSLR(Method):
             return found, None
         gate, lse = background.gate, sparse[1]
         dropped = gate.dropped_lse.index_select(2, q_blocks.block_of_token)
-        gap = dropped.clamp(min=-1e30) - lse.clamp(min=-1e30)
-        logit = gate.slope[..., None] * gap + gate.bias[..., None]
-        if gate.logits is not None:
-            logit = logit + gate.logits
-        mass = lse + F.softplus(logit)
+        mass = lse + F.softplus(gate.logit(lse, dropped))
         return found, torch.where(lse == -torch.inf, dropped, mass)  # a head may keep nothing
 
     def _exact_queries(

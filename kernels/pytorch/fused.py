@@ -49,10 +49,7 @@ def mix_background(
     dtype = acc_dtype(q.dtype)
     gate, first, low_rank = background
     dropped = gate.dropped_lse.index_select(2, q_blocks.block_of_token)
-    logits = gate.slope[..., None] * (dropped - lse.clamp(min=-1e30)) + gate.bias[..., None]
-    if gate.logits is not None:
-        logits = logits + gate.logits
-    share = torch.sigmoid(logits).masked_fill(lse == -torch.inf, 1.0)
+    share = torch.sigmoid(gate.logit(lse, dropped)).masked_fill(lse == -torch.inf, 1.0)
     share = share.masked_fill(dropped == -torch.inf, 0.0)[..., None]
 
     def mix(b: int, h: int) -> tuple[Tensor]:

@@ -17,6 +17,7 @@ from ..folders import tuning_file
 from .adapter_weights import as_comfy_weights
 from .dense_reason import SparseNotPossible
 from .model_info import ModelInfo, model_info
+from .notices import warn
 from .patch import KEY, SparsePatch, put_on
 from .trained_gates import for_gates
 
@@ -110,10 +111,6 @@ def ranges(numbers: list[int]) -> str:
         else:
             stretches.append([number, number])
     return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in stretches)
-
-
-def warn(text: str) -> None:
-    logger.warning("RoPeSLR: %s", text)
 
 
 def _log_what_is_ignored(plan: ResolvedPlan, adapter: Adapter | None) -> None:

@@ -11,6 +11,11 @@ logger = logging.getLogger(__name__)
 RUNS_DENSE = "attention runs dense: {reason}"
 
 
+def warn(text: str, with_traceback: bool = False) -> None:
+    """Log what the person should know."""
+    logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
+
+
 class Notices:
     """Lives as long as the patched model, so that the second run repeats nothing."""
 
@@ -19,10 +24,10 @@ class Notices:
         self._logged: set[str] = set()
 
     def once(self, text: str, with_traceback: bool = False) -> None:
-        """Log what the person should know."""
+        """The same, unless it was logged before."""
         if text not in self._logged:
             self._logged.add(text)
-            logger.warning("RoPeSLR: %s", text, exc_info=with_traceback)
+            warn(text, with_traceback)
 
     def dense(self, reason: DenseReason, with_traceback: bool = False) -> None:
         """Log why calls stay dense; an error under strict, unless the person chose it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +12,7 @@ from ...attention.adapters import holds
 from ...attention.plan import OF_THE_MODEL
 from .dense_reason import SparseNotPossible
 from .model_info import ModelInfo, coarse_gate, self_attentions
-
-logger = logging.getLogger(__name__)
+from .notices import warn
 
 GATE = ".to_gate_compress."
 NOT_LOADED = (
@@ -39,14 +37,14 @@ def for_gates(model: Any, info: ModelInfo, plan: SparsePlan, has_adapter: bool) 
         return replace(plan, method=OF_THE_MODEL)
     if gated and plan.method != OF_THE_MODEL:
         method = "the adapter's method" if plan.method == "auto" else plan.method
-        _warn(LEFT_OUT.format(method=method))
+        warn(LEFT_OUT.format(method=method))
     path = None if gated else _file(model)
     if path is not None and _has_gates(path):
-        _warn(NOT_LOADED.format(file=path.name))
+        warn(NOT_LOADED.format(file=path.name))
     elif not gated and plan.method == OF_THE_MODEL:
         if plan.strict and plan.backend != "dense":
             raise SparseNotPossible(NO_GATE, OTHER_METHOD)
-        _warn(f"{NO_GATE}. {OTHER_METHOD}")
+        warn(f"{NO_GATE}. {OTHER_METHOD}")
     return plan
 
 
@@ -65,7 +63,3 @@ def _file(model: Any) -> Path | None:
 @lru_cache(maxsize=64)
 def _has_gates(path: Path) -> bool:
     return holds(path, GATE)
-
-
-def _warn(text: str) -> None:
-    logger.warning("RoPeSLR: %s", text)

@@ -121,6 +121,13 @@ test("the LoRA is found before the node and after it, by the file's name alone",
   }
 });
 
+test("a LoRA that is switched off offers nothing, wherever it stands", () => {
+  for (const order of [[1, 2, 3, 4], [1, 3, 2, 4]]) {
+    const { graph, node } = line({ 1: H3, 2: [...lora(FILE), { mode: 4 }], 3: withSettings(), 4: KSAMPLER }, order);
+    assert.equal(presetAround(graph, node), null);
+  }
+});
+
 test("what differs from its settings is offered, and nothing once they are set", () => {
   const offer = (settings) => {
     const { graph, node } = line({ 1: H3, 2: lora(FILE), 3: withSettings(settings), 4: KSAMPLER }, [1, 2, 3, 4]);

@@ -27,9 +27,18 @@ function isKind(slot, ...kinds) {
  * @returns {Comfy.Node[]}
  */
 export function samplersAfter(root, node) {
+  return nodesAfter(root, node).filter(({ inputs }) => inputs?.some((input) => input.type === "LATENT"));
+}
+
+/**
+ * Nodes at work that a node's model or its guider reaches, nearest first.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ * @returns {Comfy.Node[]}
+ */
+export function nodesAfter(root, node) {
   /** @type {Set<Comfy.Node>} */
   const seen = new Set();
-  const samplers = [];
   let ports = outputsOf(node, "MODEL");
   while (ports.length && seen.size < FARTHEST) {
     const reached = ports.flatMap((port) => targetsOf(root, port.node, port.slot));
@@ -37,12 +46,10 @@ export function samplersAfter(root, node) {
     for (const { node: target } of reached) {
       if (seen.has(target) || target.mode === MUTED) continue;
       seen.add(target);
-      const takesLatent = target.inputs?.some((input) => input.type === "LATENT");
-      if (takesLatent && target.mode !== BYPASSED) samplers.push(target);
       ports.push(...outputsOf(target, "MODEL", "GUIDER"));
     }
   }
-  return samplers;
+  return [...seen].filter(({ mode }) => mode !== BYPASSED);
 }
 
 /**
@@ -139,18 +146,36 @@ function upsampled(root, node, size) {
  * @returns {string[]}
  */
 export function loaderFiles(root, node, input = "model") {
+  return filesOf(nodesBefore(root, node, input).slice(-1));
+}
+
+/**
+ * Nodes of an input's chain of models, nearest first.
+ * @param {Comfy.Graph} root
+ * @param {Comfy.Node} node
+ */
+export function nodesBefore(root, node, input = "model") {
+  const found = [];
   let at = node;
   let slot = at.inputs?.find((each) => each.name === input);
   const kind = slot?.type ?? "";
-  for (let steps = 0; slot && steps < FARTHEST; steps++) {
+  while (slot && found.length < FARTHEST) {
     const source = sourceOf(root, at, slot);
     if (!source) break;
     at = source.node;
+    found.push(at);
     slot = at.inputs?.find((each) => isKind(each, kind));
   }
-  if (at === node) return [];
-  const values = (at.widgets ?? []).map(({ value }) => (typeof value === "string" ? value : ""));
-  return values.filter((value) => MODEL_FILE.test(value));
+  return found;
+}
+
+/**
+ * Names of files in the widgets of some nodes.
+ * @param {Comfy.Node[]} nodes
+ */
+export function filesOf(nodes) {
+  const values = nodes.flatMap(({ widgets }) => (widgets ?? []).map(({ value }) => value));
+  return values.filter((value) => typeof value === "string").filter((value) => MODEL_FILE.test(value));
 }
 
 /**

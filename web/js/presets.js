@@ -1,7 +1,7 @@
 // Settings that belong to a file which was trained for sparse attention, recognised by its name.
 // @ts-check
 
-import { FARTHEST, sourceOf, targetsOf } from "./graph.js";
+import { filesOf, nodesAfter, nodesBefore } from "./graph_context.js";
 import { valueOf } from "./values.js";
 
 /**
@@ -25,9 +25,8 @@ export const PRESETS = [
  * @param {Comfy.Node} node
  */
 export function presetAround(root, node) {
-  const files = [...upstream(root, node), ...downstream(root, node)].flatMap(({ widgets }) =>
-    (widgets ?? []).flatMap(({ value }) => (typeof value === "string" ? [value.split(/[\\/]/).at(-1) ?? ""] : [])));
-  return PRESETS.find(({ file }) => files.some((name) => file.test(name))) ?? null;
+  const files = filesOf([...nodesBefore(root, node), ...nodesAfter(root, node)]);
+  return PRESETS.find(({ file }) => files.some((path) => file.test(path.split(/[\\/]/).at(-1) ?? ""))) ?? null;
 }
 
 /**
@@ -41,40 +40,4 @@ export function missingOf(root, node, preset) {
     const now = valueOf(root, node, name);
     return now !== undefined && now !== value;
   }));
-}
-
-/**
- * @param {Comfy.Graph} root
- * @param {Comfy.Node} node
- */
-function upstream(root, node) {
-  const found = [];
-  for (let at = node; found.length < FARTHEST;) {
-    const input = at.inputs?.find(({ type }) => type === "MODEL");
-    const source = input && sourceOf(root, at, input);
-    if (!source || source.border) break;
-    at = source.node;
-    found.push(at);
-  }
-  return found;
-}
-
-/**
- * @param {Comfy.Graph} root
- * @param {Comfy.Node} node
- */
-function downstream(root, node) {
-  /** @type {Set<Comfy.Node>} */
-  const found = new Set();
-  const open = [node];
-  for (let at = open.pop(); at && found.size < FARTHEST; at = open.pop()) {
-    for (const [slot, { type }] of (at.outputs ?? []).entries()) {
-      for (const { node: target } of type === "MODEL" ? targetsOf(root, at, slot) : []) {
-        if (found.has(target)) continue;
-        found.add(target);
-        open.push(target);
-      }
-    }
-  }
-  return found;
 }
