@@ -148,7 +148,10 @@ def test(options: Namespace) -> int:
             ["-m", "pytest", *effort(thorough), *options.rest],
             typescript(),
         )
-    others = ["tests/attention", "tests/house", "tests/kernels", "tests/web", "tests/workflows"]
+    others = [
+        f"tests/{name}"
+        for name in ("attention", "house", "kernels", "training", "web", "workflows")
+    ]
     env = inside(comfyui(NEWEST), "others") | typescript()
     suites = [
         Suite(

@@ -19,7 +19,7 @@ from .methods.adapter_terms import at_noise
 from .methods.calibration import Lesson
 from .plan import MAX_SPARSITY
 
-__all__ = ["Lesson", "learned_adapter"]
+__all__ = ["Lesson", "learned_adapter", "mean_adapter"]
 
 MOST_LEVELS = 16
 # Tensors that may have a bin for each noise level, and their dimensions without.
@@ -71,6 +71,30 @@ def learned_adapter(
         named[name] = own | found or _initial(facts, levels)
     grid = next(each.grid for found in known.values() for each in found)
     return Adapter(replace(facts, noise_levels=levels, grid=grid), named, "learned")
+
+
+def mean_adapter(adapters: Sequence[Adapter]) -> Adapter | None:
+    """The mean of what some runs with the same noise levels have learned; None of none.
+
+    Runs that differ, since one ended early or learned of other layers, leave the first as it is.
+    """
+    if not adapters:
+        return None
+    first, alike = adapters[0], []
+    for each in adapters:
+        same = {key: x.shape for key, x in each.tensors().items()} == {
+            key: x.shape for key, x in first.tensors().items()
+        }
+        if same and each.info.noise_levels == first.info.noise_levels:
+            alike.append(each)
+    layers = {
+        layer: {
+            name: torch.stack([each.layers[layer][name] for each in alike]).mean(dim=0)
+            for name in weights
+        }
+        for layer, weights in first.layers.items()
+    }
+    return replace(first, layers=layers)
 
 
 def _levels(sigmas: Sequence[float | None]) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from .doctor import RoPeSLRDoctor
 from .report import RoPeSLRReport
 from .sigmas import RoPeSLRFewStepSigmas
 from .sparse_attention import RoPeSLRSparseAttention
+from .train_sparse_lora import RoPeSLRTrainSparseLoRA
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     RoPeSLRFewStepSigmas,
     RoPeSLRReport,
     RoPeSLRDoctor,
+    RoPeSLRTrainSparseLoRA,
 ]
 
 

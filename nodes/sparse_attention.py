@@ -27,7 +27,8 @@ from ..attention.plan import (
     parse_layers,
 )
 from .adapter_io import AdapterType
-from .patching import install
+from .patching import install, installed_plan
+from .trained_for import warn_of_other_lists
 
 
 class RoPeSLRSparseAttention(io.ComfyNode):
@@ -354,7 +355,7 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             # Or ComfyUI answers for an equal node of another number from its cache, and reports go
             # to that one.
             not_idempotent=True,
@@ -383,5 +384,9 @@ class RoPeSLRSparseAttention(io.ComfyNode):
     ) -> io.NodeOutput:
         """Build the plan from the widgets and install it on a clone of the model."""
         plan = SparsePlan(method=method, dense_layers=parse_layers(dense_layers), **settings)
-        node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        return io.NodeOutput(install(model, plan, node_id, adapter))
+        hidden = cls.hidden
+        node_id = None if hidden is None else hidden.unique_id
+        patched = install(model, plan, node_id, adapter)
+        if hidden is not None:
+            warn_of_other_lists(hidden.prompt, node_id, installed_plan(patched))
+        return io.NodeOutput(patched)

@@ -6,12 +6,12 @@ adapter, backbone = checkpoint.adapter(), checkpoint.backbone()
 """
 
 from .adapter import Adapter, layer_name
-from .atomic import PARTIAL_BYTES
+from .atomic import PARTIAL_BYTES, write_safetensors
 from .checkpoint import Checkpoint, convert, open_checkpoint
 from .describe import describe
 from .files import read_adapter, write_adapter
 from .info import AdapterError, AdapterInfo
-from .tensor_file import holds
+from .tensor_file import holds, open_safetensors
 from .text import quoted, shown
 from .validate import check_model
 
@@ -27,8 +27,10 @@ __all__ = [
     "holds",
     "layer_name",
     "open_checkpoint",
+    "open_safetensors",
     "quoted",
     "read_adapter",
     "shown",
     "write_adapter",
+    "write_safetensors",
 ]

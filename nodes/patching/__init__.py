@@ -1,7 +1,7 @@
 """From a loaded MODEL to calls of the attention floor, and back to a report of what happened."""
 
 from .install import install
-from .patch import last_learned, last_report
+from .patch import installed_plan, last_learned, last_report
 from .run_report import RunReport
 
-__all__ = ["RunReport", "install", "last_learned", "last_report"]
+__all__ = ["RunReport", "install", "installed_plan", "last_learned", "last_report"]

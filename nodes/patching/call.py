@@ -60,7 +60,8 @@ class ModelCall:
         self.run = run
         self.facts = facts
         self.trains = run.trains
-        self.number = run.tally.model_calls  # from 1
+        told = run.training.number  # by who trains
+        self.number = run.tally.model_calls if told is None else told  # from 1
         self._own_attention: Attention | None = None  # of a call that is trained through
         self.layers = layers  # of the self-attention modules that run in this call
         self.step = run.schedule.step(facts.sigma)  # of this sampler

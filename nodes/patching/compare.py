@@ -14,8 +14,7 @@ from ...attention import ResolvedPlan, SparsePlan
 from ...attention.compare import MapSelection, MethodComparison
 from ...attention.plan import METHODS, NEED_WEIGHTS, OF_THE_MODEL
 from .model_info import model_info
-from .patch import KEY, SparsePatch, put_on
-from .run_report import RunReport
+from .patch import KEY, SilentPatch, SparsePatch, put_on
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,6 @@ class Request:
     at: float = 0.5
     layer: int = 0
     head: int = 0
-
-
-class SilentPatch(SparsePatch):
-    """A patch whose run is no run of a person's."""
-
-    def publish(self, report: RunReport) -> None:
-        """Nothing."""
 
 
 def compare(

@@ -41,7 +41,7 @@ class Runs:
     """The sampling runs under way, found through transformer_options."""
 
     main: SamplingRun | None = None  # of the guider's own model
-    by_model: dict[Any, SamplingRun] = field(default_factory=dict)
+    by_model: dict[Any, SamplingRun | None] = field(default_factory=dict)
     starts: bool = True  # from noise of the sampler's own, as far as is known
 
     def of(self, base_model: Any) -> SamplingRun | None:
@@ -159,6 +159,13 @@ class SparsePatch:
             self.notices.once(LAST_STEPS_UNKNOWN.format(sampler=name))
 
 
+class SilentPatch(SparsePatch):
+    """A patch whose run is no run of a person's."""
+
+    def publish(self, report: RunReport) -> None:
+        """Nothing."""
+
+
 def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is
     executor: Any,
     x: Tensor,
@@ -180,19 +187,26 @@ def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is
 
 def put_on(model: Any, patch: SparsePatch) -> None:
     """Let a MODEL sample through a patch, in place of one that it had."""
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, patch.outer_sample),
-        (WrappersMP.APPLY_MODEL, wrapped_apply_model),
-    ):
-        model.remove_wrappers_with_key(kind, KEY)
-        model.add_wrapper_with_key(kind, KEY, wrapper)
-    for kind, callback in (
-        (CallbacksMP.ON_PREPARE_STATE, patch.prepare_state),
-        (CallbacksMP.ON_CLEANUP, patch.clean_up),
-    ):
-        model.remove_callbacks_with_key(kind, KEY)
-        model.add_callback_with_key(kind, KEY, callback)
+    take_off(model)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.outer_sample)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model)
+    model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, patch.prepare_state)
+    model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, patch.clean_up)
     model.set_attachments(KEY, patch)
+
+
+def take_off(model: Any) -> None:
+    """Let a MODEL sample as it would without a patch."""
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+        model.remove_wrappers_with_key(kind, KEY)
+    for kind in (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP):
+        model.remove_callbacks_with_key(kind, KEY)
+    model.remove_attachments(KEY)
+
+
+def installed_plan(model: Any) -> ResolvedPlan:
+    """What a patched MODEL samples by; AttributeError where it is none."""
+    return model.get_attachment(KEY).plan
 
 
 def last_learned(model: Any) -> Adapter | None:

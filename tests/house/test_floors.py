@@ -12,7 +12,10 @@ from support import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
-    path for folder in ("nodes", "attention", "kernels") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("nodes", "training", "attention", "kernels")
+    for path in (ROOT / folder).rglob("*.py")
+    if path != ROOT / "training" / "__main__.py"  # a program, which starts a ComfyUI of its own
 ) + [ROOT / "__init__.py"]
 HOST = {
     "comfy",
@@ -54,11 +57,14 @@ def test_a_floor_imports_from_itself_and_the_floor_right_below_and_relatively(pa
     """What nodes/ needs of kernels/, attention/ hands on."""
     name = name_of(path)
     floors = ["kernels", "attention", "nodes"]
+    beside = {"training": "attention"}  # in the same floor
     depth = len(path.relative_to(ROOT).parts)
     for top, level, module in imports(path):
-        assert not (level == 0 and top in floors), f"{name} imports {module} absolutely"
-        if level == depth and name.split("/")[0] in floors:  # an import through the pack's root
-            down = floors.index(name.split("/")[0]) - floors.index(top)
+        assert not (level == 0 and top in [*floors, *beside]), f"{name} imports {module} absolutely"
+        if level == depth and name.startswith("training/"):
+            assert top == "attention", f"{name} imports {module}"
+        elif level == depth and name.split("/")[0] in floors:  # an import through the pack's root
+            down = floors.index(name.split("/")[0]) - floors.index(beside.get(top, top))
             assert down in (0, 1), f"{name} imports {module}, which is {down} floors below"
 
 

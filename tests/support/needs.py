@@ -29,6 +29,7 @@ NEEDS = {
     "kernels/test_without_a_gpu.py": ("triton", PLAIN),
     "nodes": (COMFYUI, "torch", "safetensors", "hypothesis", "psutil", "pathspec"),
     "nodes/test_texts.py": ("cogapp",),
+    "training": ("torch", "safetensors"),
     "web": ("torch",),
     "workflows": ("jsonschema",),
 }

@@ -1,0 +1,77 @@
+"""What is trained on: which latent, how much noise, which noise; the same whoever asks, and when.
+
+Every draw follows from the seed and its number alone. So a training that goes on draws what one
+that never stopped would have, and so do many processes that share the examples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+HELD_OUT_SHARE = 6  # one latent in so many is not trained on
+FRESH = float(os.environ.get("FRESH", "0.5"))
+HELD_OUT_EXAMPLES = 8  # that an error is the mean of
+
+
+class Example(NamedTuple):
+    """One draw. number: of all draws, from 1; held-out ones count down from -1."""
+
+    number: int
+    latent: int
+    level: float  # of noise
+    seed: int  # of the noise
+    fresh: bool = False  # noise that the teacher's sampler did not go through
+
+
+@dataclass(frozen=True)
+class Material:
+    """latents: how many there are. levels: noise levels of the use, falling, without a last 0."""
+
+    latents: int
+    levels: Sequence[float]
+    seed: int = 0
+
+    @property
+    def trained_on(self) -> int:
+        """The first latents; the others are held out. All, where there is but one."""
+        return max(1, self.latents - -(-self.latents // HELD_OUT_SHARE))
+
+    def example(self, number: int) -> Example:
+        """A draw for training; number from 1."""
+        draw = _Draw(self.seed, number)
+        latent, level = draw(self.trained_on), self.levels[draw(len(self.levels))]
+        return Example(number, latent, level, draw(), draw(100) < 100 * FRESH)
+
+
+class _Draw:
+    """Whole numbers that follow from two others."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        # One multiplication apart, neighbouring numbers give unlike streams.
+        mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) % 2**63
+        self._generator = torch.Generator().manual_seed(mixed)
+
+    def __call__(self, below: int = 2**31) -> int:
+        return int(torch.randint(below, (1,), generator=self._generator))
+
+
+def held_out(material: Material) -> list[Example]:
+    """Examples to judge by: latents that are not trained on, levels between those that are."""
+    levels = between(material.levels)
+    count = min(HELD_OUT_EXAMPLES, max(len(levels), material.latents))
+    kept = range(min(material.trained_on, material.latents - 1), material.latents)
+    chosen = []
+    for index in range(count):
+        draw = _Draw(material.seed, -1 - index)
+        level = levels[(2 * index + 1) * len(levels) // (2 * count)]
+        chosen.append(Example(-1 - index, kept[index % len(kept)], level, draw()))
+    return chosen
+
+
+def between(levels: Sequence[float]) -> list[float]:
+    """The middles of neighbouring levels; the level itself where there is but one."""
+    return [(a + b) / 2 for a, b in zip(levels, levels[1:])] or list(levels)
