@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 HELD_OUT_SHARE = 6  # one latent in so many is not trained on
-FRESH = float(os.environ.get("FRESH", "0.5"))
 HELD_OUT_EXAMPLES = 8  # that an error is the mean of
+FRESH = 0.5  # share of the examples with other noise than that of the teacher's sampler
 
 
 class Example(NamedTuple):
