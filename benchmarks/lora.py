@@ -76,7 +76,7 @@ def main() -> None:
         "torch": torch.__version__,
         "comfyui": comfyui_version(),
         "commit": commit(),
-        "training": TRAINING,
+        "training": {**TRAINING, "prompts": len(PROMPTS)},
         "seconds": round(seconds),
         "steps": steps,
         "losses": [round(each, 6) for each in losses["loss"]],

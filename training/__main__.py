@@ -15,6 +15,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def main() -> int:
     prompt, node = read_workflow(Path(arguments.workflow), arguments.node)
     apply_settings(prompt[node]["inputs"], arguments.set)
     _take_own_gpu()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     execution = _boot(Path(arguments.comfyui), arguments)
     with _Processes():
         return asyncio.run(_execute(execution, prompt, node))
@@ -118,7 +120,6 @@ def _boot(tree: Path, arguments: argparse.Namespace) -> Any:
     args = importlib.import_module("comfy.cli_args").args
     args.cpu = arguments.cpu
     args.base_directory = arguments.base_directory
-    importlib.import_module("app.logger").setup_logger(log_level="INFO")
     importlib.import_module("utils.extra_config")  # before nodes finds another `utils`
     nodes: Any = importlib.import_module("nodes")
     folders = importlib.import_module("folder_paths").get_folder_paths("custom_nodes")

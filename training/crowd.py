@@ -44,6 +44,10 @@ class Crowd:
         """This process's share."""
         return numbers[self.rank :: self.size]
 
+    def judged(self, numbers: range) -> range:
+        """The same of held-out examples, of which some processes may have fewer."""
+        return numbers if SHARDED.get() else self.own(numbers)
+
     def mean(self, total: float, count: int, device: torch.device) -> float:
         """The mean of what all processes have: their sums and counts."""
         if self.size == 1:

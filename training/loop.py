@@ -207,7 +207,7 @@ class Training:
     @torch.no_grad()
     def _error(self, loss: Any) -> float:
         total, count = 0.0, 0
-        for index in self.crowd.own(range(len(self.held_out))):
+        for index in self.crowd.judged(range(len(self.held_out))):
             self.watch.tick(self)
             total, count = total + float(loss(self.held_out[index])), count + 1
         return self.crowd.mean(total, count, self.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...attention.adapters import Adapter, AdapterError, open_safetensors, write_safetensors
 from ...attention.learned import mean_adapter
-from ...training.crowd import rank_and_size
+from ...training.crowd import SHARDED, rank_and_size
 from ..patching.patch import KEY, SilentPatch, put_on
 from .distillation import Trajectory
 
@@ -106,7 +106,7 @@ def own_samples(
 
     Processes that train together make a share each. step: told how many are done; it may raise.
     """
-    rank, size = rank_and_size()
+    rank, size = (0, 1) if SHARDED.get() else rank_and_size()
     identity = str(model.patches_uuid), sorted(model.object_patches)
     sampler = getattr(use.sampler, "sampler_function", use.sampler)
     name = getattr(sampler, "__qualname__", type(sampler).__name__)
@@ -114,7 +114,7 @@ def own_samples(
     how = use.sigmas, use.cfg, use.prompts, use.negative, use.blank, use.mask
     key = digest(identity, name, options, *how, count, seed)
     path = Path(folder_paths.get_temp_directory()) / CACHE / f"{key}.safetensors"
-    kept = _read(path, count)
+    kept = None if size > 1 or SHARDED.get() else _read(path, count)
     if kept is not None:
         return kept
     own = {}
@@ -126,7 +126,7 @@ def own_samples(
         dist.all_gather_object(shares, own)
         own = {index: each for share in shares for index, each in share.items()}
     made = [own[index] for index in range(count)]
-    if rank == 0:
+    if rank_and_size()[0] == 0:
         _keep(path, made)
     return made
 

@@ -140,9 +140,9 @@ class Velocity:
             (1, *self._shape(video)), generator=torch.Generator().manual_seed(example.seed)
         ).to(self._device)
         sigma = torch.tensor([level], device=self._device)
-        gone_through = isinstance(video, Trajectory) and not example.fresh
-        if gone_through:
-            x = video.at(level).to(self._device)
+        gone_through = False
+        if isinstance(video, Trajectory) and not example.fresh:
+            x, gone_through = video.at(level).to(self._device), True
         else:
             clean = self._clean(video.video if isinstance(video, Trajectory) else video, noise)
             x = self._base.model_sampling.noise_scaling(sigma, noise, clean, False)
@@ -150,7 +150,7 @@ class Velocity:
         negative = self._data.negative and bool(example.number % 2)
         key = NEGATIVE if negative else PROMPT.format(self._data.prompts[example.latent])
         self.guider.conds["positive"] = self.guider.conds[key]
-        again = gone_through or example.number < 0
+        again = (gone_through or example.number < 0) and not SHARDED.get()
         known = (key, example.latent, level) if again else None
         return _Asked(x, sigma, self._target(known, x, sigma))
 
@@ -160,10 +160,10 @@ class Velocity:
             return self._targets[known].to(x)
         with torch.no_grad(), self._lora.removed(self.guider.model_patcher):
             target = self._predict(x, sigma, {**self._extra, "model_options": self._dense})
+        rounded = target.to(torch.float16)  # in either case, so that it is the same whenever asked
         if known is not None:
-            self._targets[known] = target.to("cpu", torch.float16)
-            target = self._targets[known].to(target)
-        return target
+            self._targets[known] = rounded.cpu()
+        return rounded.to(target)
 
     @staticmethod
     def _shape(video: Trajectory | Tensor) -> tuple[int, ...]:

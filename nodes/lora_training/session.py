@@ -252,7 +252,9 @@ class _Session:
     ) -> tuple[Outcome, Training]:
         asked = self.asked
         sparse = install(self.base, self._plan("sparse"), None, table or self._own_adapter())
-        material = Material(len(found.videos), self.levels, asked.settings.seed)
+        sigmas = [float(each) for each in self.use.sigmas]
+        lengths = [a - b for a, b in zip(sigmas, sigmas[1:]) if a in self.levels]
+        material = Material(len(found.videos), self.levels, asked.settings.seed, lengths)
         result: list[tuple[Outcome, Training]] = []
 
         def save(state: State) -> None:

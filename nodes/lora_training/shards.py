@@ -1,6 +1,8 @@
 """A model's frozen blocks, spread over the processes that train together: PyTorch's own FSDP2.
 
-Each process holds a part of every block's weights, and has a whole block only while it runs.
+Each process holds a part of every block's weights, and has a whole block only while it runs. So all
+processes have to call the model as often, and at the same time: what one would know already, or
+leave to another, each of them computes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def spread(blocks: Iterable[torch.nn.Module], device: torch.device) -> None:
     for block in blocks:
         if isinstance(block, FSDPModule):
             continue
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for each in block.parameters():
             whole += each.numel()
             held += each.to_local().numel() if isinstance(each, DTensor) else each.numel()
