@@ -110,6 +110,15 @@ def test_it_runs_to_a_video_that_is_shown(shown, server, shipped, name):
     assert shown.dialogs() == ""
 
 
+def test_a_new_training_node_keeps_its_seed(shown):
+    """Another seed is another training; by itself the browser has one drawn for each run."""
+    control = shown.page.evaluate("""() => {
+        const node = LiteGraph.createNode("RoPeSLRTrainSparseLoRA")
+        return node.widgets.find((each) => each.name === "seed").linkedWidgets[0].value
+    }""")
+    assert control == "fixed"
+
+
 @pytest.mark.parametrize(
     "kind, was, becomes, says",
     [
