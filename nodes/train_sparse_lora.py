@@ -205,6 +205,8 @@ def _inputs() -> list[Any]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
+            # Another seed is another training: by itself the browser would change it after each.
+            control_after_generate=io.ControlAfterGenerate.fixed,
             tooltip="Of the LoRA's first values, the videos, and all noise.",
         ),
         io.Combo.Input(

@@ -20,14 +20,17 @@ BYPASSED = 4
 TITLE, GAP, PADDING, GROUP_TITLE = (30, 20, 20, 40)
 COLUMN_GAP = 70
 # Room below for what a node shows once it is on the canvas: the panel, the video that was saved,
-# and with Vue nodes the name of the pack.
+# how a training goes, and with Vue nodes the name of the pack.
 GROWS = {
     "RoPeSLRSparseAttention": 280,
     "RoPeSLRReport": 30,
     "SaveVideo": 320,
+    "RoPeSLRTrainSparseLoRA": 80,
+    "LossGraphNode": 280,
     "RoPeSLRFewStepSigmas": 30,
     "ManualSigmas": 30,  # experimental, which Vue nodes say below
     "LTXVLatentUpsampler": 30,
+    "LoraModelLoader": 30,
     "RoPeSLRLoadAdapter": 30,
     "RoPeSLRLoadSparseCheckpoint": 30,
 }

@@ -110,6 +110,10 @@ STORM = (
     "spray, the beam of light sweeps through rain, the camera circles slowly. Sound: heavy surf, "
     "wind, distant thunder"
 )
+COOK = (
+    "a cook tosses vegetables in a pan over a high flame in a busy restaurant kitchen, steam and "
+    "sparks, close up, handheld camera, cinematic"
+)
 STREET = (
     "a street musician plays the violin under a bridge on a rainy evening, people walk by, "
     "reflections of street lamps in the puddles, slow push in. Sound: a slow violin melody, rain, "
@@ -664,6 +668,120 @@ def adapter_on_stock() -> Graph:
     )
 
 
+TRAINING_TAKES = (
+    "## Training takes long\n\nCount on the time of about 90 dense videos of this size: 24 are "
+    "made to learn from, and each of 300 training steps takes about as long as 4 sampling steps. "
+    "These figures are counted, not measured. To find out first whether it runs on your card, set "
+    '*steps* to 16, *samples* to 6 and *name* to "try".\n\nStop it whenever you like: what was '
+    "learned is saved. Queue again with the same settings, and it goes on. Only the videos to "
+    "learn from are made anew if it was stopped while it made them, or if ComfyUI was restarted."
+)
+BOTH_SLIDERS = (
+    "## The slider to move\n\n**sparsity** stands on *Train Sparse LoRA* and on *RoPeSLR Sparse "
+    "Attention*: it is the share of attention that is **not** computed. The LoRA fits the value "
+    "that it was trained with, so give both nodes the same. *cfg* stands on *Train Sparse LoRA* "
+    "and on *SamplerCustom*; the same goes for it.\n\nPrompts 1 to 4 are what it learns from. "
+    "Choose such as you will use, and join more with further *Conditioning (Combine)* nodes."
+)
+TRAINING_GIVES = (
+    "## What to expect\n\nThe line under *Train Sparse LoRA* shows the time left and the "
+    "**held-out error**: how far sparse is from dense on videos that it does not learn from. Below "
+    "100 % the LoRA helps; where it never gets there, it changes nothing, and none is saved as "
+    "finished. The graph below shows the loss, which jumps, because every step has other "
+    "examples. The video is of prompt 1, with noise that was not trained on. To see what the LoRA "
+    "does, set *strength_model* of *Load LoRA Model* to 0 and queue again: ComfyUI keeps what was "
+    "trained."
+)
+TRAINED_ONCE = (
+    "## Later\n\nTrain once; other workflows need only the two files. Remove *Train Sparse LoRA*, "
+    "*Load LoRA Model* and *Plot Loss Graph*. Load **models/loras/sparse_lora.safetensors** with "
+    "any LoRA loader at strength 1, and **sparse_lora.safetensors** with *Load RoPeSLR Adapter*, "
+    "which you connect to *adapter*. With another *name*, the files have that."
+)
+
+
+def train_sparse_lora() -> Graph:
+    """Two parts with the same latent, noise levels and sampler: a training, and a video with it."""
+
+    def text(key: str, title: str, words: str, colors: tuple[str, str]) -> Node:
+        links = {"clip": "clip"}
+        return Node(key, "CLIPTextEncode", {"text": words}, links, title, height=130, colors=colors)
+
+    def join(key: str, first: str, second: str) -> Node:
+        links = {"conditioning_1": first, "conditioning_2": second}
+        return Node(key, "ConditioningCombine", links=links)
+
+    cfg = {"cfg": 6.0}
+    alike = {"negative": "negative", "sampler": "kind", "sigmas": "sigmas"}
+    words = (
+        text("positive", "Prompt 1, also of the video", FOX, GREEN),
+        text("prompt_2", "Prompt 2", BOAT, GREEN),
+        text("prompt_3", "Prompt 3", CITY, GREEN),
+        text("prompt_4", "Prompt 4", COOK, GREEN),
+        text("negative", "Negative prompt", AVOID, RED),
+    )
+    # Each entry of a conditioning is a prompt for the training, so that combining makes a list.
+    together = (
+        join("first", "positive", "prompt_2"),
+        join("last", "prompt_3", "prompt_4"),
+        join("prompts", "first", "last"),
+    )
+    levels = Node("sigmas", "BasicScheduler", {"scheduler": "simple"}, {"model": "shift"})
+    train = Node(
+        "train",
+        "RoPeSLRTrainSparseLoRA",
+        {
+            "steps": 300,
+            "batch_size": 2,
+            "rank": 16,
+            "learning_rate": 0.001,
+            "samples": 24,
+            **cfg,
+        },
+        {"model": "shift", "latents": "latent", "positive": "prompts", **alike},
+    )
+    lora = Node("lora", "LoraModelLoader", links={"model": "shift", "lora": "train.lora"})
+    sampler = Node(
+        "sampler",
+        "SamplerCustom",
+        {"noise_seed": 42, **cfg},
+        {"model": "sparse", "positive": "positive", "latent_image": "latent", **alike},
+    )
+    return graph(
+        "train_sparse_lora",
+        "Train a sparse LoRA, then use it",
+        "A LoRA that makes sparse attention look more like dense attention, trained on your own "
+        "card for your model, sampler and size. **Train Sparse LoRA** makes videos of your prompts "
+        "with the dense model, learns from them, and saves a LoRA and an adapter. The nodes to the "
+        "right of it then make a video with both. Nothing but the model is downloaded.",
+        (
+            Group("Models", (unet("wan2.1_t2v_1.3B_fp16.safetensors"), *wan_text_and_vae())),
+            size(832, 480, 81),
+        ),
+        (Group("Prompts to learn from", words),),
+        (
+            Group("All prompts", together),
+            Group(
+                "The same for both",
+                (shift(), Node("kind", "KSamplerSelect", {"sampler_name": "euler"}), levels),
+            ),
+        ),
+        (
+            Group("Training", (train,)),
+            Group("Loss", (Node("loss", "LossGraphNode", links={"loss": "train.loss_map"}),)),
+        ),
+        (
+            Group(
+                "Sparse attention with the LoRA",
+                (lora, sparse(model="lora", adapter="train.adapter")),
+            ),
+        ),
+        (Group("Sampling", (sampler, decode("sampler.output"))),),
+        video("train_sparse_lora", 16.0),
+        advice=f"{TRAINING_TAKES}\n\n{BOTH_SLIDERS}\n\n{TRAINING_GIVES}\n\n{TRAINED_ONCE}",
+    )
+
+
 def dense_vs_sparse() -> Graph:
     seed = Group("The same for both", (Node("seed", "PrimitiveInt", {"value": 42}, title="Seed"),))
     samplers = (
@@ -1078,6 +1196,7 @@ GRAPHS = {
         minimax_h3_i2v(),
         ltx2_two_stage(),
         kandinsky5_t2v(),
+        train_sparse_lora(),
     )
 }
 

@@ -41,6 +41,7 @@ TINY = {
     "ltx-2.3-spatial-upscaler-x2-1.1.safetensors": "tiny_ltx2_spatial_x2.safetensors",
     "kandinsky5lite_t2v_sft_5s.safetensors": "tiny_kandinsky5.safetensors",
 }
+TINY_TRAINING = {"samples": 2, "batch_size": 1}
 # The trained tiny Wan, whose latents need a decoder of their own; and what it understands.
 TRAINED = ROOT / "benchmarks" / "data" / "tiny_wan.safetensors"
 TRAINED_VAE = "unfolding.safetensors"
@@ -58,6 +59,7 @@ STAND_INS = {
     ("VAELoader", "minimax_h3_audio_vae_fp32.safetensors"): ("TinyMiniMaxH3VAE", {}),
 }
 SEED = 42  # in every shipped workflow
+LORA = "sparse_lora"  # what the training workflow names its files
 BYPASS = 4  # a node's mode in the UI format
 
 
@@ -148,17 +150,27 @@ def use_trained(workflow: dict) -> dict:
 
 
 def fresh(workflow: dict) -> dict:
-    """The same with an id of its own and another seed, or ComfyUI answers from what it has kept."""
+    """The same with an id of its own and another seed, or ComfyUI answers from what it has kept.
+
+    A training gets another name, or it goes on with one that is finished.
+    """
     workflow = copy.deepcopy(workflow) | {"id": str(uuid.uuid4())}
     for node in workflow["nodes"]:
-        node["widgets_values"] = [
-            uuid.uuid4().int % 2**40 if x == SEED else x for x in node["widgets_values"]
-        ]
+        node["widgets_values"] = [_another(value) for value in node["widgets_values"]]
     return workflow
 
 
+def _another(value):
+    if value == LORA:
+        return f"{LORA}_{uuid.uuid4().hex[:8]}"
+    return uuid.uuid4().int % 2**40 if value == SEED else value
+
+
 def _tiny(name: str, value, sizes: dict[str, int], steps: int):
-    """A small widget value: file names, video size, steps, the border between two samplers."""
+    """A small widget value: file names, video size, steps, the border between two samplers.
+
+    Of a training also how many videos it makes to learn from, and how many examples a step has.
+    """
     if isinstance(value, str):
         return TINY.get(value, value)
     if name in ("start_at_step", "end_at_step"):
@@ -167,6 +179,8 @@ def _tiny(name: str, value, sizes: dict[str, int], steps: int):
         return 64
     if name == "steps":
         return steps
+    if name in TINY_TRAINING:
+        return TINY_TRAINING[name]
     return sizes.get(name, value)
 
 

@@ -12,7 +12,7 @@ NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 # A frontend of its own: nodes look, and messages read, a little different.
 OLDER = "ROPESLR_FRONTEND" in os.environ
 # Tried in every way by default; the others as they are dropped.
-QUICK = ("sparkwan_few_step", "wan2.1_t2v")
+QUICK = ("sparkwan_few_step", "train_sparse_lora", "wan2.1_t2v")
 
 
 def contents(workflow):
@@ -104,10 +104,19 @@ def test_it_runs_to_a_video_that_is_shown(shown, server, shipped, name):
     (saved,) = outputs[str(save)]["images"]
     video = server.base / "output" / saved["subfolder"] / saved["filename"]
     assert video.suffix == ".mp4" and video.stat().st_size > 0
+    shown.fit()  # the classic canvas makes the elements of nodes that are in view
     shown.page.locator("video").first.wait_for(state="attached")
-    shown.fit()
     shown.screenshot(f"{name}_{shown.renderer}_done")
     assert shown.dialogs() == ""
+
+
+def test_a_new_training_node_keeps_its_seed(shown):
+    """Another seed is another training; by itself the browser has one drawn for each run."""
+    control = shown.page.evaluate("""() => {
+        const node = LiteGraph.createNode("RoPeSLRTrainSparseLoRA")
+        return node.widgets.find((each) => each.name === "seed").linkedWidgets[0].value
+    }""")
+    assert control == "fixed"
 
 
 @pytest.mark.parametrize(

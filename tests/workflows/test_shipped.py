@@ -23,6 +23,7 @@ NAMES = [
     "minimax_h3_i2v",
     "minimax_h3_t2v",
     "sparkwan_few_step",
+    "train_sparse_lora",
     "wan2.1_i2v",
     "wan2.1_t2v",
     "wan2.1_vace",
@@ -39,6 +40,7 @@ QUICK = (  # run by default
 SOUND = ("ltx2_two_stage_t2v", "minimax_h3_i2v", "minimax_h3_t2v")
 RUNS = {"ltx2_two_stage_t2v": 2}  # of one node, where it serves several samplers
 NODE = "RoPeSLRSparseAttention"
+ENDS = ("SaveVideo", "RoPeSLRReport", "RoPeSLRTrainSparseLoRA", "LossGraphNode")  # output nodes
 SCHEMA = Draft202012Validator(
     json.loads((Path(__file__).parent / "schema_0_4.json").read_text(encoding="utf-8"))
 )
@@ -165,6 +167,7 @@ def test_every_node_has_its_widgets_and_what_it_needs(workflow, info):
 
 def test_our_nodes_are_found_by_the_manager_and_models_can_be_downloaded(workflow):
     loaders = [node for node in workflow["nodes"] if re.search("Loader|LoadSparse", node["type"])]
+    loaders = [node for node in loaders if node["type"] != "LoraModelLoader"]  # it loads no file
     assert loaders
     for node in loaders:
         files = [
@@ -245,9 +248,7 @@ def test_comfyui_accepts_every_workflow_as_it_stands(workflow, info, monkeypatch
         execution.validate_prompt("test", to_prompt(workflow, info), None)
     )
     assert ok, (error, node_errors)
-    assert len(outputs) == sum(
-        node["type"] in ("SaveVideo", "RoPeSLRReport") for node in workflow["nodes"]
-    )
+    assert len(outputs) == sum(node["type"] in ENDS for node in workflow["nodes"])
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +339,52 @@ def test_the_four_steps_of_minimax_h3_run_as_its_note_says(server):
     assert report["method"] == "top-k plain"
 
 
+def test_a_trained_lora_is_used_without_the_training_node_as_the_note_says(server):
+    """By the files that the training saved: the same frames as by its outputs."""
+    import numpy as np
+
+    from workflow import LORA, load, make_tiny, node_id, to_prompt
+
+    prompt = to_prompt(load("train_sparse_lora"), server.get("/object_info"))
+    prompt = make_tiny(prompt, 128, 128, length=9, steps=2)
+    train, loader = node_id(prompt, "RoPeSLRTrainSparseLoRA"), node_id(prompt, "LoraModelLoader")
+    name = f"{LORA}_for_later"
+    # Long enough for the held-out error to fall beyond doubt, or there is no finished file.
+    prompt[train]["inputs"].update(
+        name=name,
+        steps=6,
+        batch_size=2,
+        samples=4,
+        evaluate_every=2,
+        learning_rate=0.002,
+        training_dtype="fp32",
+    )
+    prompt["frames"] = frames_of(prompt)
+    trained = server.run(prompt)
+    (text,) = trained.outputs[train]["text"]
+    assert "all steps are done" in text and f"Saved as {name}.safetensors" in text
+    before = frames(server, trained)
+
+    shift = prompt[loader]["inputs"]["model"]
+    for gone in ("RoPeSLRTrainSparseLoRA", "LossGraphNode", "LoraModelLoader"):
+        del prompt[node_id(prompt, gone)]
+    prompt[loader] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": shift, "lora_name": f"{name}.safetensors", "strength_model": 1.0},
+    }
+    prompt["adapter"] = {
+        "class_type": "RoPeSLRLoadAdapter",
+        "inputs": {"adapter_name": f"{name}.safetensors", "rank": 0},
+    }
+    prompt[node_id(prompt, NODE)]["inputs"]["adapter"] = ["adapter", 0]
+    later = server.run(prompt)
+    (report,) = later.reports
+    assert report["sparse_calls"] == 2 and np.array_equal(frames(server, later), before)
+
+    prompt[loader]["inputs"]["strength_model"] = 0.0
+    assert not np.array_equal(frames(server, server.run(prompt)), before)
+
+
 def test_the_length_of_every_picture_and_sound_is_one_number(info):
     """LTX-2 takes it from a node of its own, which a tiny prompt must change as well."""
     needs.need("comfy_cli")
@@ -373,11 +420,16 @@ def tiny_prompt(server, name="wan2.1_t2v", bypass=None, **inputs):
     prompt = make_tiny(prompt, width=128, height=128, length=9, steps=2)
     if bypass is None:
         prompt[node_id(prompt, NODE)]["inputs"].update(min_tokens=64, **inputs)
-    prompt["frames"] = {
-        "class_type": "SaveImage",
-        "inputs": {"images": [node_id(prompt, "VAEDecode"), 0], "filename_prefix": "test/frames"},
-    }
+    prompt["frames"] = frames_of(prompt)
     return prompt
+
+
+def frames_of(prompt):
+    """A node that saves the decoded video as pictures."""
+    from workflow import node_id
+
+    inputs = {"images": [node_id(prompt, "VAEDecode"), 0], "filename_prefix": "test/frames"}
+    return {"class_type": "SaveImage", "inputs": inputs}
 
 
 def test_the_converted_workflow_holds_the_widgets_at_their_places(server):

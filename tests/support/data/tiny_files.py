@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import browser
 import tiny_models
 from support.data import checkpoints
-from workflow import TINY, TRAINED_VAE
+from workflow import LORA, TINY, TRAINED_VAE
 
 SPARKWAN, CLIP_VISION = (
     "diffusion_models/tiny_sparkwan.safetensors",
@@ -29,8 +29,10 @@ WIDTH, HIDDEN, LAYERS, PATCH, TOKENS, PROJECTED = 1280, 5120, 32, 14, 257, 1024
 def make(base: Path) -> None:
     """Write what a shipped workflow needs below a ComfyUI's base folder.
 
-    Files that exist are kept.
+    Files that exist are kept, but for what earlier trainings left: a new one would go on with it.
     """
+    for trained in (base / "models").rglob(f"{LORA}*"):
+        trained.unlink()
     wanted = [name for name in tiny_models.FILES if name.rpartition("/")[2] in WANTED]
     if importlib.util.find_spec("comfy.ldm.minimax") is None:  # an older ComfyUI
         wanted.remove(H3)
