@@ -26,16 +26,17 @@ from .quality import PEAK, SETTINGS, comfyui_version, node
 from .tiny_wan import PROMPTS, Sampling, conditioning, model, sample
 
 TRAINING = dict(
-    steps=300,
+    steps=600,
     batch_size=2,
     rank=16,
     learning_rate=1e-3,
-    samples=12,
+    samples=36,
     seed=1000,  # of the first video that is trained on; those that are judged by have 0, 1, ...
     sparsity=0.90,
     training_dtype="none",
     lora_dtype="fp32",
     gradient_checkpointing=False,
+    patience=0,
     name="tiny_wan",
 )
 # Row of the table -> with the LoRA?, with its adapter?, settings of the sparse node; None: dense.

@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths
 
-from ..attention import ResolvedPlan
+from ..attention import ResolvedPlan, SparsePlan
 from ..attention.adapters import AdapterError, open_safetensors
 from .lora_training.files import LORAS, LoraFacts
 from .patching.notices import warn
@@ -18,6 +18,7 @@ OTHER_LISTS = (
     "'{lora}' was trained for {trained}, and this node has {here}. With other blocks than it was "
     "trained with, a sparse LoRA can be worse than none"
 )
+TRAINER = "RoPeSLRTrainSparseLoRA"
 FOLLOWED = ("model", "lora")  # what a LoRA comes along, in the names of inputs
 
 
@@ -57,6 +58,11 @@ def _loras(prompt: Mapping[str, Any], node_id: str) -> Iterator[tuple[str, LoraF
             continue
         seen.add(current)
         inputs = node.get("inputs", {})
+        if node.get("class_type") == TRAINER:
+            facts = _will_be_trained(inputs)
+            if facts is not None:
+                yield str(inputs.get("name")), facts
+            continue
         for name, value in inputs.items():
             if isinstance(value, (list, tuple)) and len(value) == 2:
                 if any(part in name.lower() for part in FOLLOWED):
@@ -70,6 +76,18 @@ def _loras(prompt: Mapping[str, Any], node_id: str) -> Iterator[tuple[str, LoraF
                 facts = _read(file) if isinstance(file, str) and value.get("on", True) else None
                 if facts is not None:
                     yield str(file), facts
+
+
+def _will_be_trained(inputs: Mapping[str, Any]) -> LoraFacts | None:
+    """What the node that trains is set to; None where its settings are linked."""
+    names = ("method", "sparsity", "allocation")
+    settings = {name: inputs[name] for name in names if name in inputs}
+    try:
+        plan = SparsePlan(**settings).resolve()
+    except (TypeError, ValueError):
+        return None
+    kept = plan.key_tokens, plan.query_tokens, plan.block_order
+    return LoraFacts(plan.method, plan.sparsity, plan.allocation, *kept)
 
 
 def _read(name: str) -> LoraFacts | None:

@@ -6,7 +6,7 @@ training` runs a workflow that has a Train Sparse LoRA node, in one process or m
 
 if "." in __name__:  # part of the pack; as a program it stands alone, and starts one
     from .draws import Example, Material, held_out
-    from .loop import Ended, Outcome, Training, Watch
+    from .loop import Ended, Outcome, Training, Watch, outcome_of
     from .settings import OPTIMIZERS, TrainSettings
     from .state import State, read_state, write_state
 
@@ -21,6 +21,7 @@ __all__ = [
     "Training",
     "Watch",
     "held_out",
+    "outcome_of",
     "read_state",
     "write_state",
 ]

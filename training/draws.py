@@ -15,7 +15,6 @@ import torch
 HELD_OUT_SHARE = 6  # one latent in so many is not trained on
 HELD_OUT_EXAMPLES = 8  # that an error is the mean of
 
-BY_LENGTH = 0.5  # share of the draws that goes by the length of steps
 FRESH = 0.5  # share of the examples with other noise than that of the teacher's sampler
 
 
@@ -31,16 +30,11 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """latents: how many there are. levels: noise levels of the use, falling, without a last 0.
-
-    steps: how far the sampler goes from each level; longer ones are drawn more often. Empty: all as
-    often.
-    """
+    """latents: how many there are. levels: noise levels of the use, falling, without a last 0."""
 
     latents: int
     levels: Sequence[float]
     seed: int = 0
-    steps: Sequence[float] = ()
 
     @property
     def trained_on(self) -> int:
@@ -50,17 +44,8 @@ class Material:
     def example(self, number: int) -> Example:
         """A draw for training; number from 1."""
         draw = _Draw(self.seed, number)
-        latent, level = draw(self.trained_on), self._level(draw() / 2**31)
+        latent, level = draw(self.trained_on), self.levels[draw(len(self.levels))]
         return Example(number, latent, level, draw(), draw(100) < 100 * FRESH)
-
-    def _level(self, share: float) -> float:
-        """The level at a share of all weights: half of each is even, half is its step's length."""
-        count, whole = len(self.levels), sum(self.steps)
-        for level, step in zip(self.levels, self.steps or [0.0] * count):
-            share -= ((1.0 - BY_LENGTH) / count + BY_LENGTH * step / whole) if whole else 1 / count
-            if share < 0:
-                return level
-        return self.levels[-1]
 
 
 class _Draw:

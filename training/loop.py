@@ -116,8 +116,7 @@ class Training:
                 self._save()
             raise
         self._save()
-        step, error = self._best()
-        return Outcome(self.state.best, step, error, ended)
+        return Outcome(self.state.best, *self.state.lowest(), ended)
 
     def seconds_left(self) -> float:
         """By the steps so far; infinite before the first."""
@@ -139,7 +138,7 @@ class Training:
                 self._judge()
             if ended is not None:
                 return ended
-            if self._rises():
+            if state.rises(settings.patience):
                 return Ended.RISES
             if _due(state.step, settings.save_every) and state.step > self._first:
                 self._save()
@@ -188,7 +187,7 @@ class Training:
         with self._averaged():
             error = self._error(self.problem.loss) / max(state.untrained, 1e-30)
         self._whole = False
-        if not state.errors or error < self._best()[1]:
+        if not state.errors or error < state.lowest()[1]:
             state.best = {name: each.clone() for name, each in state.average.items()}
         state.errors.append((state.step, error))
         self._whole = True
@@ -212,15 +211,6 @@ class Training:
             total, count = total + float(loss(self.held_out[index])), count + 1
         return self.crowd.mean(total, count, self.device)
 
-    def _best(self) -> tuple[int, float]:
-        return min(self.state.errors, key=lambda each: (math.isnan(each[1]), each[1]))
-
-    def _rises(self) -> bool:
-        """Whether the last errors, as many as patience says, were all above the lowest."""
-        patience, errors = self.settings.patience, self.state.errors
-        best = errors.index(self._best())
-        return bool(patience) and len(errors) - 1 - best >= patience
-
     def _save(self) -> None:
         if not self.crowd.leads or not self.state.errors:
             return
@@ -228,6 +218,16 @@ class Training:
         state.parameters = {name: each.detach().clone() for name, each in self.parameters.items()}
         state.optimizer = optimizer_tensors(self.optimizer)
         self.watch.save(state)
+
+
+def outcome_of(state: State, settings: TrainSettings) -> Outcome | None:
+    """What came out of a training that is over; None where there is more to do."""
+    if not state.errors or state.errors[-1][0] != state.step:
+        return None
+    if state.step >= settings.steps:
+        return Outcome(state.best, *state.lowest(), Ended.STEPS)
+    rises = state.rises(settings.patience)
+    return Outcome(state.best, *state.lowest(), Ended.RISES) if rises else None
 
 
 @torch.no_grad()

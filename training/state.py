@@ -7,6 +7,7 @@ and the optimizer's tensors; counts and settings are in its header, as JSON.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,15 @@ class State:
     errors: list[tuple[int, float]] = field(default_factory=list)
     untrained: float = 0.0  # held-out error without the LoRA
     seconds: float = 0.0  # that it took so far
+
+    def lowest(self) -> tuple[int, float]:
+        """The step of the lowest held-out error, and that error."""
+        return min(self.errors, key=lambda each: (math.isnan(each[1]), each[1]))
+
+    def rises(self, patience: int) -> bool:
+        """Whether the last errors, as many as patience says, were all above the lowest."""
+        best = self.errors.index(self.lowest())
+        return bool(patience) and len(self.errors) - 1 - best >= patience
 
     def differences(self, facts: Mapping[str, Any]) -> list[str]:
         """In words, where other facts would give another LoRA."""

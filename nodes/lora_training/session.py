@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ...attention import SparsePlan
 from ...attention.adapters import Adapter, shown, write_safetensors
-from ...training import Ended, Example, Material, Outcome, State, Training, TrainSettings
+from ...training import (
+    Ended,
+    Example,
+    Material,
+    Outcome,
+    State,
+    Training,
+    TrainSettings,
+    outcome_of,
+)
 from ...training.crowd import rank_and_size
 from ..patching.full_schedule import step_schedule
 from ..patching.install import install
@@ -44,7 +53,10 @@ SMALLER = (
     "Switch on gradient_checkpointing and offloading, or make the video smaller or shorter. "
     "Nothing was trained yet."
 )
-LOOK = "Another node on the MODEL may not be differentiable; try without it."
+LOOK = (
+    "This ComfyUI may compute a part of this model in a way that knows no gradients, or another "
+    "node on the MODEL may; try without those."
+)
 PART_OF_SCHEDULE = (
     "The sigmas go from {first:.3f} to {last:.3f}: they are one expert's part of a schedule, which "
     "alone makes no video. Connect finished videos as latents: those of both experts' samplers."
@@ -131,6 +143,10 @@ class _Session:
     def run(self) -> Trained:
         """See `train_sparse_lora`."""
         asked, (rank, size) = self.asked, rank_and_size()
+        over = None if self.state is None else outcome_of(self.state, asked.settings)
+        if over is not None and self.state is not None:
+            table = self.files.read_adapter()
+            return self._finish(over, self.state, table, self._lora_facts(table))
         if size > 1:
             logger.info(MANY.format(count=size, rank=rank))
         shape = (1, *self.use.blank.shape[1:])
@@ -145,8 +161,8 @@ class _Session:
         negative = self.use.negative is not None and self.use.cfg != 1.0
         found = Data(videos, prompts, negative, self.use.blank)
         facts = self._lora_facts(table)
-        outcome, training = self._train(found, table, facts)
-        return self._finish(outcome, training, table, facts)
+        outcome, state = self._train(found, table, facts)
+        return self._finish(outcome, state, table, facts)
 
     def _levels(self) -> list[float]:
         """Noise levels of the steps that are sparse in the use."""
@@ -247,15 +263,11 @@ class _Session:
             self.info.name,
         )
 
-    def _train(
-        self, found: Data, table: Adapter | None, facts: LoraFacts
-    ) -> tuple[Outcome, Training]:
+    def _train(self, found: Data, table: Adapter | None, facts: LoraFacts) -> tuple[Outcome, State]:
         asked = self.asked
         sparse = install(self.base, self._plan("sparse"), None, table or self._own_adapter())
-        sigmas = [float(each) for each in self.use.sigmas]
-        lengths = [a - b for a, b in zip(sigmas, sigmas[1:]) if a in self.levels]
-        material = Material(len(found.videos), self.levels, asked.settings.seed, lengths)
-        result: list[tuple[Outcome, Training]] = []
+        material = Material(len(found.videos), self.levels, asked.settings.seed)
+        result: list[tuple[Outcome, State]] = []
 
         def save(state: State) -> None:
             tensors = as_file(state.parameters, asked.rank, asked.lora_dtype)
@@ -270,7 +282,7 @@ class _Session:
             training.begin_with(self.state or State(self.facts))
             self.progress.begin(training)
             try:
-                result.append((training.run(), training))
+                result.append((training.run(), training.state))
             except torch.cuda.OutOfMemoryError as error:
                 step = training.state.step
                 raise MemoryError(OUT_OF_MEMORY.format(step=step, advice=SMALLER)) from error
@@ -300,12 +312,12 @@ class _Session:
             )
 
     def _finish(
-        self, outcome: Outcome, training: Training, table: Adapter | None, facts: LoraFacts
+        self, outcome: Outcome, state: State, table: Adapter | None, facts: LoraFacts
     ) -> Trained:
-        state, asked = training.state, self.asked
+        asked = self.asked
         tensors = as_file(outcome.parameters, asked.rank, asked.lora_dtype)
         better = outcome.error < 1.0
-        if better and training.crowd.leads:
+        if better and rank_and_size()[0] == 0:
             write_safetensors(tensors, self.files.lora, facts.header())
         if not better:  # one that changes nothing, whatever it began with
             tensors = {
@@ -354,7 +366,9 @@ def _in_words(asked: Asked) -> Any:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryError(FAILED.format(error="out of memory", advice=SMALLER)) from error
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:  # whatever a model or another pack says about gradients
         in_place = "inplace" in str(error) and not asked.checkpoints
         first_line = shown(str(error).partition("\n")[0], limit=200)
         advice = IN_PLACE if in_place else LOOK

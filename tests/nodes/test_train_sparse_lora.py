@@ -69,7 +69,8 @@ def test_what_comes_out_plugs_into_comfyuis_own_nodes(wan, folder, caplog):
     assert not [m for m in modules if "forward" in vars(m) or m._forward_pre_hooks]
     linear = "diffusion_model.blocks.0.self_attn.q"
     assert lora[f"{linear}.lora_up.weight"].shape == (256, 2)
-    assert len(lora) == 2 * 4 * 3  # layers, q k v o, up down alpha
+    # Blocks; q k v o of two attentions and the feed-forward layer; up, down, alpha.
+    assert len(lora) == 2 * 10 * 3
     if losses["held_out"][-1] < 1:
         assert any(bool(each.any()) for key, each in lora.items() if "up" in key)
     nodes = comfy_host.boot().NODE_CLASS_MAPPINGS
@@ -101,15 +102,13 @@ SLOW = pytest.mark.slow("thorough")
     [
         ("HunyuanVideo T2V", dict()),
         ("Wan 2.1 I2V", dict()),
-        pytest.param("Wan 2.1 VACE", dict(), marks=SLOW),
+        pytest.param("Wan VACE", dict(), marks=SLOW),
         pytest.param("Wan 2.1 T2V", dict(method="adaspa"), marks=SLOW),
         pytest.param("Wan 2.1 T2V", dict(method="top-k"), marks=SLOW),
         pytest.param("Wan 2.1 T2V", dict(method="top-k plain", allocation="uniform"), marks=SLOW),
-        pytest.param("Wan 2.2 5B", dict(), marks=SLOW),
+        pytest.param("Wan 2.2 TI2V 5B", dict(), marks=SLOW),
         pytest.param("LTX-Video", dict(), marks=SLOW),
-        pytest.param("MiniMax H3", dict(), marks=SLOW),
         pytest.param("Kandinsky 5", dict(), marks=SLOW),
-        pytest.param("Cosmos Predict2", dict(), marks=SLOW),
         pytest.param("Mochi", dict(), marks=SLOW),
         pytest.param("CogVideoX", dict(), marks=SLOW),
     ],
@@ -131,14 +130,26 @@ def test_every_model_and_method_is_trained(name, settings, caplog):
     )
     assert len(losses["loss"]) == 2 and 0 < losses["loss"][0] < 1e3
     assert lora and all(each.isfinite().all() for each in lora.values())
-    assert not dense_warnings(caplog)
+    assert bool(dense_warnings(caplog)) == bool(variant.control)  # control blocks learn no table
     assert torch.equal(variant.sample(model, variant.even, 1.0), before)
+
+
+@SLOW
+def test_a_model_that_no_gradient_passes_is_refused_in_words():
+    """Cosmos in 0.30, whose fused kernel has none; nothing was trained or made for it by then."""
+    import comfy.ldm.cosmos.predict2 as cosmos
+
+    if "rms_rope_split_half" not in Path(cosmos.__file__).read_text():
+        pytest.skip("this ComfyUI computes Cosmos differentiably")
+    with pytest.raises(ValueError, match="A first step of training failed .*knows no gradients"):
+        train(VARIANTS["Cosmos Predict2"].model())
 
 
 def state_of(folder, name="sparse_lora"):
     return training.read_state(folder / "ropeslr" / "training" / f"{name}.state")
 
 
+@pytest.mark.slow
 def test_checkpoints_change_nothing(wan, folder):
     found = []
     for checkpoints in (True, False):
@@ -150,7 +161,9 @@ def test_checkpoints_change_nothing(wan, folder):
         assert torch.allclose(one[key], other[key], atol=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["Wan 2.1 T2V", "HunyuanVideo T2V"])
+@pytest.mark.parametrize(
+    "name", ["Wan 2.1 T2V", pytest.param("HunyuanVideo T2V", marks=pytest.mark.slow)]
+)
 def test_gradients_are_those_of_the_loss(name, monkeypatch):
     """By differences, with checkpoints: HunyuanVideo's blocks add to their own inputs in place."""
     variant, ratios = VARIANTS[name], []
@@ -192,7 +205,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_lora(wan, folder, monkeypatch):
     """While making videos, finding the table, judging, training; in a process that has forgotten all."""
     settings = dict(steps=4, evaluate_every=2, save_every=3)
     expected = train(wan, name="whole", **settings)
-    for checks in (1, 4, 6, 9, 13, 17):
+    for checks in (1, 4, 6, 13, 17):
         name = f"stopped{checks}"
         with monkeypatch.context() as patch:
             stopped = stop_after(patch, checks)
@@ -206,7 +219,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_lora(wan, folder, monkeypatch):
         assert all(torch.allclose(lora[key], expected[0][key], atol=1e-6) for key in lora)
 
 
-def test_a_name_that_is_taken_gets_a_number_and_the_same_settings_go_on(wan, folder, caplog):
+@pytest.mark.slow
+def test_a_name_that_is_taken_gets_a_number_and_the_same_settings_go_on(wan, folder, monkeypatch):
     train(wan, steps=1)
     train(wan, steps=1, learning_rate=1e-3)
     states = sorted(path.name for path in (folder / "ropeslr" / "training").iterdir())
@@ -214,6 +228,10 @@ def test_a_name_that_is_taken_gets_a_number_and_the_same_settings_go_on(wan, fol
     _, losses, steps, _ = train(wan, steps=2)
     assert steps == 2 and len(losses["loss"]) == 2
     assert len(states) == len(list((folder / "ropeslr" / "training").iterdir()))
+    with monkeypatch.context() as patch:  # what is finished is not begun again
+        patch.setattr(comfy_host.module(".nodes.lora_training.data"), "own_samples", None)
+        again, losses, steps, adapter = train(wan, steps=2)
+        assert steps == 2 and len(losses["loss"]) == 2 and adapter.has("allocation") and again
     train(wan, steps=2, resume=False)
     assert state_of(folder, "sparse_lora_00003").step == 2
     saved = sorted(path.name for path in (folder / "loras").glob("sparse_lora_*_steps*"))
@@ -225,12 +243,14 @@ def test_a_name_that_is_taken_gets_a_number_and_the_same_settings_go_on(wan, fol
     ]
 
 
+@pytest.mark.slow
 def test_only_the_last_saves_stay(wan, folder):
     train(wan, steps=5, save_every=1, keep_last=2, samples=1)
     names = sorted(path.name for path in (folder / "loras").glob("*_steps*"))
     assert names == ["sparse_lora_4_steps.safetensors", "sparse_lora_5_steps.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_lora_that_is_worse_than_none_changes_nothing(wan, folder, caplog):
     caplog.set_level(logging.INFO)
     lora, losses, _, _ = train(wan, steps=12, learning_rate=1.0, evaluate_every=4, patience=0)
@@ -240,6 +260,7 @@ def test_a_lora_that_is_worse_than_none_changes_nothing(wan, folder, caplog):
     assert any("No LoRA was better than none" in record.message for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_finished_videos_and_negative_prompts_are_learned_from(wan):
     videos = [{"samples": torch.randn(2, 16, *SIZE, generator=torch.Generator().manual_seed(1))}]
     prompts = [conditioning(1), conditioning(3)]
@@ -248,6 +269,18 @@ def test_finished_videos_and_negative_prompts_are_learned_from(wan):
         wan, latents=videos, positive=prompts, steps=2, negative=[conditioning(2)], cfg=5.0
     )
     assert losses["loss"][0] != other["loss"][0]  # examples of odd numbers are the negative's
+
+
+@pytest.mark.slow
+def test_a_sampler_that_makes_its_own_steps_is_trained_for(wan):
+    """Nobody knows at which noise its states are; its finished videos are learned from."""
+    import comfy.samplers
+
+    for name in ("dpm_fast", "uni_pc"):
+        _, losses, steps, _ = train(
+            wan, sampler=comfy.samplers.sampler_object(name), steps=2, name=name
+        )
+        assert steps == 2 and 0 < losses["loss"][0] < 1
 
 
 @pytest.mark.slow
@@ -268,6 +301,7 @@ def test_experts_are_trained_on_their_own_part_of_the_noise(folder):
     assert adapter.info.noise_levels[0] == pytest.approx(float(first[2]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_lora_to_begin_with(wan, folder):
     import folder_paths
 
@@ -331,6 +365,7 @@ def test_a_size_that_no_memory_holds_is_refused_before_the_work(wan, monkeypatch
         train(wan, gradient_checkpointing=False)
 
 
+@pytest.mark.slow
 def test_what_fails_in_the_first_step_is_said_in_words(wan, monkeypatch):
     """Rehearsed before videos are made: out of memory, and a model that no gradient passes."""
     session = comfy_host.module(".nodes.lora_training.session")
@@ -361,6 +396,7 @@ def test_what_fails_in_the_first_step_is_said_in_words(wan, monkeypatch):
             train(wan, gradient_checkpointing=False)
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_the_way_loses_nothing(wan, monkeypatch, folder):
     session = comfy_host.module(".nodes.lora_training.session")
     loss = session.Velocity.loss
@@ -376,6 +412,7 @@ def test_out_of_memory_on_the_way_loses_nothing(wan, monkeypatch, folder):
     assert state_of(folder).step == 2
 
 
+@pytest.mark.slow
 def test_a_node_of_ours_before_it_counts(wan, folder):
     """Its own settings stay; and it is not there when the teacher speaks."""
     before = sparse(wan, key_block="64", dense_layers="1", backend="dense")
@@ -416,4 +453,10 @@ def test_other_lists_than_a_lora_was_trained_with_are_warned_of(
     found = [record.message for record in caplog.records if "'mine.safetensors'" in record.message]
     assert bool(found) == bool(words) and (not words or words in found[0])
     trained_for.warn_of_other_lists(None, "4", plan)
+    caplog.clear()  # straight from the node that trains
+    widgets = dict(method="auto", sparsity=0.6, allocation="auto", name="new")
+    prompt["2"] = {"class_type": "LoraModelLoader", "inputs": {"model": ["1", 0], "lora": ["6", 0]}}
+    prompt["6"] = {"class_type": "RoPeSLRTrainSparseLoRA", "inputs": {"model": ["1", 0], **widgets}}
+    trained_for.warn_of_other_lists(prompt, "4", plan)
+    assert bool([r for r in caplog.records if "'new' was trained for" in r.message]) == bool(words)
     trained_for.warn_of_other_lists({"4": {"inputs": {"model": ["4", 0]}}}, "4", plan)

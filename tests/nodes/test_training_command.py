@@ -70,10 +70,15 @@ def run(base, name, *more, processes=1, code=0):
     return (load_file(files[-1]) if files else None), done.stdout
 
 
+@pytest.fixture(scope="module")
+def one(base):
+    """The LoRA of one process."""
+    return run(base, "one")[0]
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_lora_that_one_does(base):
+def test_two_processes_train_the_lora_that_one_does(base, one):
     """Then one process goes on with what two have saved."""
-    one, _ = run(base, "one")
     two, text = run(base, "two", processes=2)
     assert "2 processes train together" in text
     assert one.keys() == two.keys() and any(bool(x.any()) for k, x in one.items() if "up" in k)
@@ -84,8 +89,9 @@ def test_two_processes_train_the_lora_that_one_does(base):
 
 
 @pytest.mark.slow
-def test_a_model_spread_over_two_processes_trains_the_same(base):
-    one, _ = run(base, "alone")
+def test_a_model_spread_over_two_processes_trains_the_same(base, one):
+    if comfy_host.module(".nodes.host").comfyui_version().startswith("0.18"):
+        pytest.skip("this ComfyUI asks for all weights at once")
     spread, text = run(base, "spread", "--shard", processes=2)
     assert "spread over 2 processes; 50 % are here" in text
     for key in one:
