@@ -30,11 +30,15 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """latents: how many there are. levels: noise levels of the use, falling, without a last 0."""
+    """latents: how many there are. levels: noise levels of the use, falling, without a last 0.
+
+    weights: of each level, how often it is drawn; empty: all as often.
+    """
 
     latents: int
     levels: Sequence[float]
     seed: int = 0
+    weights: Sequence[float] = ()
 
     @property
     def trained_on(self) -> int:
@@ -44,8 +48,22 @@ class Material:
     def example(self, number: int) -> Example:
         """A draw for training; number from 1."""
         draw = _Draw(self.seed, number)
-        latent, level = draw(self.trained_on), self.levels[draw(len(self.levels))]
+        latent, level = draw(self.trained_on), self.level(draw() / 2**31)
         return Example(number, latent, level, draw(), draw(100) < 100 * FRESH)
+
+    def level(self, share: float, between: bool = False) -> float:
+        """The level up to which weights add up to a share of them all.
+
+        between: the middle of it and the next lower one.
+        """
+        weights = self.weights or [1.0] * len(self.levels)
+        left = share * sum(weights)
+        for level, after, weight in zip(self.levels, self.levels[1:], weights):
+            left -= weight
+            if left < 0:
+                return (level + after) / 2 if between else level
+        last = self.levels[-1]
+        return (self.levels[-2] + last) / 2 if between and len(self.levels) > 1 else last
 
 
 class _Draw:
@@ -62,17 +80,14 @@ class _Draw:
 
 def held_out(material: Material) -> list[Example]:
     """Examples to judge by: latents that are not trained on, levels between those that are."""
-    levels = between(material.levels)
-    count = min(HELD_OUT_EXAMPLES, max(len(levels), material.latents))
+    count = min(HELD_OUT_EXAMPLES, max(len(material.levels), material.latents))
     kept = range(min(material.trained_on, material.latents - 1), material.latents)
-    chosen = []
-    for index in range(count):
-        draw = _Draw(material.seed, -1 - index)
-        level = levels[(2 * index + 1) * len(levels) // (2 * count)]
-        chosen.append(Example(-1 - index, kept[index % len(kept)], level, draw()))
-    return chosen
-
-
-def between(levels: Sequence[float]) -> list[float]:
-    """The middles of neighbouring levels; the level itself where there is but one."""
-    return [(a + b) / 2 for a, b in zip(levels, levels[1:])] or list(levels)
+    return [
+        Example(
+            -1 - index,
+            kept[index % len(kept)],
+            material.level((2 * index + 1) / (2 * count), between=True),
+            _Draw(material.seed, -1 - index)(),
+        )
+        for index in range(count)
+    ]

@@ -94,11 +94,9 @@ class Data:
 
 
 class Velocity:
-    """Squared error of the denoised latent x0, as a share of the square of the teacher's velocity.
+    """Squared error of the student's velocity, as a share of the teacher's square. Source: ours.
 
-    The velocity is (x - x0) / sigma, and its square is about the same at all noise levels. An error
-    of x0 is sigma times that of the velocity: what is lost in the first steps, when the noise is
-    high, costs samples most (measured on the tiny Wan). Source: ours.
+    A velocity is (x - x0) / sigma, by the denoised latent x0.
     """
 
     def __init__(
@@ -178,7 +176,8 @@ class Velocity:
         return self._base.process_latent_in(latent.to(like))
 
     def _distance(self, found: Tensor, asked: _Asked) -> Tensor:
-        velocity = (asked.x - asked.target).float() / asked.sigma
+        # Both are sigma times as long as the velocities.
+        velocity = (asked.x - asked.target).float()
         return (found - asked.target).float().square().mean() / velocity.square().mean()
 
 

@@ -180,6 +180,15 @@ class _Session:
             raise ValueError(NOTHING_SPARSE)
         return levels
 
+    def _weight(self, level: float) -> float:
+        """How much an error of the velocity moves the denoised latent at a noise level, squared.
+
+        Measured on the tiny Wan: more than half of what samples lose is lost in the first fifth of
+        the steps.
+        """
+        flow = float(self.base.get_model_object("model_sampling").sigma_max) <= 1.0
+        return level**2 if flow else level**2 / (1.0 + level**2)
+
     def _plan(self, training: str = "dense") -> SparsePlan:
         """That of the MODEL's own node, if it has one, with what was asked here."""
         return replace(self.asked.plan, training=training, min_tokens=0, strict=False)
@@ -266,7 +275,12 @@ class _Session:
     def _train(self, found: Data, table: Adapter | None, facts: LoraFacts) -> tuple[Outcome, State]:
         asked = self.asked
         sparse = install(self.base, self._plan("sparse"), None, table or self._own_adapter())
-        material = Material(len(found.videos), self.levels, asked.settings.seed)
+        material = Material(
+            len(found.videos),
+            self.levels,
+            asked.settings.seed,
+            [self._weight(x) for x in self.levels],
+        )
         result: list[tuple[Outcome, State]] = []
 
         def save(state: State) -> None:

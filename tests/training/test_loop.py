@@ -57,6 +57,15 @@ def test_half_of_the_examples_have_noise_of_their_own():
     assert not any(each.fresh for each in training.held_out(MATERIAL))
 
 
+def test_levels_are_drawn_by_their_weights():
+    material = training.Material(9, (1.0, 0.8, 0.5, 0.2), weights=(4.0, 3.0, 2.0, 1.0))
+    drawn = [material.example(number).level for number in range(1, 2001)]
+    shares = [drawn.count(level) / 2000 for level in material.levels]
+    assert shares == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.04)
+    judged = [each.level for each in training.held_out(material)]
+    assert set(judged) == {0.9, 0.65, 0.35} and judged.count(0.9) >= 3
+
+
 def test_draws_do_not_depend_on_who_asked_before():
     torch.manual_seed(5)
     late = [MATERIAL.example(number) for number in (9, 3)]
