@@ -26,7 +26,7 @@ from .quality import PEAK, SETTINGS, comfyui_version, node
 from .tiny_wan import PROMPTS, Sampling, conditioning, model, sample
 
 TRAINING = dict(
-    steps=600,
+    steps=300,
     batch_size=2,
     rank=16,
     learning_rate=1e-3,
@@ -46,8 +46,6 @@ ROWS: dict[str, tuple[bool, bool, dict[str, Any] | None]] = {
     "LoRA with its adapter": (True, True, dict(sparsity=0.90)),
     "no LoRA, at 5 %": (False, False, dict(sparsity=0.95)),
     "LoRA, at 5 %": (True, False, dict(sparsity=0.95)),
-    "no LoRA, uniform": (False, False, dict(sparsity=0.90, allocation="uniform")),
-    "LoRA, uniform": (True, False, dict(sparsity=0.90, allocation="uniform")),
     "LoRA, dense": (True, False, None),
 }
 

@@ -15,6 +15,7 @@ import torch
 HELD_OUT_SHARE = 6  # one latent in so many is not trained on
 HELD_OUT_EXAMPLES = 8  # that an error is the mean of
 
+DENSE = 1 / 3  # share of the examples that hold the dense model where it was
 FRESH = 0.5  # share of the examples with other noise than that of the teacher's sampler
 
 
@@ -26,6 +27,7 @@ class Example(NamedTuple):
     level: float  # of noise
     seed: int  # of the noise
     fresh: bool = False  # noise that the teacher's sampler did not go through
+    dense: bool = False  # of the LoRA without sparse attention, which it is to leave as it was
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Material:
         """A draw for training; number from 1."""
         draw = _Draw(self.seed, number)
         latent, level = draw(self.trained_on), self.level(draw() / 2**31)
-        return Example(number, latent, level, draw(), draw(100) < 100 * FRESH)
+        fresh, seed = draw(100) < 100 * FRESH, draw()
+        return Example(number, latent, level, seed, fresh, draw(100) < 100 * DENSE)
 
     def level(self, share: float, between: bool = False) -> float:
         """The level up to which weights add up to a share of them all.

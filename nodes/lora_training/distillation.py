@@ -121,7 +121,8 @@ class Velocity:
         """See `Problem.loss`."""
         asked = self._asked(example)
         self._run.training.number = example.number
-        return self._distance(self._predict(asked.x, asked.sigma, self._extra), asked)
+        extra = {**self._extra, "model_options": self._dense} if example.dense else self._extra
+        return self._distance(self._predict(asked.x, asked.sigma, extra), asked)
 
     def untrained_loss(self, example: Example) -> Tensor:
         """See `Problem.untrained_loss`."""

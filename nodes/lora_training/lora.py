@@ -12,10 +12,10 @@ from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor
 
-from ..patching.model_info import ModelInfo, blocks, unwrap
+from ..patching.model_info import ModelInfo, self_attentions, unwrap
 
 UP, DOWN, ALPHA = "lora_up.weight", "lora_down.weight", "alpha"
-NO_LAYERS = "{model} has no linear layers in its blocks that a LoRA could be trained for."
+NO_LAYERS = "{model} has no linear layers in its self-attention that a LoRA could be trained for."
 OTHER_LORA = (
     "existing_lora has no {key} of the shape {shape}: it is of another model, of another rank than "
     "{rank}, or of other layers. Choose a LoRA of this node, or set rank to its rank."
@@ -39,13 +39,13 @@ class Factors(WeightAdapterTrainBase):
 
 
 class TrainedLora:
-    """The LoRA of a model's blocks.
+    """The LoRA of a model's self-attention.
 
     names: of the layers, as ComfyUI counts them in a MODEL. parameters: by name and `up` or `down`.
     """
 
     def __init__(self, base_model: Any, info: ModelInfo, rank: int, seed: int) -> None:
-        self.layers = layers = linear_layers(base_model)
+        self.layers = layers = attention_layers(base_model, info)
         if not layers:
             raise ValueError(NO_LAYERS.format(model=info.name))
         generator = torch.Generator().manual_seed(seed % 2**63)
@@ -127,16 +127,20 @@ def as_file(parameters: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> 
     return tensors
 
 
-def linear_layers(base_model: Any) -> dict[str, torch.nn.Linear]:
-    """The linear layers of a model's blocks, by their names in it.
+def attention_layers(base_model: Any, info: ModelInfo) -> dict[str, torch.nn.Linear]:
+    """The linear layers of a model's self-attention, by their names in it.
 
-    All of them, as in ComfyUI's own training: those behind the attention can tell by what comes in
-    what it has lost.
+    Where a whole block is the self-attention: those whose name says attention; or all but the
+    modulation.
     """
     names = {module: name for name, module in base_model.named_modules()}
-    return {
-        f"{names[unwrap(block)]}.{name}": each
-        for block in blocks(base_model.diffusion_model)
-        for name, each in unwrap(block).named_modules()
-        if isinstance(each, torch.nn.Linear)
-    }
+    found: dict[str, torch.nn.Linear] = {}
+    for module in self_attentions(base_model.diffusion_model, info):
+        inner = {
+            name: each
+            for name, each in module.named_modules()
+            if isinstance(each, torch.nn.Linear) and "mod" not in name
+        }
+        own = {name: each for name, each in inner.items() if "attn" in name}
+        found |= {f"{names[unwrap(module)]}.{name}": each for name, each in (own or inner).items()}
+    return found

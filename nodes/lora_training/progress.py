@@ -65,7 +65,7 @@ class Progress:
 
 def _so_far(training: Training) -> str:
     left = training.seconds_left()
-    remaining = "" if math.isinf(left) else f", {_clock(left)} left"
+    remaining = "" if math.isinf(left) else f", {clock(left)} left"
     return f"Step {training.state.step} of {training.settings.steps}{remaining}"
 
 
@@ -75,7 +75,8 @@ def _held_out(state: State) -> str:
     return f", held-out error {100 * state.errors[-1][1]:.1f} % of no LoRA's"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """As 4:05 or 1:04:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from .distillation import NEGATIVE, PROMPT, Data, Distillation, Trajectory, Velo
 from .files import Files, LoraFacts, claim
 from .graph import checkpointed, detached, training_mode
 from .lora import TrainedLora, as_file
-from .progress import Progress
+from .progress import Progress, clock
 
 logger = logging.getLogger(__name__)
 
@@ -391,9 +390,8 @@ def _in_words(asked: Asked) -> Any:
 
 def _report(outcome: Outcome, state: State, files: Files | None, facts: LoraFacts) -> str:
     """How it went, in a few sentences."""
-    minutes = time.strftime("%H:%M:%S", time.gmtime(state.seconds))
     text = (
-        f"{state.step} steps in {minutes} ({outcome.ended.value}). Held-out error: "
+        f"{state.step} steps in {clock(state.seconds)} ({outcome.ended.value}). Held-out error: "
         f"{100 * outcome.error:.1f} % of that without the LoRA, lowest at step {outcome.step}."
     )
     if files is None:

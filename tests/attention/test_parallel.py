@@ -32,7 +32,7 @@ def whole():
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow("thorough"))])
 def test_shares_of_heads_are_the_whole(size, whole, tmp_path):
     """By our own function, and through yunchang's exchange of tokens for heads, with padding."""
     processes = [

@@ -88,7 +88,7 @@ def test_two_processes_train_the_lora_that_one_does(base, one):
     assert "Going on after step 3" in text and any(not torch.equal(more[k], two[k]) for k in two)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("thorough")
 def test_a_model_spread_over_two_processes_trains_the_same(base, one):
     if comfy_host.module(".nodes.host").comfyui_version().startswith("0.18"):
         pytest.skip("this ComfyUI asks for all weights at once")

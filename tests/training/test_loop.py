@@ -236,7 +236,7 @@ def test_the_learning_rate_rises_and_falls_to_nearly_nothing():
     assert rates[80] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.001)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow("thorough"))])
 def test_several_processes_train_what_one_does(size, tmp_path):
     run = make(batch_size=2, grad_accumulation_steps=2)
     expected = run.run()
