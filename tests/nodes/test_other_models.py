@@ -177,7 +177,7 @@ THOROUGH = pytest.mark.slow("thorough")
 COMPILED = [
     ("MiniMax H3", "eager", True),
     ("MiniMax H3", "eager", False),
-    ("LTX-2", "eager", False),
+    pytest.param("LTX-2", "eager", False, marks=THOROUGH),
     ("Kandinsky 5", "eager", True),
     ("Kandinsky 5", "eager", False),
     pytest.param("LTX-2", "eager", True, marks=THOROUGH),  # takes as long as all the others

@@ -51,10 +51,12 @@ def test_held_out_examples_are_of_latents_and_levels_that_are_not_trained_on():
     assert {each.latent for each in training.held_out(alone)} == {0} == {alone.example(1).latent}
 
 
-def test_half_of_the_examples_have_noise_of_their_own():
+def test_examples_of_every_kind_are_drawn():
+    """Half with noise of their own, a third to hold the dense model; held-out ones are neither."""
     drawn = [MATERIAL.example(number) for number in range(1, 2001)]
     assert sum(each.fresh for each in drawn) / 2000 == pytest.approx(0.5, abs=0.04)
-    assert not any(each.fresh for each in training.held_out(MATERIAL))
+    assert sum(each.dense for each in drawn) / 2000 == pytest.approx(1 / 3, abs=0.04)
+    assert not any(each.fresh or each.dense for each in training.held_out(MATERIAL))
 
 
 def test_levels_are_drawn_by_their_weights():
