@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +12,7 @@ from ..attention.adapters import PARTIAL_BYTES, quoted
 
 ADAPTERS = "ropeslr"
 CHECKPOINTS = "diffusion_models"
+LORAS = "loras"
 SUFFIX = ".safetensors"
 EXTENSIONS = {SUFFIX}
 
@@ -51,6 +53,11 @@ def free_path(folder: str, name: str) -> Path:
 
     Raises ValueError where a file of this name cannot be saved, or would lie outside the folder.
     """
+    return next(path for path in numbered_paths(folder, name) if not path.exists())
+
+
+def numbered_paths(folder: str, name: str) -> Iterator[Path]:
+    """`name` in a model folder, then `name` with every number. Raises ValueError as `free_path`."""
     base = Path(folder_paths.get_folder_paths(folder)[0]).resolve()
     parts = name.strip().removesuffix(SUFFIX).replace("\\", "/").split("/")
     why = _why_not(parts) or _why_not_there(base, parts)
@@ -62,9 +69,7 @@ def free_path(folder: str, name: str) -> Path:
     path = base.joinpath(*parts)
     for number in range(1, MAX_NUMBER + 1):
         suffix = NUMBER.format(number) if number > 1 else ""
-        candidate = path.with_name(f"{path.name}{suffix}{SUFFIX}")
-        if not candidate.exists():
-            return candidate
+        yield path.with_name(f"{path.name}{suffix}{SUFFIX}")
     raise ValueError(
         f"{path} and {MAX_NUMBER - 1:,} numbered names are taken; choose another name."
     )

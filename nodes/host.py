@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 OLDEST = "0.18.2"  # that the tests run on; pyproject.toml has it too
 
 
@@ -12,6 +15,12 @@ def comfyui_version() -> str:
     except ImportError:
         return "unknown"
     return __version__
+
+
+def prompt_server() -> Any:
+    """ComfyUI's own server; None where it runs without one."""
+    server = sys.modules.get("server")
+    return getattr(getattr(server, "PromptServer", None), "instance", None)
 
 
 def cannot_load() -> str:

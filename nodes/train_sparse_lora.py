@@ -22,7 +22,6 @@ from . import folders
 from .adapter_io import AdapterType
 from .patching.patch import KEY
 
-LORAS = "loras"
 NEW = "[None]"
 TRAINABLE = tuple(name for name in METHODS if name != "vsa")
 NO_PROMPTS = "positive has no prompt; connect at least one CLIP Text Encode."
@@ -79,7 +78,7 @@ class RoPeSLRTrainSparseLoRA(io.ComfyNode):
         """Refuse a name that could not be written, before anything runs."""
         given = name[0] if isinstance(name, list) and name else name
         try:
-            folders.free_path(LORAS, given if isinstance(given, str) else "sparse_lora")
+            folders.free_path(folders.LORAS, given if isinstance(given, str) else "sparse_lora")
         except ValueError as error:
             return str(error)
         return True
@@ -233,7 +232,7 @@ def _inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "existing_lora",
-            options=[*folder_paths.get_filename_list(LORAS), NEW],
+            options=[*folder_paths.get_filename_list(folders.LORAS), NEW],
             default=NEW,
             tooltip=(
                 "A LoRA of this node to begin with, of the same rank. To go on with a training "
@@ -417,7 +416,7 @@ def _existing(name: str) -> tuple[dict[str, Tensor] | None, int]:
     """A LoRA's tensors, and the steps that its name tells."""
     if name == NEW:
         return None, 0
-    path = folder_paths.get_full_path_or_raise(LORAS, name)
+    path = folder_paths.get_full_path_or_raise(folders.LORAS, name)
     with contextlib.closing(open_safetensors(Path(path))) as file:
         tensors = {key: file.read(key).clone() for key in file.shapes}
     if not tensors:

@@ -11,7 +11,8 @@ import folder_paths
 
 from ..attention import ResolvedPlan, SparsePlan
 from ..attention.adapters import AdapterError, open_safetensors
-from .lora_training.files import LORAS, LoraFacts
+from .folders import LORAS
+from .lora_training.files import LoraFacts
 from .patching.notices import warn
 
 OTHER_LISTS = (

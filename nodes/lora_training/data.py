@@ -176,7 +176,7 @@ def learn_table(
     starts: prompt and finished video of each run; without a video it starts from noise.
     """
     found = []
-    for number, (prompt, start) in enumerate(starts[:TABLE_RUNS]):
+    for number, (prompt, start) in enumerate(starts):
         step(number)
         model = sparse.clone()
         patch = SilentPatch(sparse.get_attachment(KEY).plan)

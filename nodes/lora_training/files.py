@@ -16,14 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 from torch import Tensor
 
 from ...attention.adapters import Adapter, read_adapter, write_adapter, write_safetensors
 from ...training import State, read_state, write_state
-from .. import folders
+from ..folders import ADAPTERS, LORAS, numbered_paths
 
-LORAS = "loras"
 HEADER = "ropeslr_lora"
 USE = "ropeslr_use"
 NO_ROOM = (
@@ -138,17 +136,10 @@ def claim(name: str, facts: Mapping[str, Any], resume: bool) -> tuple[Files, Sta
     Earlier: of the same name and facts. A name that is in use by anything else gets a number.
     Raises ValueError for one that no file can have.
     """
-    folders.free_path(LORAS, name)  # says what is wrong with a name
-    base = Path(folder_paths.get_folder_paths(LORAS)[0]).resolve()
-    adapters = Path(folder_paths.get_folder_paths(folders.ADAPTERS)[0]).resolve()
-    given = name.strip().removesuffix(folders.SUFFIX).replace("\\", "/").split("/")
-    inside = Path(*given[:-1])
-    for number in range(1, folders.MAX_NUMBER + 1):
-        stem = given[-1] + (folders.NUMBER.format(number) if number > 1 else "")
-        files = Files(base / inside, adapters / inside, stem)
-        if not files.taken():
-            return files, None
+    loras, adapters = (numbered_paths(each, name) for each in (LORAS, ADAPTERS))
+    for lora, adapter in zip(loras, adapters):
+        files = Files(lora.parent, adapter.parent, lora.stem)
         state = read_state(files.state) if resume else None
-        if state is not None and not state.differences(facts):
+        if not files.taken() or (state is not None and not state.differences(facts)):
             return files, state
-    raise ValueError(f"All numbered names after {name} are taken; choose another name.")
+    raise AssertionError("numbered_paths raises at its end")

@@ -41,7 +41,7 @@ class Factors(WeightAdapterTrainBase):
 class TrainedLora:
     """The LoRA of a model's self-attention.
 
-    names: of the layers, as ComfyUI counts them in a MODEL. parameters: by name and `up` or `down`.
+    layers, factors: by their names in the model. parameters: by that name and `up` or `down`.
     """
 
     def __init__(self, base_model: Any, info: ModelInfo, rank: int, seed: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import comfy.utils
 
 from ...training import State, Training
+from ..host import prompt_server
 from .distillation import interrupt_if_asked
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,11 @@ class Progress:
         self._show(text)
 
     def _show(self, text: str) -> None:
-        server = sys.modules.get("server")
-        instance: Any = getattr(getattr(server, "PromptServer", None), "instance", None)
-        if instance is None or self._node_id is None:
+        server = prompt_server()
+        if server is None or self._node_id is None:
             return
         try:
-            instance.send_progress_text(text, self._node_id)
+            server.send_progress_text(text, self._node_id)
         except Exception:  # an older ComfyUI, or a closed browser
             logger.debug("RoPeSLR: no progress text", exc_info=True)
 

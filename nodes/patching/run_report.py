@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...attention.plan import BLOCK, NEED_WEIGHTS
+from ..host import prompt_server
 
 logger = logging.getLogger(__name__)
 
@@ -106,31 +106,30 @@ class RunReport:
 
     def send(self, node_id: str | None) -> None:
         """Send the report to the browser that queued the run, where a server runs and one did."""
-        server = sys.modules.get("server")
-        prompt_server: Any = getattr(getattr(server, "PromptServer", None), "instance", None)
-        client = getattr(prompt_server, "client_id", None)
+        server = prompt_server()
+        client = getattr(server, "client_id", None)
         if client is None or node_id is None:  # without a client it would go to every browser
             return
         detail = asdict(self) | {
             "node": node_id,
             "flops_saved": self.flops_saved,
             "summary": self.summary(),
-            "workflow": _running_workflow(prompt_server),
+            "workflow": _running_workflow(server),
         }
         try:
-            prompt_server.send_sync(EVENT, detail, client)
+            server.send_sync(EVENT, detail, client)
         except Exception:  # a closed browser must not end a run that has just finished
             logger.debug("RoPeSLR: the report could not be sent to the browser", exc_info=True)
 
 
-def _running_workflow(prompt_server: Any) -> str | None:
+def _running_workflow(server: Any) -> str | None:
     """The id of the workflow that runs, since the browser may show another by now; None if unknown.
 
     Read from the queue: a node's own hidden inputs are those of its first run, as long as ComfyUI
     keeps its output.
     """
     try:
-        (item,) = prompt_server.prompt_queue.currently_running.values()
+        (item,) = server.prompt_queue.currently_running.values()
         return item[3]["extra_pnginfo"]["workflow"]["id"]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # queued by a script
         return None

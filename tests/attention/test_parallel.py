@@ -1,16 +1,13 @@
 """Several processes, each with a share of the heads, against one that has them all."""
 
 import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from pack_loader import load
-from support import ranks
+from support import processes, ranks
 from support.data.adapters import ropeslr_adapter
 from support.data.fields import relative_error
 
@@ -35,16 +32,7 @@ def whole():
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow("thorough"))])
 def test_shares_of_heads_are_the_whole(size, whole, tmp_path):
     """By our own function, and through yunchang's exchange of tokens for heads, with padding."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(ranks.__file__)), str(rank), str(size), str(tmp_path)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    ends = [(each.communicate(timeout=600)[1], each.returncode) for each in processes]
-    assert all(code == 0 for _, code in ends), "\n".join(text[-2000:] for text, _ in ends)
+    processes.run(ranks.__file__, size, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     assert ("yunchang" in parts[0]) == (importlib.util.find_spec("yunchang") is not None)
     for key, expected in whole.items():

@@ -4,16 +4,13 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from pack_loader import load
-from support import small_problem
+from support import processes, small_problem
 from support.small_problem import FACTS, MATERIAL, Problem, Stop, Watch, make, settings
 
 training = load(".training")
@@ -242,22 +239,7 @@ def test_the_learning_rate_rises_and_falls_to_nearly_nothing():
 def test_several_processes_train_what_one_does(size, tmp_path):
     run = make(batch_size=2, grad_accumulation_steps=2)
     expected = run.run()
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(small_problem.__file__)),
-                str(rank),
-                str(size),
-                str(tmp_path),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    ends = [(each.communicate(timeout=600)[1], each.returncode) for each in processes]
-    assert all(code == 0 for _, code in ends), "\n".join(text[-2000:] for text, _ in ends)
+    processes.run(small_problem.__file__, size, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     for part in parts:
         assert same(part["best"], expected.parameters, 1e-5)
