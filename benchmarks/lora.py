@@ -101,21 +101,20 @@ def train(base: Any) -> tuple[Any, ...]:
         for path in Path(folder_paths.get_folder_paths(folder)[0]).glob("**/tiny_wan*"):
             path.unlink()
     shutil.rmtree(Path(folder_paths.get_temp_directory()) / "ropeslr_training", ignore_errors=True)
-    name = "RoPeSLRTrainSparseLoRA"
     how = Sampling()
     sampling = base.get_model_object("model_sampling")
-    given = comfy_host.widget_defaults(name) | TRAINING
-    given |= dict(
+    return comfy_host.run_node(
+        "RoPeSLRTrainSparseLoRA",
+        "latents",
+        "positive",
         model=base,
         sampler=comfy.samplers.sampler_object("euler"),
         sigmas=comfy.samplers.calculate_sigmas(sampling, "simple", how.steps),
         cfg=how.cfg,
+        latents=[{"samples": torch.zeros(1, 16, *how.grid)}],
+        positive=[conditioning(prompt) for prompt in PROMPTS],
+        **TRAINING,
     )
-    values: dict[str, list] = {key: [value] for key, value in given.items()}
-    values["latents"] = [{"samples": torch.zeros(1, 16, *how.grid)}]
-    values["positive"] = [conditioning(prompt) for prompt in PROMPTS]
-    with torch.inference_mode():
-        return comfy_host.boot().NODE_CLASS_MAPPINGS[name].EXECUTE_NORMALIZED(**values).result
 
 
 def measure(base: Any, lora: Any, adapter: Any, seeds: int) -> dict[str, list[float]]:

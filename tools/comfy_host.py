@@ -53,10 +53,11 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name, pack().__name__)
 
 
-def run_node(name: str, /, **inputs) -> tuple:
+def run_node(name: str, /, *several: str, **inputs) -> tuple:
     """Execute one node, old or new style, as ComfyUI's executor does: -> its outputs.
 
-    Widgets that are not named keep their defaults.
+    Widgets that are not named keep their defaults. Of a node that takes every input as a list of
+    values, those in several are such lists, the others one value.
     """
     import torch
 
@@ -64,7 +65,10 @@ def run_node(name: str, /, **inputs) -> tuple:
     with torch.inference_mode():
         if not hasattr(node, "GET_SCHEMA"):
             return getattr(node(), node.FUNCTION)(**inputs)
-        return node.EXECUTE_NORMALIZED(**widget_defaults(name) | inputs).result
+        values = widget_defaults(name) | inputs
+        if node.GET_SCHEMA().is_input_list:
+            values = {key: each if key in several else [each] for key, each in values.items()}
+        return node.EXECUTE_NORMALIZED(**values).result
 
 
 def widget_defaults(name: str) -> dict:

@@ -75,7 +75,7 @@ class Use:
         video = made.cpu().float()
         function = getattr(self.sampler, "sampler_function", None)
         if not states or getattr(function, "__name__", "") in OWN_STEPS:  # at levels nobody tells
-            return Trajectory((), video[:0].half(), video)
+            return Trajectory.unknown(video)
         return Trajectory(tuple(states), torch.stack(list(states.values())), video)
 
 

@@ -64,6 +64,11 @@ class Trajectory(NamedTuple):
     states: Tensor
     video: Tensor
 
+    @classmethod
+    def unknown(cls, video: Tensor) -> Trajectory:
+        """Of a video of which no more is known."""
+        return cls((), video[:0].half(), video)
+
     def at(self, level: float) -> Tensor:
         """The state `(1, C, T, H, W)` at a level; between two of them, on the line that joins them.
 
@@ -82,12 +87,11 @@ class Trajectory(NamedTuple):
 class Data:
     """What the loss is measured on.
 
-    videos: what the teacher's sampler went through; or finished latents `(1, C, T, H, W)` as
-    samplers hand them on, which get noise. Of video i prompt number `prompts[i]`. negative: whether
+    videos: those without states get noise. Of video i prompt number `prompts[i]`. negative: whether
     every second example is of the negative conditioning. blank: what a mask keeps parts of.
     """
 
-    videos: Sequence[Trajectory | Tensor]
+    videos: Sequence[Trajectory]
     prompts: Sequence[int]
     negative: bool = False
     blank: Tensor | None = None
@@ -138,14 +142,14 @@ class Velocity:
         """The noisy latent, its noise level, and what the teacher says."""
         video, level = self._data.videos[example.latent], example.level
         noise = torch.randn(
-            (1, *self._shape(video)), generator=torch.Generator().manual_seed(example.seed)
+            video.video.shape, generator=torch.Generator().manual_seed(example.seed)
         ).to(self._device)
         sigma = torch.tensor([level], device=self._device)
-        gone_through = False
-        if isinstance(video, Trajectory) and video.levels and not example.fresh:
-            x, gone_through = video.at(level).to(self._device), True
+        gone_through = bool(video.levels) and not example.fresh
+        if gone_through:
+            x = video.at(level).to(self._device)
         else:
-            clean = self._clean(video.video if isinstance(video, Trajectory) else video, noise)
+            clean = self._clean(video.video, noise)
             x = self._base.model_sampling.noise_scaling(sigma, noise, clean, False)
         self._model.noise, self._model.latent_image = noise, self._clean(self._data.blank, noise)
         negative = self._data.negative and bool(example.number % 2)
@@ -165,10 +169,6 @@ class Velocity:
         if known is not None:
             self._targets[known] = rounded.cpu()
         return rounded.to(target)
-
-    @staticmethod
-    def _shape(video: Trajectory | Tensor) -> tuple[int, ...]:
-        return tuple((video.video if isinstance(video, Trajectory) else video).shape[1:])
 
     def _clean(self, latent: Tensor | None, like: Tensor) -> Tensor:
         """A latent in the model's own units."""

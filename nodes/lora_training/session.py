@@ -230,7 +230,7 @@ class _Session:
             velocity.loss(Example(1, 0, level, 0)).backward()
 
         with _in_words(self.asked):
-            self._inside_a_run(sparse, work, Data([noise], [0]))
+            self._inside_a_run(sparse, work, Data([Trajectory.unknown(noise)], [0]))
         parameters = self.lora.parameters.values()
         if not any(each.grad is not None and bool(each.grad.any()) for each in parameters):
             raise ValueError(NO_GRADIENT.format(model=self.info.name))
@@ -239,9 +239,9 @@ class _Session:
         device = next(iter(parameters)).device
         self.progress.say(f"One step works{memory.peak(device)}")
 
-    def _videos(self) -> list[Trajectory | Tensor]:
+    def _videos(self) -> list[Trajectory]:
         if self.given:
-            return list(self.given)
+            return [Trajectory.unknown(each) for each in self.given]
         count, seed = self.asked.samples, self.asked.settings.seed
         steps = ProgressSteps(self.progress, "Making video {} of {} to learn from", count)
         with torch.inference_mode():

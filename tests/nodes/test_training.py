@@ -14,21 +14,13 @@ reasons = comfy_host.module(".nodes.patching.dense_reason")
 
 def train(patched, checkpointing, latent, steps=3, positive=None, **more):
     """Core's own training node; -> the LoRA, its losses, and the steps."""
-    nodes = comfy_host.boot().NODE_CLASS_MAPPINGS
-    if "TrainLoraNode" not in nodes:
+    if "TrainLoraNode" not in comfy_host.boot().NODE_CLASS_MAPPINGS:
         pytest.skip("this ComfyUI has no training node")
-    inputs = {
-        each.id: each.default
-        for each in nodes["TrainLoraNode"].GET_SCHEMA().inputs
-        if hasattr(each, "default")
-    }
-    inputs |= dict(
+    lora, losses, done = comfy_host.run_node(
+        "TrainLoraNode", model=patched, latents=latent, positive=positive or conditioning(1),
         steps=steps, rank=2, gradient_checkpointing=checkpointing, training_dtype="fp32", lora_dtype="fp32",
         existing_lora="[None]", batch_size=1, **more,
     )  # fmt: skip
-    widgets = {name: [value] for name, value in inputs.items() if value is not None}
-    widgets |= dict(model=[patched], latents=[latent], positive=[positive or conditioning(1)])
-    lora, losses, done = nodes["TrainLoraNode"].EXECUTE_NORMALIZED(**widgets).result
     return lora, losses["loss"], done
 
 

@@ -22,9 +22,9 @@ def train(model, **inputs):
     """-> (lora, loss_map, steps, adapter), by the node; a list for what the graph hands on as lists."""
     import comfy.samplers
 
-    name = "RoPeSLRTrainSparseLoRA"
     comfy_host.pack()
-    known = comfy_host.widget_defaults(name) | dict(
+    own = dict(
+        model=model,
         steps=3,
         rank=2,
         sparsity=0.6,
@@ -39,14 +39,8 @@ def train(model, **inputs):
         evaluate_every=0,
         learning_rate=3e-3,
     )
-    several = ("latents", "positive", "negative")
-    values = {
-        key: value if key in several else [value]
-        for key, value in ({"model": model} | known | inputs).items()
-    }
-    node = comfy_host.boot().NODE_CLASS_MAPPINGS[name]
-    with torch.inference_mode():
-        return node.EXECUTE_NORMALIZED(**values).result
+    several = "latents", "positive", "negative"
+    return comfy_host.run_node("RoPeSLRTrainSparseLoRA", *several, **own | inputs)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
