@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import shutil
 import statistics
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import commit
-from .quality import PEAK, SETTINGS, comfyui_version, node
+from .quality import SETTINGS, comfyui_version, node, psnr
 from .tiny_wan import PROMPTS, Sampling, conditioning, model, sample
 
 TRAINING = dict(
@@ -135,10 +133,6 @@ def measure(base: Any, lora: Any, adapter: Any, seeds: int) -> dict[str, list[fl
                 used = node(used, SETTINGS | settings | own)
             found[name].append(psnr(sample(used, how), dense))
     return found
-
-
-def psnr(found: Tensor, dense: Tensor) -> float:
-    return 10 * math.log10(PEAK**2 / float((found - dense).square().mean()))
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -170,10 +170,9 @@ class Bench:
             patched = node(self.model, case.settings())
             sparse = sample(patched, how)
             report = last_report(patched)
-            error = (sparse - dense).square().mean()
             shown, expected = pictures(sparse), pictures(dense)
-            found["psnr"].append(10 * float(torch.log10(PEAK**2 / error)))
-            found["snr"].append(10 * float(torch.log10(dense.square().mean() / error)))
+            found["psnr"].append(psnr(sparse, dense))
+            found["snr"].append(decibels(dense.square().mean(), sparse - dense))
             found["ssim"].append(ssim(shown, expected))
             found["density"].append(report.density)
             found["spent"].append(report.spent_tflop / report.dense_tflop)
@@ -288,6 +287,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=7)
     with matplotlib.rc_context({"svg.hashsalt": "quality"}):
         figure.savefig(path, metadata={"Date": None})
+
+
+def psnr(found: Tensor, dense: Tensor) -> float:
+    """Of clips, in dB."""
+    return decibels(PEAK**2, found - dense)
+
+
+def decibels(power: float | Tensor, difference: Tensor) -> float:
+    """A power beside that of a difference, in dB."""
+    return 10 * float(torch.log10(power / difference.square().mean()))
 
 
 def ssim(x: Tensor, y: Tensor, window: int = 7) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import commit, load_pack
 from .moving_shapes import plain_clips
-from .quality import KEY_BLOCKS, METHODS, PEAK
+from .quality import KEY_BLOCKS, METHODS, PEAK, psnr
 from .train_tiny_wan import (
     GRID,
     MODEL,
@@ -95,11 +95,10 @@ def compare(model: Any) -> list[dict[str, Any]]:
         if name != "AdaSpa":
             settings["key_block"] = key_block
         plan = attention.SparsePlan(**settings).resolve()
-        psnr, densities = [], []
+        found, densities = [], []
         for seed, expected in zip(SEEDS, dense):
             run = Sparse(plan)
-            error = (sample(model, seed, run) - expected).square().mean()
-            psnr.append(10 * float(torch.log10(PEAK**2 / error)))
+            found.append(psnr(sample(model, seed, run), expected))
             densities.append(statistics.mean(run.densities))
         rows.append(
             {
@@ -107,8 +106,8 @@ def compare(model: Any) -> list[dict[str, Any]]:
                 "key_block": "64" if name == "AdaSpa" else key_block,
                 "kept": kept,
                 "density": round(statistics.mean(densities), 4),
-                "psnr": round(statistics.mean(psnr), 3),
-                "spread": round(statistics.stdev(psnr), 3),
+                "psnr": round(statistics.mean(found), 3),
+                "spread": round(statistics.stdev(found), 3),
             }
         )
         tqdm.write(str(rows[-1]))

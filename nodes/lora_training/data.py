@@ -22,7 +22,7 @@ from torch import Tensor
 from ...attention.adapters import Adapter, AdapterError, open_safetensors, write_safetensors
 from ...attention.learned import mean_adapter
 from ...training.crowd import SHARDED, rank_and_size
-from ..patching.patch import KEY, OWN_STEPS, SilentPatch, put_on
+from ..patching.patch import KEY, SilentPatch, makes_own_steps, put_on
 from .distillation import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ class Use:
             seed=seed,
         )
         video = made.cpu().float()
-        function = getattr(self.sampler, "sampler_function", None)
-        if not states or getattr(function, "__name__", "") in OWN_STEPS:  # at levels nobody tells
+        if not states or makes_own_steps(self.sampler):  # at levels nobody tells
             return Trajectory.unknown(video)
         return Trajectory(tuple(states), torch.stack(list(states.values())), video)
 

@@ -153,8 +153,7 @@ class SparsePatch:
         report.send(self.node_id)
 
     def _check_sampler(self, sampler: Any) -> None:
-        function = getattr(sampler, "sampler_function", None)
-        name = OWN_STEPS.get(getattr(function, "__name__", ""))
+        name = makes_own_steps(sampler)
         if name and self.plan.dense_last_steps:
             self.notices.once(LAST_STEPS_UNKNOWN.format(sampler=name))
 
@@ -164,6 +163,12 @@ class SilentPatch(SparsePatch):
 
     def publish(self, report: RunReport) -> None:
         """Nothing."""
+
+
+def makes_own_steps(sampler: Any) -> str | None:
+    """The name of a sampler that goes through other noise levels than the sigmas; else None."""
+    function = getattr(sampler, "sampler_function", None)
+    return OWN_STEPS.get(getattr(function, "__name__", ""))
 
 
 def wrapped_apply_model(  # ComfyUI's own signature, passed on as it is
