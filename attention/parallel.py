@@ -10,7 +10,7 @@ Ring attention is refused: no process has all keys, so the best blocks are not d
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,15 +28,57 @@ RING = (
 )
 
 
-def head_share(group: dist.ProcessGroup | None = None) -> HeadShare:
-    """This process's share of the heads in a process group."""
+@dataclass(frozen=True)
+class Peers:
+    """The processes that compute one model call together.
 
-    def gather(x: Tensor) -> list[Tensor]:
-        every = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(every, x.contiguous(), group=group)
+    ulysses: those that have exchanged tokens for heads, each with a share of them. guidance: those
+    that have the same heads for another prompt; None where there are none.
+    """
+
+    ulysses: dist.ProcessGroup | None = None
+    guidance: dist.ProcessGroup | None = None
+
+    @property
+    def share(self) -> HeadShare:
+        """This process's share of the heads."""
+        group = self.ulysses
+        return HeadShare(dist.get_rank(group), dist.get_world_size(group), self.gather)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every process's tensor of one shape, in the order of heads; all have to call it."""
+        every = [torch.empty_like(x) for _ in range(dist.get_world_size(self.ulysses))]
+        dist.all_gather(every, x.contiguous(), group=self.ulysses)
         return every
 
-    return HeadShare(dist.get_rank(group), dist.get_world_size(group), gather)
+    def agree(self, flag: bool, device: torch.device) -> bool:
+        """Whether a flag is set in every process; all have to call it."""
+        found = torch.tensor(float(flag), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.ulysses)
+        if self.guidance is not None:
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=self.guidance)
+        return bool(found)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`(B, L/P, H*D)` of all heads and some tokens to `(B, L, H/P*D)` of all tokens."""
+        size = dist.get_world_size(self.ulysses)
+        if x.shape[-1] % size:
+            raise ValueError(f"{x.shape[-1]} channels cannot be shared by {size} processes")
+        found = self._exchanged(x.unflatten(-1, (size, -1)).movedim(-2, 0))
+        return found.movedim(0, 1).flatten(1, 2)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The way back: `(B, L, H/P*D)` to `(B, L/P, H*D)`."""
+        size = dist.get_world_size(self.ulysses)
+        found = self._exchanged(x.unflatten(1, (size, -1)).movedim(1, 0))
+        return found.movedim(0, -2).flatten(-2)
+
+    def _exchanged(self, parts: Tensor) -> Tensor:
+        """`(P, ...)`: what is for every process, to what is from every process."""
+        sent = parts.contiguous()
+        found = torch.empty_like(sent)
+        dist.all_to_all_single(found, sent, group=self.ulysses)
+        return found
 
 
 class UlyssesAttention:
@@ -47,8 +89,8 @@ class UlyssesAttention:
     """
 
     def __init__(self, plan: ResolvedPlan, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.share = head_share(group)
+        self.peers = Peers(group)
+        self.share = self.peers.share
         if plan.adapter is not None:
             plan = replace(plan, adapter=self.share.adapter(plan.adapter))
         self.run = AttentionRun(plan, self.share)
@@ -60,13 +102,7 @@ class UlyssesAttention:
 
     def exchange(self, x: Tensor, tokens: int) -> Tensor:
         """A hidden state `(B, L'/P, H*D)` of some tokens to `(B, tokens, h*D)` of some heads."""
-        size = self.share.size
-        parts = [part.contiguous() for part in x.chunk(size, dim=-1)]
-        if len({part.shape for part in parts}) > 1 or len(parts) < size:
-            raise ValueError(f"{x.shape[-1]} channels cannot be shared by {size} processes")
-        sent, found = torch.stack(parts), x.new_empty(size, *parts[0].shape)
-        dist.all_to_all_single(found, sent, group=self.group)
-        return torch.cat(list(found), dim=1)[:, :tokens]
+        return self.peers.heads(x)[:, :tokens]
 
     def __call__(
         self,

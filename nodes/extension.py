@@ -14,6 +14,7 @@ from . import folders
 from .adapter_io import RoPeSLRLoadAdapter, RoPeSLRSaveAdapter
 from .checkpoint import RoPeSLRLoadSparseCheckpoint
 from .doctor import RoPeSLRDoctor
+from .raylight import RoPeSLRRaylight
 from .report import RoPeSLRReport
 from .sigmas import RoPeSLRFewStepSigmas
 from .sparse_attention import RoPeSLRSparseAttention
@@ -30,6 +31,7 @@ NODES: list[type[io.ComfyNode]] = [
     RoPeSLRReport,
     RoPeSLRDoctor,
     RoPeSLRTrainSparseLoRA,
+    RoPeSLRRaylight,
 ]
 
 

@@ -20,8 +20,13 @@ from torch import Tensor
 from ...kernels import ops
 from ..accounting import coarse_flops
 from ..call import AttentionCall
+from ..head_share import HeadShare
 from .base import MethodOutput
 from .top_k import TopK
+
+ONE_PROCESS = (
+    "vsa cannot share its heads among several GPUs: the model's own gate makes all of them at once"
+)
 
 
 class VSA(TopK):
@@ -30,6 +35,10 @@ class VSA(TopK):
     always = True
     tells_mass = False  # of its coarse branch there is none
     needs_x = True
+
+    def share_heads(self, share: HeadShare) -> None:
+        """Refused: the model's own gate makes all heads of one hidden state."""
+        raise ValueError(ONE_PROCESS)
 
     def kept(self, q: Tensor, call: AttentionCall) -> int:
         """See `Method.kept`; rounded up, as in training."""

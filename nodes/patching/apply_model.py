@@ -104,7 +104,7 @@ def retry_dense_if_not_finite(
     """The result, or that of dense attention where sparse attention made it infinite or NaN."""
     call, run = result.call, result.call.run
     guarded = (tuple(key for key, _ in call.conditioning), call.window)
-    if guarded in run.unguarded or call.finite():
+    if guarded in run.unguarded or call.finite(x.device):
         return result
     wasted = call.tally.spent.total()
     run.forget(result.out.device)  # what it learned in this call may be spoiled

@@ -204,6 +204,10 @@ class ModelCall:
         """Remember a sparse output's extremes, NaN among them, without waiting for the device."""
         self._extremes += torch.aminmax(out.detach())
 
-    def finite(self) -> bool:
-        """Whether all sparse outputs were; waits for the device, so it is asked once in a call."""
-        return not self._extremes or bool(torch.isfinite(torch.stack(self._extremes)).all())
+    def finite(self, device: torch.device) -> bool:
+        """Whether all sparse outputs were; waits for the device, so it is asked once in a call.
+
+        All processes that compute the call are asked, and all go on alike.
+        """
+        found = not self._extremes or bool(torch.isfinite(torch.stack(self._extremes)).all())
+        return found if self.run.peers is None else self.run.peers.agree(found, device)

@@ -40,6 +40,9 @@ OTHER_MODEL = "a second model in this run, {name}, has no RoPeSLR node"
 REPLACED = (
     "{layers} never called the attention override: another node replaced their self-attention"
 )
+SPREAD_OTHERWISE = (
+    "{layers} attend in a way of Raylight's own; only that of Wan and HunyuanVideo is known here"
+)
 SKIPPED = "{layers} were skipped or replaced by another node's block patch"
 CACHED = "{layers} were skipped in later calls, as block caches do"
 OVERWRITTEN = (

@@ -31,6 +31,7 @@ class EnteringLayer:
     def __init__(self) -> None:
         self._layer: Layer | None = None
         self.calls = 0  # of attention, by the module that is under way
+        self.options: dict[str, Any] = {}  # transformer_options that it was called with
         self._times: Counter[Layer] = Counter()
         self._x: Tensor | None = None
         self._rope: Tensor | None = None
@@ -68,6 +69,12 @@ class EnteringLayer:
             return None
         self.calls += 1
         return self._layer
+
+    def widen(self, hidden: Callable[[Tensor], Tensor], rope: Callable[[Tensor], Tensor]) -> None:
+        """Put what all tokens have in place of what some had, where these are spread."""
+        if self._x is not None:
+            self._x = hidden(self._x)
+            self._rope = None if self._rope is None else rope(self._rope)
 
     def drop(self) -> None:
         """Let go of what dense attention does not use: it is as large as a layer's activations."""
@@ -125,12 +132,14 @@ def enter(
     module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of a self-attention module: (x, rope, ..., transformer_options)."""
-    call = _call_under_way(args, kwargs)
+    options = options_under_way(args, kwargs)
+    call: ModelCall | None = options.get(CALL)
     layer = None if call is None else call.layers.get(module)
     if call is None or layer is None:
         return None
     entering = call.entering
     entering.enter(layer)
+    entering.options = options
     found = None
     if call.trains and entering.layer is not None:
         entering = Entered(entering.layer)
@@ -162,10 +171,15 @@ def leave(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], out: Any
 
 
 def _call_under_way(args: tuple, kwargs: dict[str, Any]) -> ModelCall | None:
+    return options_under_way(args, kwargs).get(CALL)
+
+
+def options_under_way(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer_options among a module's arguments, where they belong to a call of ours."""
     for options in (kwargs.get("transformer_options"), *args):
         if isinstance(options, dict) and CALL in options:
-            return options[CALL]
-    return None
+            return options
+    return {}
 
 
 @torch.compiler.disable

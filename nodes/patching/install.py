@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from ...attention import ResolvedPlan, SparsePlan
+from ...attention import AttentionRun, ResolvedPlan, SparsePlan
 from ...attention.adapters import Adapter, check_model
 from ...attention.backend import check_triton, use_tuning
+from ...attention.parallel import Peers
 from ...attention.plan import ALLOCATED, NEED_WEIGHTS
+from ...attention.run import Attention
 from ..folders import tuning_file
 from .adapter_weights import as_comfy_weights
 from .dense_reason import SparseNotPossible
@@ -40,10 +43,15 @@ NOT_AN_ADAPTER = (
 
 
 def install(
-    model: Any, plan: SparsePlan, node_id: str | None = None, adapter: Adapter | None = None
+    model: Any,
+    plan: SparsePlan,
+    node_id: str | None = None,
+    adapter: Adapter | None = None,
+    peers: Peers | None = None,
 ) -> Any:
     """A clone of MODEL that samples as the plan says; a plan that this node set before is replaced.
 
+    peers: the processes that compute each model call with this one, where there are any.
     Raises SparseNotPossible when the plan is strict and the model or method cannot run sparse as
     asked, ValueError when the adapter fits neither the plan's method nor the model, TritonNotUsable
     when the plan demands Triton in vain.
@@ -63,11 +71,17 @@ def install(
     _log_what_is_ignored(resolved, adapter)
     patched = model.clone()
     patched.remove_additional_models(KEY)
+    attention: Callable[[ResolvedPlan], Attention] = AttentionRun
+    if peers is not None:
+        share = peers.share
+        attention = partial(AttentionRun, share=share)
+        if resolved.adapter is not None:
+            resolved = replace(resolved, adapter=share.adapter(resolved.adapter))
     if resolved.adapter is not None:
         patcher, adapter = as_comfy_weights(resolved.adapter, patched)
         resolved = replace(resolved, adapter=adapter)
         patched.set_additional_models(KEY, [patcher])
-    put_on(patched, SparsePatch(resolved, node_id))
+    put_on(patched, SparsePatch(resolved, node_id, attention, peers))
     return patched
 
 

@@ -59,8 +59,8 @@ def _sparse(candidate: Candidate) -> Tensor | DenseReason:
     except TritonNotUsable:  # asked for by name: to go on without it would be a silent no
         raise
     except Exception as error:
-        if candidate.plan.strict:
-            raise
+        if candidate.plan.strict or candidate.call.run.peers is not None:
+            raise  # other processes are waiting for what this one has to say, and would forever
         first_line = str(error).partition("\n")[0]
         reason = DenseReason(FAILED.format(error=f"{type(error).__name__}: {first_line}"))
         memory = isinstance(error, torch.cuda.OutOfMemoryError)

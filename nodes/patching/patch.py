@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...attention import AttentionRun, ResolvedPlan
 from ...attention.adapters import Adapter
+from ...attention.parallel import Peers
 from ...attention.run import Attention
 from .apply_model import ApplyArguments, apply_model
 from .full_schedule import adds_noise, step_schedule
@@ -24,6 +25,7 @@ from .notices import Notices
 from .recompile import Recompiler
 from .run_report import RunReport
 from .sampling_run import SamplingRun
+from .shared_model import SharedModel
 from .token_layout import video_shape
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ RUNS = "ropeslr_runs"
 OWN_STEPS = {"dpm_fast_function": "dpm_fast", "dpm_adaptive_function": "dpm_adaptive"}
 
 NOT_LEARNED = "what this run has learned cannot be saved"
+OWN_HEADS = " (of the heads of one of {count} GPUs)"
 LAST_STEPS_UNKNOWN = "dense_last_steps has no effect with {sampler}, which makes its own steps"
 
 
@@ -58,10 +61,12 @@ class SparsePatch:
         plan: ResolvedPlan,
         node_id: str | None = None,
         make_attention: Callable[[ResolvedPlan], Attention] = AttentionRun,
+        peers: Peers | None = None,
     ) -> None:
         self.plan = plan
         self.node_id = node_id
         self.make_attention = make_attention
+        self.peers = peers
         self.last_report: RunReport | None = None
         self.last_learned: Adapter | None = None
         self.notices = Notices(plan.strict)
@@ -133,6 +138,7 @@ class SparsePatch:
             Recompiler(self.known_missing),
             self.make_attention,
         )
+        run.peers = self.peers
         run.models = [each.model for each in models]
         return run
 
@@ -149,7 +155,8 @@ class SparsePatch:
 
     def publish(self, report: RunReport) -> None:
         """One line in the log, and an event for the browser."""
-        logger.info(report.summary())
+        peers = "" if self.peers is None else OWN_HEADS.format(count=self.peers.share.size)
+        logger.info("%s%s", report.summary(), peers)
         report.send(self.node_id)
 
     def _check_sampler(self, sampler: Any) -> None:
@@ -195,6 +202,8 @@ def put_on(model: Any, patch: SparsePatch) -> None:
     take_off(model)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.outer_sample)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapped_apply_model)
+    if patch.peers is not None:
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, SharedModel(patch.peers))
     model.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, patch.prepare_state)
     model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, patch.clean_up)
     model.set_attachments(KEY, patch)
@@ -202,7 +211,7 @@ def put_on(model: Any, patch: SparsePatch) -> None:
 
 def take_off(model: Any) -> None:
     """Let a MODEL sample as it would without a patch."""
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         model.remove_wrappers_with_key(kind, KEY)
     for kind in (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP):
         model.remove_callbacks_with_key(kind, KEY)

@@ -19,6 +19,7 @@ from ...attention import AttentionRun, ResolvedPlan
 from ...attention.adapters import Adapter, AdapterInfo
 from ...attention.backend import backend_of, shape_reason, tuned
 from ...attention.learned import Lesson, learned_adapter
+from ...attention.parallel import Peers
 from ...attention.run import Attention
 from ...attention.schedule import StepSchedule
 from ...attention.training import TrainingRun
@@ -59,6 +60,8 @@ class SamplingRun:
         self.plan = plan
         self.info = info
         self.models: list[Any] = []  # the BaseModels that it samples with, one per GPU
+        # The processes that compute the same model calls, each with a share of the heads.
+        self.peers: Peers | None = None
         self.schedule = schedule
         self.notices = notices
         self.recompiler = recompiler
@@ -198,12 +201,15 @@ class SamplingRun:
         return tuned(devices[0]) if devices and self.tally.backend == "triton" else ""
 
     def learned(self) -> Adapter | None:
-        """What the run has learned, on all devices, as an adapter on the CPU; None for nothing."""
+        """What the run has learned, on all devices, as an adapter on the CPU; None for nothing.
+
+        Nor where other processes have learned the rest of it.
+        """
         lessons: dict[Hashable, list[Lesson]] = {}
         for attention in self._attentions.values():
             for layer, found in attention.lessons.items():
                 lessons.setdefault(layer, []).extend(found)
-        if not lessons:
+        if not lessons or self.peers is not None:
             return None
         plan, info = self.plan, self.info
         facts = AdapterInfo(

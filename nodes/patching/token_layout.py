@@ -34,14 +34,19 @@ class SequenceInfo:
     after: bool = False
     images: bool = False
 
+    def sides(self, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The grid, as the model itself writes it into transformer_options where it does."""
+        found = self.grid if self.text_first else options.get("grid_sizes") or self.grid
+        return tuple(int(side) for side in found)
+
     def layout(
         self, options: Mapping[str, Any], tokens: int, order: str
     ) -> TokenLayout | DenseReason:
         """The layout of a sequence of so many tokens; or why it is not known."""
-        grid = self.grid if self.text_first else options.get("grid_sizes") or self.grid
+        grid = self.sides(options)
         if len(grid) != 3 or (self.images and grid[0] == 1):
             return DenseReason(SINGLE_IMAGE)
-        frames, height, width = (int(side) for side in grid)
+        frames, height, width = grid
         held = math.prod((frames, height, width))
         extra = tokens - held
         before = extra if self.text_first else height * width if self.reference else 0

@@ -11,6 +11,7 @@ from .dense_reason import (
     OVERWRITTEN,
     REPLACED,
     SKIPPED,
+    SPREAD_OTHERWISE,
     UNSEEN,
     DenseReason,
 )
@@ -38,6 +39,8 @@ def unseen_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dic
 def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashable) -> str:
     if _is_skipped(options, layer):
         return SKIPPED
+    if call.run.peers is not None:
+        return SPREAD_OTHERWISE
     if _is_replaced(call.run.info, base, layer):
         return REPLACED
     if call.overwritten:

@@ -77,7 +77,7 @@ def test_an_adapter_is_cut_by_heads_and_its_table_is_not():
 def test_what_cannot_be_shared_is_refused_in_words(monkeypatch):
     with pytest.raises(ValueError, match="5 heads cannot be shared by 2 processes"):
         alone().own(5)
-    monkeypatch.setattr(parallel, "head_share", lambda group: alone())
+    monkeypatch.setattr(parallel.Peers, "share", property(lambda self: alone()))
     plan, qkv, call = ranks.inputs("top-k", 0)
     ours = parallel.UlyssesAttention(plan)
     q, k, v = (x.transpose(1, 2) for x in qkv)

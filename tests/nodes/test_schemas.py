@@ -28,6 +28,21 @@ FROZEN = {
         ["checkpoint: COMBO", "weight_dtype: COMBO", "save_converted: BOOLEAN"],
         ["MODEL", "ROPESLR_ADAPTER"],
     ),
+    "RoPeSLRRaylight": (
+        [
+            "ray_actors: RAY_ACTORS",
+            "adapter: ROPESLR_ADAPTER",
+            "method: COMBO",
+            "sparsity: FLOAT",
+            "rank: INT",
+            "start_percent: FLOAT",
+            "end_percent: FLOAT",
+            "dense_first_steps: INT",
+            "dense_last_steps: INT",
+            "dense_layers: STRING",
+        ],
+        ["RAY_ACTORS"],
+    ),
     "RoPeSLRReport": (
         [
             "latent: LATENT",

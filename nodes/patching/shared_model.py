@@ -1,0 +1,151 @@
+"""Model calls whose tokens are spread over processes, as Raylight spreads them by xDiT.
+
+Raylight's layers hand their own tokens to an attention function of their module, which exchanges
+them for heads, attends and exchanges back. For the length of a model call another takes its place:
+what it attends with in between is ComfyUI's own attention, so that everything else of a sparse run
+is as on one GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...attention.parallel import Peers
+from .call import CallFacts, ModelCall
+from .candidate import HostCall
+from .hooks import CALL, options_under_way
+from .model_info import Layer
+from .token_layout import SequenceInfo
+
+ATTENTION = "xfuser_optimized_attention"  # a global of Raylight's modules, which its layers call
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """DIFFUSION_MODEL wrapper of a model call that several processes compute together."""
+
+    peers: Peers
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        call: ModelCall | None = options_under_way(args, kwargs).get(CALL)
+        if call is None or call.facts.sequence is None or call.run.info.arrangement.guides:
+            return executor(*args, **kwargs)
+        call.facts = own_rows(call.facts, args[0].shape[0], self.peers)
+        with contextlib.ExitStack() as stack:
+            for namespace in _namespaces(call):
+                ours = _SelfAttention(self.peers, call, namespace[ATTENTION])
+                stack.enter_context(_in_place(namespace, ours))
+            return executor(*args, **kwargs)
+
+
+def own_rows(facts: CallFacts, batch: int, peers: Peers) -> CallFacts:
+    """What a call has of its batch where prompts are spread over processes too."""
+    keys = [key for key, rows in facts.conditioning for _ in range(rows)]
+    if batch == len(keys) or peers.guidance is None:
+        return facts
+    first = dist.get_rank(peers.guidance) * batch
+    own = itertools.groupby(keys[first : first + batch])
+    return replace(facts, conditioning=tuple((key, len(list(rows))) for key, rows in own))
+
+
+def _namespaces(call: ModelCall) -> list[dict[str, Any]]:
+    """The globals that hold Raylight's attention, of the layers that it has put its own into."""
+    forwards = (getattr(each.forward, "__func__", each.forward) for each in call.layers)
+    found = (getattr(each, "__globals__", {}) for each in forwards)
+    return list({id(each): each for each in found if ATTENTION in each}.values())
+
+
+@contextlib.contextmanager
+def _in_place(namespace: dict[str, Any], ours: _SelfAttention) -> Iterator[None]:
+    namespace[ATTENTION] = ours
+    try:
+        yield
+    finally:
+        namespace[ATTENTION] = ours.original
+
+
+class _SelfAttention:
+    """What Raylight's layers call in one model call; all but self-attention is its own as before.
+
+    q, k, v: `(B, L/P, H*D)`, or `(B, H, L/P, D)` with skip_reshape -> `(B, L/P, H*D)`.
+    """
+
+    def __init__(self, peers: Peers, call: ModelCall, original: Any) -> None:
+        self.original = original
+        self._peers = peers
+        self._share = peers.share
+        self._call = call
+        self._rope: tuple[Tensor, Tensor] | None = None  # one's own part, which layers share, whole
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        entering, peers = self._call.entering, self._peers
+        host = HostCall(self.original, q, k, v, heads, None, kwargs)
+        if entering.layer is None or host.tokens != host.kv_tokens:
+            return self.original(q, k, v, heads, *args, **kwargs)
+        self._share.own(heads)
+        sequence = self._call.facts.sequence
+        assert sequence is not None  # `SharedModel` keeps such calls away
+        parts = (self._share.size, host.tokens)
+        order = whole_order(sequence, entering.layer, entering.options, parts).to(q.device)
+
+        def whole(x: Tensor) -> Tensor:
+            return peers.heads(x).index_select(1, order)
+
+        if host.by_head:
+            q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        entering.widen(whole, lambda rope: self._whole_rope(rope, order))
+        out = optimized_attention(
+            whole(q),
+            whole(k),
+            whole(v),
+            heads // self._share.size,
+            transformer_options=entering.options,
+        )
+        spread = out.new_zeros(out.shape[0], math.prod(parts), out.shape[2])
+        return peers.tokens(spread.index_copy_(1, order, out))
+
+    def _whole_rope(self, rope: Tensor, order: Tensor) -> Tensor:
+        """RoPE of all tokens, `(1, L/P, ...)` of one's own given."""
+        if self._rope is None or self._rope[0] is not rope:
+            found = torch.cat(self._peers.gather(rope), dim=1)
+            self._rope = rope, found.index_select(1, order)
+        return self._rope[1]
+
+
+def whole_order(
+    sequence: SequenceInfo, layer: Layer, options: dict[str, Any], parts: tuple[int, int]
+) -> Tensor:
+    """Where a sequence's tokens are among those of all processes, int64 `(L,)`; padding is nowhere.
+
+    parts: how many processes, and tokens of each. Zeros fill up the last process's tokens. Where
+    text and video are spread each by itself, as in HunyuanVideo's double blocks, every process has
+    some of the text before some of the video. Filled-up text stays: how long it was is not known,
+    and Raylight attends to it too.
+    """
+    size, each = parts
+    grid = sequence.sides(options)
+    video = math.prod(grid)
+    everything = torch.arange(size * each)
+    if sequence.text_first and isinstance(layer.identity, tuple) and layer.identity[0] == "double":
+        spread = everything.view(size, each)
+        text = max(0, each - -(-video // size))
+        return torch.cat((spread[:, :text].flatten(), spread[:, text:].flatten()[:video]))
+    if sequence.text_first:
+        text = int(options.get("img_slice", (size * each - video,))[0])
+        return everything[: text + video]
+    if sequence.after:  # extras of unknown length, which filling up makes longer
+        return everything
+    reference = math.prod(grid[1:]) if sequence.reference else 0
+    return everything[: reference + video]
