@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from .model_info import Layer
 from .token_layout import SequenceInfo
 
 ATTENTION = "xfuser_optimized_attention"  # a global of Raylight's modules, which its layers call
+_UNDER_WAY: ContextVar[_SelfAttention] = ContextVar("under_way")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class SharedModel:
         if call is None or call.facts.sequence is None or call.run.info.arrangement.guides:
             return executor(*args, **kwargs)
         call.facts = own_rows(call.facts, args[0].shape[0], self.peers)
-        with contextlib.ExitStack() as stack:
-            for namespace in _namespaces(call):
-                ours = _SelfAttention(self.peers, call, namespace[ATTENTION])
-                stack.enter_context(_in_place(namespace, ours))
+        places = _namespaces(call)
+        if not places:  # the layers will not be seen, and said to be so
+            return executor(*args, **kwargs)
+        with _in_place(places, _SelfAttention(self.peers, call, places[0][ATTENTION])):
             return executor(*args, **kwargs)
 
 
@@ -66,12 +68,24 @@ def _namespaces(call: ModelCall) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _in_place(namespace: dict[str, Any], ours: _SelfAttention) -> Iterator[None]:
-    namespace[ATTENTION] = ours
+def _in_place(places: list[dict[str, Any]], attention: _SelfAttention) -> Iterator[None]:
+    """Have `shared_attention` called in places, for what is under way."""
+    before = [place[ATTENTION] for place in places]
+    token = _UNDER_WAY.set(attention)
     try:
+        for place in places:
+            place[ATTENTION] = shared_attention
         yield
     finally:
-        namespace[ATTENTION] = ours.original
+        for place, original in zip(places, before):
+            place[ATTENTION] = original
+        _UNDER_WAY.reset(token)
+
+
+@torch.compiler.disable
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kw: Any) -> Tensor:
+    """The same function in every call: with another each time, compiled layers compile again."""
+    return _UNDER_WAY.get()(q, k, v, heads, *args, **kw)
 
 
 class _SelfAttention:

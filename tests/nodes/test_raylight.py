@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import comfy_host
 from support import processes, spread, workers
+from support.host.compiling import compiled
 from support.host.sampling import SETTINGS, load_model, own_adapter, report, sample, sparse
 
 ODD = (9, 18, 14)  # 9 * 9 * 7 = 567 tokens
@@ -67,6 +68,7 @@ def weights(kind):
     return {} if kind is None else dict(adapter=own_adapter(kind))
 
 
+@pytest.mark.slow
 def test_workers_make_what_one_process_makes(ask, tmp_path):
     """With padding, two prompts in a batch, weights by head, text in front; a NaN in one of two."""
     jobs = {}
@@ -126,6 +128,17 @@ def test_a_model_call_leaves_nothing_in_the_place_of_raylights_attention(alone, 
     with pytest.raises(ValueError, match="out of luck"):  # one process alone cannot go on dense
         sample(model)
     assert spread.xfuser_optimized_attention is before
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_sparse_in_every_run_and_compiled_once(alone):
+    expected, graphs = sample(alone()), []
+    model = compiled(alone(), blocks=2)
+    for _ in range(2):
+        assert torch.allclose(sample(model), expected, atol=1e-4)
+        assert report(model).sparse_calls == 6
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -57,11 +57,12 @@ def spread(model: torch.nn.Module) -> None:
 
 def _spread_blocks(model: torch.nn.Module) -> None:
     """Wan: the blocks get x and freqs of some tokens; the last gives back all."""
-    tokens = [0]
+    tokens, first = [0], model.blocks[0]
 
+    @torch.compiler.disable
     def before(block, args, kwargs):
         x, *rest = args
-        if block is model.blocks[0]:
+        if block is first:
             tokens[0] = x.shape[1]
             x = own(x)
         return (x, *rest), {**kwargs, "freqs": own(kwargs["freqs"])}
@@ -69,7 +70,8 @@ def _spread_blocks(model: torch.nn.Module) -> None:
     for block in model.blocks:
         block.register_forward_pre_hook(before, with_kwargs=True)
         block.self_attn.forward = types.MethodType(_wan_attention, block.self_attn)
-    model.blocks[-1].register_forward_hook(lambda block, args, out: whole(out, tokens[0]))
+    after = torch.compiler.disable(lambda block, args, out: whole(out, tokens[0]))
+    model.blocks[-1].register_forward_hook(after)
 
 
 def _wan_attention(self, x, freqs, transformer_options={}, **_):  # noqa: B006  ComfyUI's own
