@@ -446,14 +446,18 @@ def _forward(
             )
 
     if pooled_k_ptr is not None:
+        if k8_ptr is not None:  # read anew: they would fill registers all through the loop
+            q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q, RELOAD=True)
+            q = load_rows(q_ptr, q_rows, q_row, D, DP)
+        PIECE: tl.constexpr = TILE_K // 2 if LEAN else TILE_K
         plain = tl.full((), 1.0, tl.float32)  # these scores are in log2 units already
         offset = 0  # list entries before this tile: the list is sorted
-        for start in tl.range(0, n_k, TILE_K, num_stages=2):
-            blocks = start + tl.arange(0, TILE_K)
-            place = offset + tl.arange(0, TILE_K)
+        for start in tl.range(0, n_k, PIECE, num_stages=2):
+            blocks = start + tl.arange(0, PIECE)
+            place = offset + tl.arange(0, PIECE)
             listed = tl.load(lists_ptr + place, mask=place < count, other=n_k).to(tl.int32)
             kept = tl.max((listed[:, None] == blocks[None, :]).to(tl.int32), 0) > 0
-            offset += tl.sum((listed < start + TILE_K).to(tl.int32), 0)
+            offset += tl.sum((listed < start + PIECE).to(tl.int32), 0)
             dropped = (blocks < n_k) & (kept == 0)
             rows = tl.where(blocks < n_k, blocks, -1)
             k = load_rows(pooled_k_ptr + head * n_k * D, rows, D // STRIDE_UNIT, D, DP)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,10 +40,10 @@ class SharedModel:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         call: ModelCall | None = options_under_way(args, kwargs).get(CALL)
-        if call is None or call.facts.sequence is None or call.run.info.arrangement.guides:
+        if call is None:
             return executor(*args, **kwargs)
         call.facts = own_rows(call.facts, args[0].shape[0], self.peers)
-        places = _namespaces(call)
+        places = _namespaces(call) if _is_known(call) else []
         if not places:  # the layers will not be seen, and said to be so
             return executor(*args, **kwargs)
         with _in_place(places, _SelfAttention(self.peers, call, places[0][ATTENTION])):
@@ -58,6 +58,12 @@ def own_rows(facts: CallFacts, batch: int, peers: Peers) -> CallFacts:
     first = dist.get_rank(peers.guidance) * batch
     own = itertools.groupby(keys[first : first + batch])
     return replace(facts, conditioning=tuple((key, len(list(rows))) for key, rows in own))
+
+
+def _is_known(call: ModelCall) -> bool:
+    """Whether it is known how Raylight spreads what a call holds."""
+    sequence = call.facts.sequence
+    return not (sequence is None or sequence.in_stream or call.run.info.arrangement.guides)
 
 
 def _namespaces(call: ModelCall) -> list[dict[str, Any]]:
@@ -100,6 +106,7 @@ class _SelfAttention:
         self._share = peers.share
         self._call = call
         self._rope: tuple[Tensor, Tensor] | None = None  # one's own part, which layers share, whole
+        self._orders: dict[tuple[Hashable, int], slice | Tensor] = {}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
@@ -109,13 +116,10 @@ class _SelfAttention:
         if entering.layer is None or host.tokens != host.kv_tokens:
             return self.original(q, k, v, heads, *args, **kwargs)
         self._share.own(heads)
-        sequence = self._call.facts.sequence
-        assert sequence is not None  # `SharedModel` keeps such calls away
-        parts = (self._share.size, host.tokens)
-        order = whole_order(sequence, entering.layer, entering.options, parts).to(q.device)
+        order = self._order(entering.layer, host)
 
         def whole(x: Tensor) -> Tensor:
-            return peers.heads(x).index_select(1, order)
+            return peers.heads(x)[:, order]
 
         if host.by_head:
             q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
@@ -127,39 +131,49 @@ class _SelfAttention:
             heads // self._share.size,
             transformer_options=entering.options,
         )
-        spread = out.new_zeros(out.shape[0], math.prod(parts), out.shape[2])
-        return peers.tokens(spread.index_copy_(1, order, out))
+        spread = out.new_zeros(out.shape[0], self._share.size * host.tokens, out.shape[2])
+        spread[:, order] = out
+        return peers.tokens(spread)
 
-    def _whole_rope(self, rope: Tensor, order: Tensor) -> Tensor:
+    def _order(self, layer: Layer, host: HostCall) -> slice | Tensor:
+        """See `whole_order`; worked out once for layers alike."""
+        kind = layer.identity[0] if isinstance(layer.identity, tuple) else "block"
+        if (kind, host.tokens) not in self._orders:
+            sequence, options = self._call.facts.sequence, self._call.entering.options
+            assert sequence is not None  # `SharedModel` keeps such calls away
+            parts = (self._share.size, host.tokens)
+            found = whole_order(sequence, options, parts, by_itself=kind == "double")
+            self._orders[kind, host.tokens] = (
+                found if isinstance(found, slice) else found.to(host.q.device)
+            )
+        return self._orders[kind, host.tokens]
+
+    def _whole_rope(self, rope: Tensor, order: slice | Tensor) -> Tensor:
         """RoPE of all tokens, `(1, L/P, ...)` of one's own given."""
         if self._rope is None or self._rope[0] is not rope:
-            found = torch.cat(self._peers.gather(rope), dim=1)
-            self._rope = rope, found.index_select(1, order)
+            self._rope = rope, torch.cat(self._peers.gather(rope), dim=1)[:, order]
         return self._rope[1]
 
 
 def whole_order(
-    sequence: SequenceInfo, layer: Layer, options: dict[str, Any], parts: tuple[int, int]
-) -> Tensor:
-    """Where a sequence's tokens are among those of all processes, int64 `(L,)`; padding is nowhere.
+    sequence: SequenceInfo, options: dict[str, Any], parts: tuple[int, int], by_itself: bool
+) -> slice | Tensor:
+    """Where a sequence's tokens are among those of all processes: not those that fill up the last.
 
-    parts: how many processes, and tokens of each. Zeros fill up the last process's tokens. Where
-    text and video are spread each by itself, as in HunyuanVideo's double blocks, every process has
-    some of the text before some of the video. Filled-up text stays: how long it was is not known,
-    and Raylight attends to it too.
+    parts: how many processes, and tokens of each. by_itself: text and video are each spread by
+    itself, as in HunyuanVideo's double blocks, where every process has some of the text before some
+    of the video -> int64 `(L,)`. Filled-up text stays there: how long it was is not known, and
+    Raylight attends to it too.
     """
     size, each = parts
     grid = sequence.sides(options)
-    video = math.prod(grid)
-    everything = torch.arange(size * each)
-    if sequence.text_first and isinstance(layer.identity, tuple) and layer.identity[0] == "double":
-        spread = everything.view(size, each)
+    video, everything = math.prod(grid), size * each
+    if by_itself:
+        spread = torch.arange(everything).view(size, each)
         text = max(0, each - -(-video // size))
         return torch.cat((spread[:, :text].flatten(), spread[:, text:].flatten()[:video]))
     if sequence.text_first:
-        text = int(options.get("img_slice", (size * each - video,))[0])
-        return everything[: text + video]
+        return slice(int(options.get("img_slice", (everything - video,))[0]) + video)
     if sequence.after:  # extras of unknown length, which filling up makes longer
-        return everything
-    reference = math.prod(grid[1:]) if sequence.reference else 0
-    return everything[: reference + video]
+        return slice(everything)
+    return slice(video + (math.prod(grid[1:]) if sequence.reference else 0))

@@ -25,7 +25,8 @@ class SequenceInfo:
     grid: the video's, as its latent has it; what the model itself writes into transformer_options
     counts for more; two numbers for an image. text_first: everything that is not video stands
     before it. reference: a frame of reference tokens stands before it. after: what this call brings
-    stands after it. images: one frame is an image, for which the model was made too.
+    stands after it. images: one frame is an image, for which the model was made too. in_stream:
+    reference tokens are part of the video's stream, as HunyuanVideo has them.
     """
 
     grid: tuple[int, ...]
@@ -33,6 +34,7 @@ class SequenceInfo:
     reference: bool = False
     after: bool = False
     images: bool = False
+    in_stream: bool = False
 
     def sides(self, options: Mapping[str, Any]) -> tuple[int, ...]:
         """The grid, as the model itself writes it into transformer_options where it does."""
@@ -87,6 +89,7 @@ def sequence_info(
         has_reference and conditions.get("reference_latent") is not None,
         guides is not None or any(conditions.get(name) is not None for name in arrangement.after),
         arrangement.images,
+        conditions.get("ref_latent") is not None,
     )
 
 

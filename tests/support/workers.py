@@ -35,9 +35,13 @@ def received(message: bytes):
     return types.FunctionType(code, {"__builtins__": builtins}, closure=closure)
 
 
+def raylight_is_here() -> bool:
+    return importlib.util.find_spec("raylight") is not None
+
+
 def spread_out(rank: int, size: int):
     """-> a function that spreads a MODEL over the processes."""
-    if importlib.util.find_spec("raylight") is None:
+    if not raylight_is_here():
         from support import spread
 
         for name in ("xfuser", "xfuser.core"):
@@ -73,16 +77,17 @@ def main(rank: int, size: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     spread = spread_out(rank, size)
-    from support.host.sampling import load_model, sample
+    from support.data.variants import VARIANTS
 
     found = {}
     for name, job in torch.load(folder / "jobs.pt", weights_only=False).items():
-        model = load_model(job["model"]).clone()
+        variant = VARIANTS[job["variant"]]
+        model = variant.model().clone()
         spread(model)
         model = received(job["work"])(model, job["request"])
         if job.get("breaks") == rank:
             _break_one(job["request"], model)
-        out = sample(model, **job["sampling"])
+        out = variant.sample(model, variant.odd, cfg=5.0, steps=3)
         last = model.get_attachment("ropeslr").last_report
         found[name] = out, last.sparse_calls, dict(last.dense_calls)
     torch.save(found, folder / f"{rank}.pt")
