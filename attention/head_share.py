@@ -61,7 +61,7 @@ class HeadShare:
                 dim = HEAD_DIM[name] % weight.ndim
             else:
                 return weight
-            return weight.narrow(dim, own.start, own.stop - own.start)
+            return weight.narrow(dim, own.start, own.stop - own.start).clone()
 
         layers = {
             layer: {name: part(name, weight) for name, weight in weights.items()}

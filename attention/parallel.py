@@ -47,8 +47,9 @@ class Peers:
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every process's tensor of one shape, in the order of heads; all have to call it."""
+        x = x.contiguous()
         every = [torch.empty_like(x) for _ in range(dist.get_world_size(self.ulysses))]
-        dist.all_gather(every, x.contiguous(), group=self.ulysses)
+        dist.all_gather(every, x, group=self.ulysses)
         return every
 
     def agree(self, flag: bool, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import folder_paths
 from comfy_api.latest import io
 
 from ..attention import SparsePlan
@@ -73,9 +74,13 @@ class RoPeSLRRaylight(io.ComfyNode):
         plan = SparsePlan(method=method, dense_layers=parse_layers(dense_layers), **settings)
         plan.resolve(adapter)  # what fits no plan is refused here, in one voice
         work = in_worker(__name__.rpartition(".nodes.")[0], str(Path(__file__).parents[1]))
-        request = pickle.dumps(Request(plan, adapter))
+        request = Request(plan, adapter, folder_paths.get_user_directory())
+        message = ray.put(pickle.dumps(request))  # once for all of them
         workers = ray_actors["workers"]
-        ray.get([each.model_function_runner.remote(work, request) for each in workers])
+        try:
+            ray.get([each.model_function_runner.remote(work, message) for each in workers])
+        except Exception as error:  # Ray wraps what a worker raises in its whole story
+            raise (getattr(error, "cause", None) or error) from None
         return io.NodeOutput(ray_actors)
 
 

@@ -30,7 +30,7 @@ from ...training.crowd import rank_and_size
 from ..patching.full_schedule import step_schedule
 from ..patching.install import install
 from ..patching.model_info import ModelInfo, blocks, model_info
-from ..patching.patch import KEY, SparsePatch, take_off
+from ..patching.patch import KEY, SparsePatch, clear
 from . import data, memory
 from .distillation import NEGATIVE, PROMPT, Data, Distillation, Trajectory, Velocity
 from .files import Files, LoraFacts, claim
@@ -358,8 +358,7 @@ class ProgressSteps:
 def _prepared(model: Any, dtype: torch.dtype | None) -> Any:
     """A clone that samples densely, without this pack."""
     base = model.clone()
-    take_off(base)
-    base.remove_additional_models(KEY)
+    clear(base)
     if dtype is not None:
         base.set_model_compute_dtype(dtype)
     return base

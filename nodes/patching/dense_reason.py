@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -40,9 +40,7 @@ OTHER_MODEL = "a second model in this run, {name}, has no RoPeSLR node"
 REPLACED = (
     "{layers} never called the attention override: another node replaced their self-attention"
 )
-SPREAD_OTHERWISE = (
-    "{layers} attend in a way of Raylight's own; only that of Wan and HunyuanVideo is known here"
-)
+SPREAD_OTHERWISE = "{layers} attend in a way of Raylight's own that is not known here"
 SKIPPED = "{layers} were skipped or replaced by another node's block patch"
 CACHED = "{layers} were skipped in later calls, as block caches do"
 OVERWRITTEN = (
@@ -75,6 +73,11 @@ class SparseNotPossible(RuntimeError):
         self, reason: DenseReason | str, remedy: str = "Switch strict off to run such calls dense."
     ) -> None:
         super().__init__(f"RoPeSLR (strict): this run cannot be sparse: {reason}. {remedy}")
+        self._made_of = reason, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, as errors of other processes are, it says the same once."""
+        return type(self), self._made_of
 
 
 def why_dense(candidate: Candidate) -> DenseReason | None:

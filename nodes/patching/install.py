@@ -72,11 +72,14 @@ def install(
     patched = model.clone()
     patched.remove_additional_models(KEY)
     attention: Callable[[ResolvedPlan], Attention] = AttentionRun
-    if peers is not None:
+    if peers is not None and peers.share.size > 1:
         share = peers.share
+        if not info.unsupported:
+            share.own(info.num_heads)
         attention = partial(AttentionRun, share=share)
         if resolved.adapter is not None:
             resolved = replace(resolved, adapter=share.adapter(resolved.adapter))
+        attention(resolved)  # a method that cannot share its heads says so now
     if resolved.adapter is not None:
         patcher, adapter = as_comfy_weights(resolved.adapter, patched)
         resolved = replace(resolved, adapter=adapter)

@@ -113,8 +113,14 @@ def inside(block: torch.nn.Module, attention: str) -> torch.nn.Module | None:
     return unwrap(getattr(inner, attention, None)) if attention else inner
 
 
+def _kind(model: torch.nn.Module) -> type:
+    """A model's class, without what FSDP puts in front of it."""
+    kinds = type(model).__mro__
+    return next(each for each in kinds if not each.__module__.startswith("torch.distributed."))
+
+
 def _identity(model: torch.nn.Module) -> Identity:
-    return type(model).__module__, type(model).__name__
+    return _kind(model).__module__, _kind(model).__name__
 
 
 def model_info(diffusion_model: torch.nn.Module) -> ModelInfo:
@@ -124,7 +130,7 @@ def model_info(diffusion_model: torch.nn.Module) -> ModelInfo:
     arrangement = ARRANGEMENTS.get(identity)
     patch = () if arrangement is None else patch_size(model)
     if arrangement is None or len(patch) != 3:
-        return ModelInfo(identity[1], _why_not(type(model), identity))
+        return ModelInfo(identity[1], _why_not(_kind(model), identity))
     lists = [getattr(model, name) for name, _ in arrangement.layers]
     heads, head_dim = head_sizes(model, arrangement)
     return ModelInfo(

@@ -155,8 +155,9 @@ class SparsePatch:
 
     def publish(self, report: RunReport) -> None:
         """One line in the log, and an event for the browser."""
-        peers = "" if self.peers is None else OWN_HEADS.format(count=self.peers.share.size)
-        logger.info("%s%s", report.summary(), peers)
+        size = 1 if self.peers is None else self.peers.share.size
+        of = OWN_HEADS.format(count=size) if size > 1 else ""
+        logger.info("%s%s", report.summary(), of)
         report.send(self.node_id)
 
     def _check_sampler(self, sampler: Any) -> None:
@@ -216,6 +217,12 @@ def take_off(model: Any) -> None:
     for kind in (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP):
         model.remove_callbacks_with_key(kind, KEY)
     model.remove_attachments(KEY)
+
+
+def clear(model: Any) -> None:
+    """Take off a MODEL's patch, with the weights that it brought."""
+    take_off(model)
+    model.remove_additional_models(KEY)
 
 
 def installed_plan(model: Any) -> ResolvedPlan:

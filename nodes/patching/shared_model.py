@@ -38,6 +38,7 @@ class SharedModel:
 
     peers: Peers
 
+    @torch.compiler.disable(recursive=False)  # what is put in place is no part of a graph
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         call: ModelCall | None = options_under_way(args, kwargs).get(CALL)
         if call is None:
@@ -162,8 +163,8 @@ def whole_order(
 
     parts: how many processes, and tokens of each. by_itself: text and video are each spread by
     itself, as in HunyuanVideo's double blocks, where every process has some of the text before some
-    of the video -> int64 `(L,)`. Filled-up text stays there: how long it was is not known, and
-    Raylight attends to it too.
+    of the video -> int64 `(L,)`. What fills up the text, or stands behind extras of unknown length,
+    stays: Raylight attends to it too.
     """
     size, each = parts
     grid = sequence.sides(options)
@@ -172,8 +173,9 @@ def whole_order(
         spread = torch.arange(everything).view(size, each)
         text = max(0, each - -(-video // size))
         return torch.cat((spread[:, :text].flatten(), spread[:, text:].flatten()[:video]))
+    before = math.prod(grid[1:]) if sequence.reference else 0
     if sequence.text_first:
-        return slice(int(options.get("img_slice", (everything - video,))[0]) + video)
-    if sequence.after:  # extras of unknown length, which filling up makes longer
-        return slice(everything)
-    return slice(video + (math.prod(grid[1:]) if sequence.reference else 0))
+        before = int(options.get("img_slice", (everything - video,))[0])
+    known = before + video
+    # Beyond what fills up there may be tokens that nothing here knows of: the layout will say so.
+    return slice(known if known <= everything < known + size else everything)

@@ -39,7 +39,7 @@ def unseen_layers(call: ModelCall, base: Any, options: Mapping[str, Any]) -> dic
 def _cause(call: ModelCall, base: Any, options: Mapping[str, Any], layer: Hashable) -> str:
     if _is_skipped(options, layer):
         return SKIPPED
-    if call.run.peers is not None:
+    if call.run.peers is not None and layer not in call.run.layers_seen:
         return SPREAD_OTHERWISE
     if _is_replaced(call.run.info, base, layer):
         return REPLACED

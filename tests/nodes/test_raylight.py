@@ -4,6 +4,8 @@ The workers are processes on gloo, with a stand-in for Raylight; with Raylight, 
 on the path, they run Raylight's own code.
 """
 
+import importlib
+import pickle
 import sys
 import types
 
@@ -23,10 +25,11 @@ CASES = {
     "ropeslr": (CAMERA, dict(sparsity=0.6, query_block="64"), None),
     "ropeslr with weights": (CAMERA, dict(sparsity=0.6), "ropeslr"),
     "rola": (CAMERA, dict(sparsity=0.6), "rola"),
-    "dense": (CAMERA, dict(backend="dense"), None),
+    "guided": (CAMERA, dict(sparsity=0.6), None),
     "first steps": (CAMERA, dict(method="adaspa", sparsity=0.6, dense_first_steps=1), None),
     "hunyuan": (HUNYUAN, dict(sparsity=0.6), None),
     "not finite": (CAMERA, dict(sparsity=0.6, allocation="uniform"), None),
+    "guided not finite": (CAMERA, dict(sparsity=0.6, allocation="uniform"), None),
 }
 # Raylight 1.5.1 fails at the others by itself, or makes something else of them than ComfyUI.
 ITS_OWN = (
@@ -50,6 +53,7 @@ ITS_OWN = (
     "HunyuanVideo 1.5 upscaler",
 )
 if workers.raylight_is_here():
+    del CASES["guided"], CASES["guided not finite"]  # its processes have one arrangement for good
     CASES |= {name: (name, dict(sparsity=0.6), None) for name in ITS_OWN}
 
 
@@ -70,7 +74,7 @@ def ask(monkeypatch):
     """Settings of the node -> what every worker is sent."""
     comfy_host.pack()
     waited = []
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=waited.extend))
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=waited.extend, put=bytes))
 
     def run(**settings):
         actors = {"workers": [Worker(), Worker()]}
@@ -95,7 +99,10 @@ def test_workers_make_what_one_process_makes(ask, tmp_path):
     for name, (variant, settings, kind) in CASES.items():
         work, request = ask(**(SETTINGS | settings | weights(kind)))
         jobs[name] = dict(variant=variant, work=work, request=request)
-    jobs["not finite"]["breaks"] = 1
+    for name in jobs:
+        jobs[name]["guided"] = name.startswith("guided")
+        if name.endswith("not finite"):
+            jobs[name]["breaks"] = 1
     torch.save(jobs, tmp_path / "jobs.pt")
     processes.run(workers.__file__, 2, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
@@ -105,7 +112,7 @@ def test_workers_make_what_one_process_makes(ask, tmp_path):
         expected = variant.sample(one, variant.odd, cfg=5.0, steps=3)
         for part in parts:
             found, sparse_calls, dense_calls = part[name]
-            if name == "not finite":  # a call of both is computed again, dense
+            if "breaks" in jobs[name]:  # a call of both is computed again, dense
                 assert torch.isfinite(found).all() and sparse_calls < report(one).sparse_calls
                 assert any("not finite" in reason for reason in dense_calls)
                 continue
@@ -135,6 +142,12 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
+def shared_by(size):
+    """A share of one's own group as it is among more."""
+    share = comfy_host.module(".attention.head_share").HeadShare
+    return property(lambda self: share(0, size, lambda x: [x] * size))
+
+
 def test_a_model_call_leaves_nothing_in_the_place_of_raylights_attention(alone, monkeypatch):
     before = spread.xfuser_optimized_attention
     model = alone()
@@ -152,9 +165,10 @@ def test_a_model_call_leaves_nothing_in_the_place_of_raylights_attention(alone, 
 
 
 @pytest.mark.slow
-def test_compiled_layers_are_sparse_in_every_run_and_compiled_once(alone):
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_what_is_compiled_is_sparse_in_every_run_and_compiled_once(blocks, alone):
     expected, graphs = sample(alone()), []
-    model = compiled(alone(), blocks=2)
+    model = compiled(alone(), blocks=blocks)
     for _ in range(2):
         assert torch.allclose(sample(model), expected, atol=1e-4)
         assert report(model).sparse_calls == 6
@@ -181,8 +195,6 @@ def test_what_workers_cannot_do_is_refused_in_words(alone, monkeypatch):
     worker = comfy_host.module(".nodes.raylight_worker")
     with pytest.raises(ValueError, match="hold no model yet"):
         worker.patch(None, None)
-    with pytest.raises(ValueError, match="vsa cannot share its heads"):
-        sample(alone(method="vsa"))
     for name in ("xfuser", "xfuser.core", "xfuser.core.distributed"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [NoXfuser, *sys.meta_path])
@@ -191,7 +203,9 @@ def test_what_workers_cannot_do_is_refused_in_words(alone, monkeypatch):
     core = types.SimpleNamespace(distributed=distributed)
     monkeypatch.setitem(sys.modules, "xfuser", types.SimpleNamespace(core=core))
     monkeypatch.setitem(sys.modules, "xfuser.core", core)
-    assert worker.find_peers().guidance is None
+    assert worker.find_peers() is None
+    monkeypatch.setattr(distributed, "get_classifier_free_guidance_world_size", lambda: 2)
+    assert worker.find_peers() is not None
     for name, words in (("ring", "ring_degree is 2"), ("pipeline", "PipeFusion")):
         monkeypatch.setattr(distributed, f"get_{name}_parallel_world_size", lambda: 2)
         with pytest.raises(ValueError, match=words):
@@ -215,4 +229,92 @@ def test_the_node_says_what_is_missing(ask, monkeypatch):
         ask(sparsity=2.0)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RuntimeError, match="Ray is not installed"):
+        ask()
+
+
+def test_methods_and_models_that_cannot_share_heads_are_refused_by_the_node(alone, monkeypatch):
+    peers = comfy_host.module(".attention.parallel").Peers
+    monkeypatch.setattr(peers, "share", shared_by(2))
+    with pytest.raises(ValueError, match="vsa cannot share its heads"):
+        alone(method="vsa")
+    monkeypatch.setattr(peers, "share", shared_by(3))
+    with pytest.raises(ValueError, match="2 heads cannot be shared by 3 processes"):
+        alone()
+
+
+def test_a_worker_holds_one_plan_and_none_when_switched_off(alone):
+    worker = comfy_host.module(".nodes.raylight_worker")
+    plan = comfy_host.module(".attention").SparsePlan
+    model = load_model("tiny_wan21_t2v")
+    plain = dict(model.wrappers)
+    once = worker.patch(model, worker.Request(plan(), own_adapter("ropeslr"), "user"))
+    twice = worker.patch(once, worker.Request(plan(), None, "user"))
+    assert once.get_attachment("ropeslr") is None and not once.get_additional_models()
+    assert importlib.import_module("folder_paths").get_user_directory() == "user"
+    off = worker.patch(twice, worker.Request(plan(backend="dense"), None, "user"))
+    assert off.get_attachment("ropeslr") is None and not any(off.wrappers.values()) and not plain
+
+
+def test_a_model_that_fsdp_has_wrapped_is_known_by_its_own_class(alone, monkeypatch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = alone()
+    expected = sample(model)
+    inner = model.model.diffusion_model
+    for module in inner.modules():  # ComfyUI loads weights that FSDP cannot take as they are
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+    fully_shard(inner, mesh=init_device_mesh("cpu", (1,)))
+    assert type(inner).__name__ == "FSDPWanModel"
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # as Raylight samples
+    assert torch.allclose(sample(model), expected, atol=1e-4)
+    assert report(model).sparse_calls == 6
+
+
+def sequence(**more):
+    return comfy_host.module(".nodes.patching.token_layout").SequenceInfo((2, 3, 2), **more)
+
+
+def test_where_the_tokens_of_the_whole_are():
+    """Two processes: 12 tokens of video, and what stands beside them."""
+    order = comfy_host.module(".nodes.patching.shared_model").whole_order
+    assert order(sequence(), {}, (2, 6), False) == slice(12)
+    assert order(sequence(), {"grid_sizes": (1, 3, 4)}, (2, 6), False) == slice(12)
+    assert order(sequence(), {"grid_sizes": (1, 3, 3)}, (2, 5), False) == slice(9)
+    assert order(sequence(reference=True), {}, (2, 9), False) == slice(18)
+    # Nothing is cut off that is not known: the layout has to say so.
+    assert order(sequence(), {}, (2, 7), False) == slice(14)
+    assert order(sequence(after=True), {}, (2, 8), False) == slice(16)
+    text = sequence(text_first=True)
+    assert order(text, {"img_slice": [3, 8]}, (2, 8), False) == slice(15)
+    double = order(text, {}, (2, 8), True)
+    assert double.tolist() == [0, 1, 8, 9, *range(2, 8), *range(10, 16)]
+
+
+def test_which_rows_are_ones_own_where_prompts_are_spread(monkeypatch):
+    module = comfy_host.module(".nodes.patching.shared_model")
+    facts = comfy_host.module(".nodes.patching.call").CallFacts
+    guided = comfy_host.module(".attention.parallel").Peers(None, "guidance")
+    for rank, (one, two) in enumerate([("a", ("a", 2)), ("b", ("b", 2))]):
+        monkeypatch.setattr(module.dist, "get_rank", lambda group, own=rank: own)
+        single = facts(1.0, (("a", 1), ("b", 1)))
+        assert module.own_rows(single, 1, guided).conditioning == ((one, 1),)
+        assert module.own_rows(single, 2, guided) is single
+        double = facts(1.0, (("a", 2), ("b", 2)))
+        assert module.own_rows(double, 2, guided).conditioning == (two,)
+
+
+def test_what_a_worker_raises_is_said_once(ask, monkeypatch):
+    reasons = comfy_host.module(".nodes.patching.dense_reason")
+    error = reasons.SparseNotPossible("no tokens", "Add some.")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    wrapped = RuntimeError("a whole traceback")
+    wrapped.cause = error
+
+    def get(futures):
+        raise wrapped
+
+    monkeypatch.setattr(sys.modules["ray"], "get", get)
+    with pytest.raises(reasons.SparseNotPossible, match="no tokens. Add some"):
         ask()

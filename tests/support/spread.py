@@ -140,13 +140,35 @@ def _attending():
         layers.attention = before
 
 
-def stand_in_for_xfuser() -> types.ModuleType:
-    """`xfuser.core.distributed` as far as this pack asks it: all processes share the heads."""
+def spread_prompts(model) -> None:
+    """Let every process compute one of a batch's prompts, as a wrapper of the MODEL."""
+    from comfy.patcher_extension import WrappersMP
+
+    def one_of_them(executor, x, timestep, context, *args, **kwargs):
+        rank, rows = dist.get_rank(), x.shape[0] // dist.get_world_size()
+        own_rows = slice(rank * rows, (rank + 1) * rows)
+        kwargs = {
+            name: value[own_rows] if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+        }
+        x, timestep, context = (each[own_rows] for each in (x, timestep, context))
+        out = executor(x, timestep, context, *args, **kwargs).contiguous()
+        parts = [torch.empty_like(out) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, out)
+        return torch.cat(parts)
+
+    model.add_wrapper(WrappersMP.DIFFUSION_MODEL, one_of_them)
+
+
+def stand_in_for_xfuser(ulysses=None, guidance=None) -> types.ModuleType:
+    """`xfuser.core.distributed` as far as this pack asks it; by default all share the heads."""
     module = types.ModuleType("xfuser.core.distributed")
-    group = types.SimpleNamespace(ulysses_group=dist.group.WORLD, device_group=None)
     module.model_parallel_is_initialized = lambda: True
-    module.get_sp_group = module.get_cfg_group = lambda: group
-    for name in ("ring", "pipeline", "classifier_free_guidance"):
+    heads = types.SimpleNamespace(ulysses_group=ulysses or dist.group.WORLD)
+    module.get_sp_group = lambda: heads
+    module.get_cfg_group = lambda: types.SimpleNamespace(device_group=guidance)
+    for name in ("ring", "pipeline"):
         setattr(module, f"get_{name}_parallel_world_size", lambda: 1)
-    module.get_classifier_free_guidance_world_size = lambda: 1
+    size = 1 if guidance is None else dist.get_world_size(guidance)
+    module.get_classifier_free_guidance_world_size = lambda: size
     return module

@@ -40,16 +40,25 @@ def raylight_is_here() -> bool:
 
 
 def spread_out(rank: int, size: int):
-    """-> a function that spreads a MODEL over the processes."""
+    """-> a function that spreads a MODEL over the processes; guided: prompts instead of tokens."""
     if not raylight_is_here():
         from support import spread
 
         for name in ("xfuser", "xfuser.core"):
             sys.modules[name] = types.ModuleType(name)
-        distributed = spread.stand_in_for_xfuser()
-        sys.modules["xfuser.core.distributed"] = distributed
-        sys.modules["xfuser.core"].distributed = distributed
-        return lambda model: spread.spread(model.model.diffusion_model)
+        own = [dist.new_group([each]) for each in range(size)][rank]
+
+        def stand_in(model, guided: bool) -> None:
+            groups = (own, dist.group.WORLD) if guided else (dist.group.WORLD, None)
+            distributed = spread.stand_in_for_xfuser(*groups)
+            sys.modules["xfuser.core.distributed"] = distributed
+            sys.modules["xfuser.core"].distributed = distributed
+            if guided:
+                spread.spread_prompts(model)
+            else:
+                spread.spread(model.model.diffusion_model)
+
+        return stand_in
 
     import yunchang  # noqa: F401  before it is told that there is a GPU
 
@@ -64,7 +73,7 @@ def spread_out(rank: int, size: int):
     degrees = dict(ulysses_degree=size, ring_degree=1, cfg_degree=1, pp_degree=1)
     attention = dict(is_xdit=True, attention="TORCH_MATH", sync_ulysses=False)
     initialize_xfuser_parallel(rank, size, attention | degrees)
-    return lambda model: model.add_callback(CallbacksMP.ON_LOAD, USPInjectRegistry.inject)
+    return lambda model, _: model.add_callback(CallbacksMP.ON_LOAD, USPInjectRegistry.inject)
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -83,7 +92,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     for name, job in torch.load(folder / "jobs.pt", weights_only=False).items():
         variant = VARIANTS[job["variant"]]
         model = variant.model().clone()
-        spread(model)
+        spread(model, job["guided"])
         model = received(job["work"])(model, job["request"])
         if job.get("breaks") == rank:
             _break_one(job["request"], model)
