@@ -25,7 +25,8 @@ FORMAT = "ropeslr-training"
 @dataclass
 class State:
     """facts: what the training was begun with, see `differences`. losses: of each step. errors:
-    (step, held-out error as a share of that without the LoRA)."""
+    (step, held-out error as a share of that without the LoRA). apart: how far held-out videos are
+    from the teacher's, sampled without the LoRA and with it."""
 
     facts: dict[str, Any]
     step: int = 0
@@ -37,6 +38,7 @@ class State:
     errors: list[tuple[int, float]] = field(default_factory=list)
     untrained: float = 0.0  # held-out error without the LoRA
     seconds: float = 0.0  # that it took so far
+    apart: list[tuple[float, float]] = field(default_factory=list)
 
     def lowest(self) -> tuple[int, float]:
         """The step of the lowest held-out error, and that error."""
@@ -57,7 +59,7 @@ class State:
 
 
 PARTS = ("parameters", "average", "best", "optimizer")
-COUNTS = ("facts", "step", "losses", "errors", "untrained", "seconds")
+COUNTS = ("facts", "step", "losses", "errors", "untrained", "seconds", "apart")
 
 
 def write_state(state: State, path: Path) -> None:
@@ -85,6 +87,7 @@ def read_state(path: Path) -> State | None:
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError):
         return None
     state.errors = [(int(step), float(error)) for step, error in state.errors]
+    state.apart = [(float(without), float(with_it)) for without, with_it in state.apart]
     return state
 
 

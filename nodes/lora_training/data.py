@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,7 @@ def own_samples(
     Processes that train together make a share each. step: told how many are done; it may raise.
     """
     rank, size = (0, 1) if SHARDED.get() else rank_and_size()
-    identity = str(model.patches_uuid), sorted(model.object_patches)
-    sampler = getattr(use.sampler, "sampler_function", use.sampler)
-    name = getattr(sampler, "__qualname__", type(sampler).__name__)
-    options = getattr(use.sampler, "extra_options", {})
-    how = use.sigmas, use.cfg, use.prompts, use.negative, use.blank, use.mask
-    key = digest(identity, name, options, *how, count, seed)
-    path = Path(folder_paths.get_temp_directory()) / CACHE / f"{key}.safetensors"
+    path = _place(model, use, count, seed)
     kept = None if size > 1 or SHARDED.get() else _read(path, count)
     if kept is not None:
         return kept
@@ -132,6 +126,30 @@ def own_samples(
     if rank_and_size()[0] == 0:
         _keep(path, made)
     return made
+
+
+def own_videos(
+    model: Any, use: Use, count: int, seed: int, numbers: Iterable[int]
+) -> dict[int, Tensor]:
+    """Some of these videos, by their numbers; made anew where none are kept."""
+    kept = _read(_place(model, use, count, seed), count)
+    return {
+        number: use.sample(model, number % len(use.prompts), seed + number).video
+        if kept is None
+        else kept[number].video
+        for number in numbers
+    }
+
+
+def _place(model: Any, use: Use, count: int, seed: int) -> Path:
+    """The file of what a MODEL makes: another where anything is different."""
+    identity = str(model.patches_uuid), sorted(model.object_patches)
+    sampler = getattr(use.sampler, "sampler_function", use.sampler)
+    name = getattr(sampler, "__qualname__", type(sampler).__name__)
+    options = getattr(use.sampler, "extra_options", {})
+    how = use.sigmas, use.cfg, use.prompts, use.negative, use.blank, use.mask
+    key = digest(identity, name, options, *how, count, seed)
+    return Path(folder_paths.get_temp_directory()) / CACHE / f"{key}.safetensors"
 
 
 def _read(path: Path, count: int) -> list[Trajectory] | None:

@@ -25,13 +25,14 @@ from ...training import (
     Training,
     TrainSettings,
     outcome_of,
+    write_state,
 )
-from ...training.crowd import rank_and_size
+from ...training.crowd import SHARDED, rank_and_size
 from ..patching.full_schedule import step_schedule
 from ..patching.install import install
 from ..patching.model_info import ModelInfo, blocks, model_info
 from ..patching.patch import KEY, SparsePatch, clear
-from . import data, memory
+from . import comparison, data, memory
 from .distillation import NEGATIVE, PROMPT, Data, Distillation, Trajectory, Velocity
 from .files import Files, LoraFacts, claim
 from .graph import checkpointed, detached, training_mode
@@ -145,6 +146,7 @@ class _Session:
         over = None if self.state is None else outcome_of(self.state, asked.settings)
         if over is not None and self.state is not None:
             table = self.files.read_adapter()
+            self._compare(over, self.state, table)
             return self._finish(over, self.state, table, self._lora_facts(table))
         if size > 1:
             logger.info(MANY.format(count=size, rank=rank))
@@ -161,6 +163,8 @@ class _Session:
         found = Data(videos, prompts, negative, self.use.blank)
         facts = self._lora_facts(table)
         outcome, state = self._train(found, table, facts)
+        state.apart = []  # those of fewer steps say nothing of these
+        self._compare(outcome, state, table)
         return self._finish(outcome, state, table, facts)
 
     def _levels(self) -> list[float]:
@@ -324,12 +328,32 @@ class _Session:
                 seed=0,
             )
 
+    def _compare(self, outcome: Outcome, state: State, table: Adapter | None) -> None:
+        """Sample held-out videos with the LoRA and without, once; given ones have no beginning."""
+        settled = bool(state.apart) or outcome.error >= 1.0
+        count, seed = self.asked.samples, self.asked.settings.seed
+        first = Material(count, self.levels).trained_on
+        held = range(first, min(count, first + comparison.MOST))
+        if settled or self.given or not held or SHARDED.get() or rank_and_size()[0] > 0:
+            return
+        tensors = as_file(outcome.parameters, self.asked.rank, torch.float32)
+        adapter = table or self._own_adapter()
+        with torch.inference_mode():
+            sparse = [
+                install(model, self._plan(), None, adapter)
+                for model in (self.base, comparison.with_lora(self.base, tensors))
+            ]
+            steps = ProgressSteps(self.progress, "Sampling video {} of {} to compare", len(held))
+            videos = data.own_videos(self.base, self.use, count, seed, held)
+            state.apart = comparison.compare(sparse, self.use, videos, seed, steps)
+        write_state(state, self.files.state)
+
     def _finish(
         self, outcome: Outcome, state: State, table: Adapter | None, facts: LoraFacts
     ) -> Trained:
         asked = self.asked
         tensors = as_file(outcome.parameters, asked.rank, asked.lora_dtype)
-        better = outcome.error < 1.0
+        better = outcome.error < 1.0 and not _worse(state)
         if better and rank_and_size()[0] == 0:
             write_safetensors(tensors, self.files.lora, facts.header())
         if not better:  # one that changes nothing, whatever it began with
@@ -387,12 +411,23 @@ def _in_words(asked: Asked) -> Any:
         raise ValueError(FAILED.format(error=first_line, advice=advice)) from error
 
 
+def _worse(state: State) -> bool:
+    """Whether videos are further from the teacher's with the LoRA than without."""
+    return bool(state.apart) and comparison.gain(state.apart) < comparison.NO_WORSE
+
+
 def _report(outcome: Outcome, state: State, files: Files | None, facts: LoraFacts) -> str:
     """How it went, in a few sentences."""
     text = (
         f"{state.step} steps in {clock(state.seconds)} ({outcome.ended.value}). Held-out error: "
         f"{100 * outcome.error:.1f} % of that without the LoRA, lowest at step {outcome.step}."
     )
+    if state.apart:
+        closer = comparison.gain(state.apart)
+        text += (
+            f" {len(state.apart)} videos that it was not trained on, sampled with it and without: "
+            f"{abs(closer):.1f} dB {'closer to' if closer >= 0 else 'further from'} dense ones."
+        )
     if files is None:
         return (
             f"{text} No LoRA was better than none: the one returned changes nothing, and none was "

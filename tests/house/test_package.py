@@ -62,7 +62,7 @@ def test_the_package_holds_the_pack_and_nothing_else():
     } <= set(kept)
     ours_alone = ("tests/", "tools/", "benchmarks/", ".github/", ".ci/", ".pre-commit", "dev.py")
     assert not [name for name in kept if name.startswith(ours_alone)]
-    assert sum((ROOT / name).stat().st_size for name in kept) < 2_700_000
+    assert sum((ROOT / name).stat().st_size for name in kept) < 2_750_000
 
 
 def test_node_ids_are_literal():

@@ -109,7 +109,7 @@ def test_workers_make_what_one_process_makes(ask, tmp_path):
     for name, (variant, settings, kind) in CASES.items():
         variant = VARIANTS[variant]
         one = sparse(variant.model(), **settings, **weights(kind))
-        expected = variant.sample(one, variant.odd, cfg=5.0, steps=3)
+        expected = variant.sample(one, variant.odd, cfg=5.0)
         for part in parts:
             found, sparse_calls, dense_calls = part[name]
             if "breaks" in jobs[name]:  # a call of both is computed again, dense

@@ -259,6 +259,46 @@ def test_a_lora_that_is_worse_than_none_changes_nothing(wan, folder, caplog):
     assert any("No LoRA was better than none" in record.message for record in caplog.records)
 
 
+def test_held_out_videos_are_sampled_with_the_lora_and_without(wan, folder, caplog, monkeypatch):
+    """Once: what is finished is not compared again, and of more steps it is anew."""
+    caplog.set_level(logging.INFO)
+    comparison = comfy_host.module(".nodes.lora_training.comparison")
+    compare, asked = comparison.compare, []
+
+    def counted(sparse, use, videos, *rest):
+        asked.append((list(videos), compare(sparse, use, videos, *rest)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(comparison, "compare", counted)
+    sample(wan)  # another test's LoRA is out of it then
+    before = weights(wan)
+    train(wan, steps=2, samples=8)
+    assert [numbers for numbers, _ in asked] == [[6, 7]]
+    assert all(torch.equal(each, before[name]) for name, each in weights(wan).items())
+    (without, with_it), _ = asked[0][1]
+    assert without != with_it and state_of(folder, "sparse_lora").apart == asked[0][1]
+    assert any("2 videos that it was not trained on" in each.message for each in caplog.records)
+    train(wan, steps=2, samples=8)
+    assert len(asked) == 1
+    for kept in (folder / "temp").rglob("*.safetensors"):
+        kept.unlink()
+    train(wan, steps=3, samples=8)
+    assert len(asked) == 2 and asked[1][1][0][0] == pytest.approx(without, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_lora_whose_videos_are_worse_changes_nothing(wan, folder, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    comparison = comfy_host.module(".nodes.lora_training.comparison")
+    assert comparison.gain([(2.0, 1.0), (1.0, 1.0)]) == pytest.approx(1.505, abs=1e-3)
+    assert comparison.gain([(0.0, 0.0)]) == 0
+    monkeypatch.setattr(comparison, "compare", lambda *_: [(1.0, 1.3), (1.0, 1.2)])
+    lora, *_ = train(wan, steps=2, samples=8)
+    assert not any(bool(each.any()) for key, each in lora.items() if "lora_up" in key)
+    assert not (folder / "loras" / "sparse_lora.safetensors").exists()
+    assert any("1.0 dB further from dense ones" in record.message for record in caplog.records)
+
+
 @pytest.mark.slow
 def test_finished_videos_and_negative_prompts_are_learned_from(wan):
     videos = [{"samples": torch.randn(2, 16, *SIZE, generator=torch.Generator().manual_seed(1))}]
