@@ -66,6 +66,8 @@ NOTHING_SPARSE = (
     "sparsity, or connect sigmas with more than one step."
 )
 OUT_OF_MEMORY = "Out of memory after {step} steps; what was learned is saved. {advice}"
+COMPARING = "Sampling video {} of {} to compare"
+NOT_COMPARED = "held-out videos could not be sampled, so only single steps are known to be closer"
 MANY = "RoPeSLR: {count} processes train together; this is number {rank}"
 
 
@@ -338,15 +340,20 @@ class _Session:
             return
         tensors = as_file(outcome.parameters, self.asked.rank, torch.float32)
         adapter = table or self._own_adapter()
-        with torch.inference_mode():
-            sparse = [
-                install(model, self._plan(), None, adapter)
-                for model in (self.base, comparison.with_lora(self.base, tensors))
-            ]
-            steps = ProgressSteps(self.progress, "Sampling video {} of {} to compare", len(held))
-            videos = data.own_videos(self.base, self.use, count, seed, held)
-            state.apart = comparison.compare(sparse, self.use, videos, seed, steps)
-        write_state(state, self.files.state)
+        try:
+            with torch.inference_mode():
+                sparse = [
+                    install(model, self._plan(), None, adapter)
+                    for model in (self.base, comparison.with_lora(self.base, tensors))
+                ]
+                steps = ProgressSteps(self.progress, COMPARING, len(held))
+                videos = data.own_videos(self.base, self.use, count, seed, held)
+                state.apart = comparison.compare(sparse, self.use, videos, seed, steps)
+            write_state(state, self.files.state)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception:  # what is trained must not be lost by it
+            logger.warning("RoPeSLR: %s", NOT_COMPARED, exc_info=True)
 
     def _finish(
         self, outcome: Outcome, state: State, table: Adapter | None, facts: LoraFacts

@@ -56,7 +56,7 @@ class EnteringLayer:
         return self._layer
 
     def leave(self) -> None:
-        self._layer = None
+        self._layer, self.options = None, {}  # which hold the call, and so what it remembers
         self.drop()
 
     def layer_of(self, host: HostCall, guides: bool) -> Layer | None:

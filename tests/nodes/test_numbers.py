@@ -114,7 +114,9 @@ def test_the_guard_waits_for_the_device_once_in_a_model_call(monkeypatch):
     patched = sparse(load_model("tiny_wan21_t2v"))
     sample(patched)
     assert len(noted) == 6 and waits and not any(waits)
-    monkeypatch.setattr(call, "finite", lambda self: asked.append(1) or watched(finite)(self))
+    monkeypatch.setattr(
+        call, "finite", lambda self, device: asked.append(1) or watched(finite)(self, device)
+    )
     waits.clear()
     sample(patched)
     assert len(asked) == sum(waits) == report(patched).model_calls == 3
