@@ -16,7 +16,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..patching.patch import KEY, SilentPatch, put_on
+from ..patching.patch import silent
 from .data import Use
 
 MOST = 4  # videos that are compared
@@ -46,9 +46,7 @@ def compare(
         step(done)
         apart = []
         for model in sparse:
-            silent = model.clone()
-            put_on(silent, SilentPatch(model.get_attachment(KEY).plan))
-            made = use.sample(silent, number % len(use.prompts), seed + number).video
+            made = use.numbered(silent(model), number, seed).video
             apart.append(float((made - video).square().mean()))
         found.append((apart[0], apart[1]))
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...attention.adapters import Adapter, AdapterError, open_safetensors, write_safetensors
 from ...attention.learned import mean_adapter
 from ...training.crowd import SHARDED, rank_and_size
-from ..patching.patch import KEY, SilentPatch, makes_own_steps, put_on
+from ..patching.patch import last_learned, makes_own_steps, silent
 from .distillation import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ class Use:
     negative: list | None
     blank: Tensor
     mask: Tensor | None = None
+
+    def numbered(self, model: Any, number: int, seed: int) -> Trajectory:
+        """Video `number` of those that a MODEL makes by itself, prompt after prompt."""
+        return self.sample(model, number % len(self.prompts), seed + number)
 
     def sample(self, model: Any, prompt: int, seed: int, start: Tensor | None = None) -> Trajectory:
         """What the sampler goes through: from noise, or from a finished video with noise on it."""
@@ -117,7 +121,7 @@ def own_samples(
     own = {}
     for index in range(rank, count, size):
         step(index)
-        own[index] = use.sample(model, index % len(use.prompts), seed + index)
+        own[index] = use.numbered(model, index, seed)
     if size > 1:
         shares: list[Any] = [None] * size
         dist.all_gather_object(shares, own)
@@ -134,9 +138,7 @@ def own_videos(
     """Some of these videos, by their numbers; made anew where none are kept."""
     kept = _read(_place(model, use, count, seed), count)
     return {
-        number: use.sample(model, number % len(use.prompts), seed + number).video
-        if kept is None
-        else kept[number].video
+        number: (use.numbered(model, number, seed) if kept is None else kept[number]).video
         for number in numbers
     }
 
@@ -195,12 +197,11 @@ def learn_table(
     found = []
     for number, (prompt, start) in enumerate(starts):
         step(number)
-        model = sparse.clone()
-        patch = SilentPatch(sparse.get_attachment(KEY).plan)
-        put_on(model, patch)
+        model = silent(sparse)
         use.sample(model, prompt, seed + AHEAD + number, start)
-        if patch.last_learned is None:
+        learned = last_learned(model)
+        if learned is None:
             return None
-        found.append(patch.last_learned)
+        found.append(learned)
     table = mean_adapter(found)
     return table if table is not None and table.has("allocation") else None

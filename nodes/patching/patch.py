@@ -210,6 +210,13 @@ def put_on(model: Any, patch: SparsePatch) -> None:
     model.set_attachments(KEY, patch)
 
 
+def silent(model: Any) -> Any:
+    """A clone of a patched MODEL whose runs are no runs of a person's."""
+    clone = model.clone()
+    put_on(clone, SilentPatch(installed_plan(model)))
+    return clone
+
+
 def take_off(model: Any) -> None:
     """Let a MODEL sample as it would without a patch."""
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):

@@ -116,7 +116,6 @@ class _SelfAttention:
         host = HostCall(self.original, q, k, v, heads, None, kwargs)
         if entering.layer is None or host.tokens != host.kv_tokens:
             return self.original(q, k, v, heads, *args, **kwargs)
-        self._share.own(heads)
         order = self._order(entering.layer, host)
 
         def whole(x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         spread(model, job["guided"])
         model = received(job["work"])(model, job["request"])
         if job.get("breaks") == rank:
-            _break_one(job["request"], model)
+            _break_one(model)
         out = variant.sample(model, variant.odd, cfg=5.0)
         last = model.get_attachment("ropeslr").last_report
         found[name] = out, last.sparse_calls, dict(last.dense_calls)
@@ -104,7 +104,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _break_one(request: bytes, model) -> None:
+def _break_one(model) -> None:
     """Let this process's third sparse output hold a NaN."""
     run = sys.modules[type(model.get_attachment("ropeslr")).__module__].AttentionRun
     attend, calls = run.attend, []
