@@ -50,7 +50,7 @@ class _Settings:
     dense_last_steps: int = 0
     dense_layers: frozenset[int] = field(default_factory=frozenset)
     calibrate: str = "auto"
-    calibrate_rows: int = 128
+    calibrate_rows: int = 512
     backend: str = "auto"
     block_order: str = "auto"
     min_tokens: int = 4096

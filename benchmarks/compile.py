@@ -149,7 +149,8 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
     )
     lse = empty(1, heads, tokens)
     per_head, per_channel = empty(1, heads), empty(1, heads, head_dim)
-    first = types.FirstOrder(per_channel, empty(1, heads, head_dim, head_dim), per_channel)
+    square = empty(1, heads, head_dim, head_dim)
+    first = types.FirstOrder(per_channel, square, per_channel)
     gate = types.Gate(empty(1, heads, count), per_head, per_head)
     angles, axis_ids = empty(tokens, head_dim // 2), empty(tokens, 3, of=torch.int32)
     learned = empty(heads, 150, rank)
@@ -204,6 +205,7 @@ def cases(sizes: Sizes = WAN_LAYER) -> dict[str, Callable]:
         "state": lambda: backend.block_pool_state(q, q, blocks, None),
         "low_rank_state": lambda: backend.low_rank_state(q, q, fmap),
         "linear_state": lambda: backend.low_rank_state(q, q, plain),
+        "mapped": lambda: backend.add_mapped(q, square),
         "rms": lambda: backend.add_rms_low_rank(q, q, q, q, lse, rms),
         "select": lambda: backend.block_select(pooled_q, pooled_k, blocks, kept, scale),
         "mass": lambda: backend.block_mass(q, q, lse, blocks, [kept, 20, 70], scale),

@@ -344,6 +344,11 @@ def add_rms_low_rank(
     return (out / size + gate[..., None] * rms_low_rank(q, k, v, branch)) * size
 
 
+def add_mapped(x: Tensor, matrix: Tensor) -> Tensor:
+    """x + x matrix of every head: x `(B, H, L, D)`, matrix `(B, H, D, D)` -> `(B, H, L, D)`."""
+    return x + x @ matrix
+
+
 def feature_energy(q: Tensor, k: Tensor, v: Tensor, branch: RmsLowRank) -> Tensor:
     """Mean square of each feature's part of phi_q sum(phi_k^T v), summed over D: -> `(B, H, r)`."""
     state = torch.einsum("bhlr,bhld->bhrd", silu_features(k, branch.k_map), v)

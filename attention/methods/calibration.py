@@ -41,6 +41,26 @@ class Calibration(NamedTuple):
     gate_bias: Tensor  # (B, H)
     channel_scale: Tensor  # (B, H, r)
     channel_ids: Tensor | None  # (B, H, r): which channels those are; None: all
+    # See correction.py; None: no correction.
+    query_map: Tensor | None = None  # (B, H, r, D)
+    kept_map: Tensor | None = None  # (B, H, D, D)
+
+    @property
+    def plain(self) -> Calibration:
+        """Without the correction."""
+        return self._replace(query_map=None, kept_map=None)
+
+    def stored_as(self, dtype: torch.dtype) -> Calibration:
+        """With its large parts, D x D for each head, in a dtype."""
+        if self.query_map is None or self.kept_map is None:
+            return self
+        return self._replace(query_map=self.query_map.to(dtype), kept_map=self.kept_map.to(dtype))
+
+    def channels(self, q: Tensor) -> Tensor:
+        """Those channels `(B, H, L, r)` of q."""
+        if self.channel_ids is None:
+            return q
+        return q.gather(-1, self.channel_ids[:, :, None].expand(-1, -1, q.shape[2], -1))
 
     def of_batch(self, own: slice) -> Calibration:
         """Those of some batch rows."""
@@ -59,6 +79,11 @@ class Calibration(NamedTuple):
         """Those of several conditionings as one batch."""
         columns = zip(*parts)
         return Calibration(*(None if xs[0] is None else torch.cat(xs) for xs in columns))  # type: ignore[arg-type]
+
+    def read(self, state: State) -> Tensor:
+        """What reads the background, v_mean + q read, from the query's channels `(B, H, r, D)`."""
+        first_order = state.cov * self.channel_scale[..., None]
+        return first_order if self.query_map is None else first_order + self.query_map
 
 
 class Lesson(NamedTuple):
@@ -132,10 +157,8 @@ def calibrate(exact: ExactQueries, state: State, start: Calibration) -> Calibrat
     known_part = state.v_mean[:, :, None]
     if exact.branch is not None:
         known_part = known_part + exact.branch.to(dtype)
-    if start.channel_ids is not None:
-        q = q.gather(-1, start.channel_ids[:, :, None].expand(-1, -1, q.shape[2], -1))
     wanted = out - (1 - gate) * sparse_out - gate * known_part
-    weighted = gate * q
+    weighted = gate * start.channels(q)
     normal = _pair_sums(_pair_sums((weighted.mT @ weighted) * (cov @ cov.mT), -1), -2)
     right = _pair_sums((weighted * (wanted @ cov.mT)).sum(dim=2), -1)
     ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
@@ -155,20 +178,26 @@ def calibrate(exact: ExactQueries, state: State, start: Calibration) -> Calibrat
     )
 
 
-def mixed(exact: ExactQueries, state: State, known: Calibration) -> Tensor:
-    """The sampled queries' outputs `(B, H, R, D)` as `known` mixes them, background included."""
+def gate_of(exact: ExactQueries, known: Calibration) -> Tensor:
+    """The dropped blocks' share of the sampled queries `(B, H, R)`, as `known` estimates it."""
     own = 0.0 if exact.gate_logits is None else exact.gate_logits
     gap = exact.dropped_lse - exact.sparse_lse.clamp(min=-1e30)
     gate = torch.sigmoid(known.gate_slope[..., None] * gap + known.gate_bias[..., None] + own)
     gate = gate.masked_fill(exact.sparse_lse == -torch.inf, 1.0)
-    gate = gate.masked_fill(exact.dropped_lse == -torch.inf, 0.0)[..., None]
-    q = exact.q.to(state.cov.dtype)
-    if known.channel_ids is not None:
-        q = q.gather(-1, known.channel_ids[:, :, None].expand(-1, -1, q.shape[2], -1))
-    background = state.v_mean[:, :, None] + (q * known.channel_scale[:, :, None]) @ state.cov
+    return gate.masked_fill(exact.dropped_lse == -torch.inf, 0.0)
+
+
+def mixed(exact: ExactQueries, state: State, known: Calibration) -> Tensor:
+    """The sampled queries' outputs `(B, H, R, D)` as `known` mixes them, background included."""
+    gate = gate_of(exact, known)[..., None]
+    read = known.read(state)
+    background = state.v_mean[:, :, None] + known.channels(exact.q.to(read.dtype)) @ read
     if exact.branch is not None:
         background = background + exact.branch
-    return torch.lerp(exact.sparse_out.to(background.dtype), background, gate)
+    kept = exact.sparse_out.to(background.dtype)
+    if known.kept_map is not None:
+        kept = kept + kept @ known.kept_map
+    return torch.lerp(kept, background, gate)
 
 
 def _fit_gate(

@@ -43,6 +43,7 @@ from .calibration import (
     strongest,
     untrained,
 )
+from .correction import correct
 
 EPS = 1e-5  # beside the MEAN of phi(k)
 MOST_LESSONS = 64  # of a layer; beyond them every second one is forgotten
@@ -71,6 +72,9 @@ class Parts(NamedTuple):
         low_rank = None if self.trained is None else self.trained.low_rank
         gate = Gate(self.routing.dropped_lse, known.gate_slope, known.gate_bias, own_logits)
         first = FirstOrder(state.v_mean, state.cov, known.channel_scale, known.channel_ids)
+        if known.query_map is not None:
+            ones = torch.ones_like(known.channel_scale)
+            first = FirstOrder(state.v_mean, known.read(state), ones, known.channel_ids)
         return Background(gate, first, low_rank)
 
 
@@ -132,10 +136,12 @@ class RoPeSLR(Method):
             cost += more
         elif call.layout.weighted:
             self._remember(q, call, parts.known)
+            qkv = qkv._replace(v=self._mapped(v, parts.known))
             sparse = self._kept_blocks(qkv, call, parts, out)
             found, mass = self._mix(q, sparse, call, parts, out)
         else:
             self._remember(q, call, parts.known)
+            v = self._mapped(v, parts.known)
             found = ops.block_sparse_mixed(
                 q,
                 k,
@@ -225,12 +231,16 @@ class RoPeSLR(Method):
         with torch.no_grad():  # what is learned here outlives this call, and with it any graph
             exact = self._exact_queries(qkv, call, parts, sparse)
             known = calibrate(exact, parts.state, parts.known)
+            known, left_out = correct(exact, parts.state, known)
             if self.precision.open(call.layer, qkv.q, self.query_block):
-                lost = (mixed(exact, parts.state, known) - exact.out).square().sum()
+                lost = (left_out - exact.out).square().sum()
                 self.judge_precision(qkv, call, (exact.q, exact.out), lost)
         batch, heads, count, head_dim = exact.q.shape
+        known = known.stored_as(qkv.q.dtype)
         self._remember(qkv.q, call, known, made_now=True)
-        found, mass = self._mix(qkv.q, sparse, call, parts._replace(known=known), out)
+        kept, lse = sparse
+        kept = self._mapped(kept, known, None if kept.requires_grad else kept)
+        found, mass = self._mix(qkv.q, (kept, lse), call, parts._replace(known=known), out)
         tokens = call.layout.attended_tokens
         return found, mass, batch * calibration_flops(tokens, head_dim, heads, count)
 
@@ -246,6 +256,12 @@ class RoPeSLR(Method):
             out=out,
             eight_bit=self.eight_bit(qkv.k, qkv.v, call, parts.routing.pooled_k),
         )
+
+    def _mapped(self, x: Tensor, known: Calibration, out: Tensor | None = None) -> Tensor:
+        """Values, or the kept blocks' output, with the correction's part of it."""
+        if known.kept_map is None:
+            return x
+        return ops.add_mapped(x, known.kept_map, backend=self.plan.backend, out=out)
 
     def _mix(
         self,
@@ -390,7 +406,7 @@ class RoPeSLR(Method):
         if not isinstance(kept, int):
             counts = torch.tensor(kept, dtype=torch.float32).view(q.shape[:2])
         scale = call.softmax_scale(q.shape[3])
-        return Lesson(call.sigma, call.layout.grid, known, counts, blocks, scale)
+        return Lesson(call.sigma, call.layout.grid, known.plain, counts, blocks, scale)
 
     def _by_conditioning(
         self, q: Tensor, call: AttentionCall

@@ -49,6 +49,7 @@ from .additive import (
 from .attention import block_sparse_attention, dense_attention
 from .eight_bit import quantize_kv
 from .fused import block_sparse_linear, block_sparse_mixed, linear_read, mix_background
+from .linear_map import add_mapped
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
 from .selection import block_mass, block_select, dropped_mass, mask_from_bits
@@ -74,6 +75,7 @@ __all__ = [
     "TokenBlocks",
     "TritonNotUsable",
     "add_coarse",
+    "add_mapped",
     "add_rms_low_rank",
     "backend_for",
     "block_mass",

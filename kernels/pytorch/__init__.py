@@ -15,6 +15,7 @@ from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .eight_bit import quantize_kv
 from .fused import add_linear, block_sparse_linear, block_sparse_mixed, linear_read, mix_background
+from .linear_map import add_mapped
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .prefix import prefix_attention
 from .selection import block_mass, block_select, dropped_mass, lists_from_bits
@@ -22,6 +23,7 @@ from .selection import block_mass, block_select, dropped_mass, lists_from_bits
 __all__ = [
     "add_coarse",
     "add_linear",
+    "add_mapped",
     "add_rms_low_rank",
     "block_mass",
     "block_pool",

@@ -5,10 +5,12 @@ from .attention import block_sparse_attention, dense_attention
 from .attention_backward import block_sparse_attention_backward
 from .eight_bit import quantize_kv
 from .fused import block_sparse_linear, block_sparse_mixed, mix_background
+from .linear_map import add_mapped
 from .pooling import block_pool, block_pool_state, low_rank_state
 from .selection import block_mass, block_select, lists_from_bits
 
 __all__ = [
+    "add_mapped",
     "add_rms_low_rank",
     "block_mass",
     "block_pool",

@@ -104,8 +104,12 @@ def test_the_choice_follows_the_rule_for_what_a_run_really_measured(monkeypatch)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_measured_is_what_a_head_loses(method, monkeypatch):
-    """The probed error at the mean is that of a uniform run, here on all queries."""
+    """The probed error at the mean is that of a uniform run, here on all queries.
+
+    But for the correction, which few queries cannot tell.
+    """
     monkeypatch.setattr(load(".attention.methods.base"), "PROBED_ROWS", 768)
+    monkeypatch.setattr(load(".attention.methods.correction"), "LAMBDAS", ())
     run = sharing(method=method, calibrate_rows=768, calibrate="first step")
     q, k, v = layer_inputs(1)
     run.attend(q, k, v, Call(LAYOUT, 1, 0, 20))
@@ -255,7 +259,9 @@ def taught(run, steps=(0, 1), first=1.0):
     return learned.learned_adapter(run.lessons, LAYERS, facts(), run.plan.adapter)
 
 
-def test_a_run_that_starts_from_another_needs_neither_probe_nor_calibration(tmp_path):
+def test_a_run_that_starts_from_another_needs_neither_probe_nor_calibration(tmp_path, monkeypatch):
+    """Of what was learned the correction alone is not kept."""
+    monkeypatch.setattr(load(".attention.methods.correction"), "LAMBDAS", ())
     adapter = taught(sharing())
     path = adapters.write_adapter(adapter, tmp_path / "learned.safetensors")
     read = adapters.read_adapter(path)

@@ -57,7 +57,7 @@ def test_gradients_and_results_are_those_of_the_call_without_gradients(settings,
     for step in range(2):
         expected, cost = plain.attend(q, k, v, Call(layout, step=step))
         found, same_cost = trained.attend(*leaves, Call(layout, step=step))
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert cost == same_cost
         for start, stop in hidden:
             assert not found[:, :, start:stop].any() and not expected[:, :, start:stop].any()

@@ -105,3 +105,24 @@ def test_attention_between_blocks_matches_its_definition(dtype):
     assert found.data_ptr() == out.data_ptr() and torch.equal(found[:, :, 164:], kept[:, :, 164:])
     with pytest.raises(ValueError, match="pooled k"):
         ops.add_coarse(out, gate, (pooled[0], pooled[1][:, :, :2], pooled[2]), blocks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [48, 128])
+def test_a_linear_map_that_is_added_matches_its_definition(dtype, head_dim):
+    (x,) = tensors((2, 3, 600, head_dim), dtype=dtype, seed=3)
+    (matrix,) = tensors((2, 3, head_dim, head_dim), seed=4)
+    matrix = 40.0 * matrix  # of any size
+    own = BACKEND if dtype in HALF else {}
+    found, expected = ops.add_mapped(x, matrix, **own), reference.add_mapped(*wide((x, matrix)))
+    assert found.dtype == dtype and found.transpose(1, 2).is_contiguous()
+    same(found, expected, dtype)
+    side_by_side = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(ops.add_mapped(side_by_side, matrix, **own), found)
+    assert ops.add_mapped(side_by_side, matrix, out=side_by_side, **own) is side_by_side
+    assert torch.equal(side_by_side, found)
+    leaf = x.clone().requires_grad_()
+    ops.add_mapped(leaf, matrix).sum().backward()
+    same(leaf.grad, 1.0 + wide(matrix).sum(dim=-1)[:, :, None].expand_as(x), dtype)
+    with pytest.raises(ValueError, match="matrix must have the shape"):
+        ops.add_mapped(x, matrix[:, :1])

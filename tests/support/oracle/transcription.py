@@ -445,11 +445,15 @@ def ropeslr(
 
     weights: beta `(H, D/2)`, gate_c, gate_b, eta `(H,)`, gate_w `(D,)`, a_q, a_k `(H, r, D)`, pe_q,
     pe_k `(H, r, D)` ("fourier") or `(H, T+Hh+Ww, r)` on `pe_grid` ("table"). `x` may be None
-    without gate_w. `rank` 0 keeps everything.
+    without gate_w. `rank` 0 keeps everything. query_map, kept_map `(H, D, D)`: see `correct`.
     """
     heads, tokens, width = q.shape
     kept = kept_blocks(q, k, angles, blocks, keep)
     out_sparse, lse = sparse(q, k, v, angles, blocks, kept)
+    query_map, kept_map = (
+        _weight(weights, name, torch.zeros(heads, width, width))
+        for name in ("query_map", "kept_map")
+    )
     dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
     c = _weight(weights, "gate_slope", torch.ones(heads))
     b = _weight(weights, "gate_bias", torch.zeros(heads))
@@ -470,7 +474,9 @@ def ropeslr(
         for i in range(tokens):
             gate = _mass_gate(dropped_lse[h, i], lse[h, i], c[h], b[h], gate_x[h, i])
             background = mean_v + (scale * turned_q[h, i]) @ c_matrix + branch[h, i]
-            out[h, i] = (1.0 - gate) * out_sparse[h, i] + gate * background
+            background = background + turned_q[h, i] @ query_map[h]
+            of_kept = out_sparse[h, i] + out_sparse[h, i] @ kept_map[h]
+            out[h, i] = (1.0 - gate) * of_kept + gate * background
     return out
 
 
@@ -552,6 +558,60 @@ def calibrate(
         if solved is not None:
             beta[h] = solved
     return {"gate_slope": gate_c, "gate_bias": gate_b, "channel_scale": beta}
+
+
+def correct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor | None,
+    blocks: Blocks,
+    keep: float,
+    values: dict[str, Tensor],
+    before: Tensor,
+) -> dict[str, Tensor]:
+    """What is linear in the rest of a calibration by all tokens: query_map, kept_map.
+
+    values: of `calibrate`. before `(H, L, D)`: the output without a correction. Every query is
+    predicted by a fit to all the others, by two strengths of shrinking, and the better one counts.
+    """
+    kept = kept_blocks(q, k, angles, blocks, keep)
+    out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
+    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
+    turned_q, (exact, _) = rotate(q, angles), dense(q, k, v, angles)
+    heads, tokens, width = q.shape
+    gate_x = values.get("gate_logits")
+    maps = torch.zeros(heads, 2 * width, width, dtype=torch.float64)
+    for h in range(heads):
+        rest = exact[h] - before[h]
+        slope, bias = values["gate_slope"][h], values["gate_bias"][h]
+        own = torch.zeros(tokens) if gate_x is None else gate_x[h]
+        gates = [
+            _mass_gate(dropped_lse[h, i], lse_kept[h, i], slope, bias, own[i])
+            for i in range(tokens)
+        ]
+        gate = torch.stack([each.double() for each in gates])[:, None]
+        sizes = [x[h].square().mean().sqrt() for x in (turned_q, out_sparse)]
+        rows = torch.cat(
+            (gate * turned_q[h] / sizes[0], (1 - gate) * out_sparse[h] / sizes[1]), dim=1
+        )
+        least, found = rest.square().sum(), torch.zeros(2 * width, width).double()
+        for strength in (0.01, 0.3):
+            ridge = strength * rows.square().sum() / tokens * torch.eye(2 * width).double()
+            missed = 0.0
+            for i in range(tokens):
+                others = [j for j in range(tokens) if j != i]
+                fit = torch.linalg.solve(
+                    rows[others].T @ rows[others] + ridge, rows[others].T @ rest[others]
+                )
+                missed += (rest[i] - rows[i] @ fit).square().sum()
+            if missed < least:
+                least = missed
+                found = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ rest)
+        maps[h] = found
+        maps[h, :width] /= sizes[0]
+        maps[h, width:] /= sizes[1]
+    return {"query_map": maps[:, :width], "kept_map": maps[:, width:]}
 
 
 def interpolate_noise(values: Tensor, levels: list[float], noise: float) -> Tensor:
