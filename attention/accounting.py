@@ -75,6 +75,20 @@ def calibration_flops(tokens: int, head_dim: int, heads: int, queries: int) -> f
     return 4.0 * queries * tokens * head_dim * heads
 
 
+def correction_flops(
+    head_dim: int, heads: int, queries: int, features: int, penalties: int
+) -> float:
+    """Ridge regression of D outputs on p features: R p^2 once; for each penalty p^3 / 3 of
+    factorising, R p^2 of solving, 4 R p D of weights and predictions."""
+    each = features**3 / 3 + queries * features * (features + 4.0 * head_dim)
+    return heads * (queries * features**2 + penalties * each)
+
+
+def mapping_flops(tokens: int, head_dim: int, heads: int) -> float:
+    """A D x D matrix on every value: 2 L D^2 per head."""
+    return 2.0 * tokens * head_dim * head_dim * heads
+
+
 def probe_flops(tokens: int, head_dim: int, heads: int, queries: int, counts: int) -> float:
     """Exact attention of R queries, and their values over P prefixes: 2 R L D (2 + P) per head."""
     return 2.0 * queries * tokens * head_dim * heads * (2 + counts)

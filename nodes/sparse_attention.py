@@ -177,13 +177,13 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "calibrate_rows",
-                    default=128,
+                    default=512,
                     min=1,
                     max=MAX_CALIBRATE_ROWS,
                     advanced=True,
                     tooltip=(
-                        "Queries per layer that each calibration computes exactly. 128 cost 0.2 % "
-                        "of dense attention at 75,000 tokens."
+                        "Queries per layer that each calibration computes exactly: the more, the "
+                        "better the picture. 512 cost 0.7 % of dense attention at 75,000 tokens."
                     ),
                 ),
                 io.Combo.Input(

@@ -54,7 +54,11 @@ class Calibration(NamedTuple):
         """With its large parts, D x D for each head, in a dtype."""
         if self.query_map is None or self.kept_map is None:
             return self
-        return self._replace(query_map=self.query_map.to(dtype), kept_map=self.kept_map.to(dtype))
+        most = torch.finfo(dtype).max
+        query_map, kept_map = (
+            x.clamp(-most, most).to(dtype) for x in (self.query_map, self.kept_map)
+        )
+        return self._replace(query_map=query_map, kept_map=kept_map)
 
     def channels(self, q: Tensor) -> Tensor:
         """Those channels `(B, H, L, r)` of q."""

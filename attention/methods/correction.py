@@ -1,18 +1,18 @@
-"""What self-calibration leaves over, as far as it is linear in the query and the kept blocks' output.
+"""What self-calibration leaves over, as far as queries and kept blocks predict it linearly.
 
 On the R queries of a calibration, whose exact outputs are known:
 
-    e_i = out_i - mixed_i                                 what gate and background leave over
-    F_i = [g_i q_i / |q|, (1 - g_i) O_s,i / |O_s|]        |x|: root mean square of a head
-    W = (F^T F + lambda tau)^-1 F^T e                     tau: mean of |F_i|^2
+    e_i = out_i - mixed_i                             what gate and background leave over
+    F_i = [g_i q_i / |q|, (1 - g_i) O_s,i / |O_s|]    |x|: root mean square of a head
+    W = (F^T F + lambda tau)^-1 F^T e = [N; M]        tau: mean of |F_i|^2
 
-so that F_i W is added to the output of every query. That needs no kernel of its own: it is
+and F_i W is added to the output of every query, which needs no kernel of its own: it is
 
-    (1 - g_i) O_s,i (1 + M)         as attention over the values v (1 + M)
-    g_i (mean(v) + q_i (beta C + N))
+    (1 - g_i) O_s,i (1 + M)                           attention over the values v (1 + M)
+    g_i (mean(v) + q_i (beta C + N))                  the background, read by another matrix
 
 lambda is the one of LAMBDAS whose leave-one-out error is the smallest, for each head; and W = 0
-where even that is no smaller than the error without. Source: our own.
+where even that is hardly smaller than the error without. Source: our own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .calibration import Calibration, ExactQueries, State, gate_of, mixed
 
 LAMBDAS = (0.01, 0.3)
 LEAST_LEFT = 1e-3  # of a query's own weight in its prediction, from 1
+WORTH = 0.99  # share of the error without, that a correction has to beat
 TINY = 1e-12
 
 
@@ -44,7 +45,7 @@ def correct(exact: ExactQueries, state: State, known: Calibration) -> Corrected:
     rest = exact.out.to(dtype) - before
     gate = gate_of(exact, known)[..., None].to(dtype)
     q, kept = known.channels(exact.q.to(dtype)), exact.sparse_out.to(dtype)
-    per_query, per_kept = (1.0 / _root_mean_square(x) for x in (q, kept))
+    per_query, per_kept = (_per_size(x) for x in (q, kept))
     features = torch.cat((gate * (q * per_query), (1.0 - gate) * (kept * per_kept)), dim=-1)
 
     found = _ridge(features, rest)
@@ -59,12 +60,12 @@ class _Fit(NamedTuple):
 
 
 def _ridge(features: Tensor, rest: Tensor) -> _Fit:
-    """The best of some penalties, 0 weights among them: features `(B, H, R, p)`, rest `(..., D)`."""
+    """The best of some penalties, or no weights: features `(B, H, R, p)`, rest `(B, H, R, D)`."""
     normal = features.mT @ features
     tau = features.square().sum(dim=-1).mean(dim=-1).clamp(min=TINY)
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     best, weights = rest, rest.new_zeros(*features.shape[:2], features.shape[-1], rest.shape[-1])
-    least = rest.square().sum(dim=(-2, -1))
+    least = WORTH * rest.square().sum(dim=(-2, -1))
     for penalty in LAMBDAS:
         factor, failed = torch.linalg.cholesky_ex(normal + (penalty * tau)[..., None, None] * eye)
         half = torch.linalg.solve_triangular(factor, features.mT, upper=False)
@@ -78,5 +79,7 @@ def _ridge(features: Tensor, rest: Tensor) -> _Fit:
     return _Fit(weights, best)
 
 
-def _root_mean_square(x: Tensor) -> Tensor:
-    return x.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=TINY)
+def _per_size(x: Tensor) -> Tensor:
+    """1 / root mean square of every head; 0 where that is no number."""
+    size = x.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=TINY)
+    return torch.nan_to_num(1.0 / size, nan=0.0)

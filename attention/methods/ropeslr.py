@@ -28,7 +28,13 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.types import Background, FeatureMap, FirstOrder, Gate, LinearState, LowRank
-from ..accounting import calibration_flops, first_order_flops, low_rank_flops
+from ..accounting import (
+    calibration_flops,
+    correction_flops,
+    first_order_flops,
+    low_rank_flops,
+    mapping_flops,
+)
 from ..call import AttentionCall
 from ..plan import ResolvedPlan
 from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
@@ -43,7 +49,7 @@ from .calibration import (
     strongest,
     untrained,
 )
-from .correction import correct
+from .correction import LAMBDAS, correct
 
 EPS = 1e-5  # beside the MEAN of phi(k)
 MOST_LESSONS = 64  # of a layer; beyond them every second one is forgotten
@@ -128,6 +134,8 @@ class RoPeSLR(Method):
         if trained is not None and trained.low_rank is not None:
             rank = trained.low_rank.feature_map.rank(head_dim)
             background += batch * low_rank_flops(tokens, head_dim, heads, rank)
+        if due or parts.known.kept_map is not None:
+            background += batch * mapping_flops(tokens, head_dim, heads)
         for probe in self.probes(qkv, call, routing):
             cost += self._learn_calibrating(call, parts, probe)
         mass = None
@@ -241,8 +249,10 @@ class RoPeSLR(Method):
         kept, lse = sparse
         kept = self._mapped(kept, known, None if kept.requires_grad else kept)
         found, mass = self._mix(qkv.q, (kept, lse), call, parts._replace(known=known), out)
-        tokens = call.layout.attended_tokens
-        return found, mass, batch * calibration_flops(tokens, head_dim, heads, count)
+        tokens, features = call.layout.attended_tokens, known.channel_scale.shape[2] + head_dim
+        cost = calibration_flops(tokens, head_dim, heads, count)
+        cost += correction_flops(head_dim, heads, count, features, len(LAMBDAS))
+        return found, mass, batch * cost
 
     def _kept_blocks(
         self, qkv: QKV, call: AttentionCall, parts: Parts, out: Tensor | None
