@@ -81,6 +81,8 @@ class Calibration(NamedTuple):
     @staticmethod
     def joined(parts: Sequence[Calibration]) -> Calibration:
         """Those of several conditionings as one batch."""
+        if len(parts) == 1:
+            return parts[0]
         columns = zip(*parts)
         return Calibration(*(None if xs[0] is None else torch.cat(xs) for xs in columns))  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from .validate import check_backend, check_heads, check_out, check_shape
 def add_mapped(
     x: Tensor, matrix: Tensor, *, backend: str = "auto", out: Tensor | None = None
 ) -> Tensor:
-    """x + x matrix: x `(B, H, L, D)`, matrix `(B, H, D, D)` -> of x's shape and dtype.
+    """x + x matrix: x `(B, H, L, D)`, matrix `(B, H, D, D)`, rounded to x's dtype -> as x.
 
     out: where to write, x itself among others; without one, a new tensor.
     """

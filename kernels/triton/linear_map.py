@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pytorch.common import empty_nhd
-from .attention import normalised
 from .launch import aligned, kernel, launch_options, padded, strides
 from .tiles import block_tokens, head_ptr, load_rows, store_rows
 
@@ -19,12 +18,10 @@ def add_mapped(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     batch, heads, tokens, head_dim = x.shape
     source = aligned(x)
     found = empty_nhd(x, tokens) if out is None or aligned(out) is not out else out
-    mapped, size = normalised(matrix.float(), x.dtype)
     _add_mapped[(-(-tokens // TOKENS_PER_PROGRAM), batch * heads)](
         source,
         found,
-        mapped,
-        size,
+        matrix.to(x.dtype).contiguous(),
         *strides(source),
         *strides(found),
         heads,
@@ -40,12 +37,12 @@ def add_mapped(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
 
 @kernel
 def _add_mapped(
-    x_ptr, out_ptr, matrix_ptr, size_ptr,
+    x_ptr, out_ptr, matrix_ptr,
     x_batch, x_head, x_row, out_batch, out_head, out_row,
     heads, tokens, per_program,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = x + x matrix; matrix `(B*H, D, D)` in units of `size`."""
+    """out = x + x matrix; matrix `(B*H, D, D)`."""
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     x_ptr = head_ptr(x_ptr, b, h, x_batch, x_head)
@@ -54,10 +51,9 @@ def _add_mapped(
     mask = (channels < D)[:, None] & (channels < D)[None, :]
     offsets = channels[:, None] * D + channels[None, :]
     matrix = tl.load(matrix_ptr + head * D * D + offsets, mask=mask, other=0.0)
-    size = tl.load(size_ptr + head)
     first = tl.program_id(0) * per_program
     for block in range(first, tl.minimum(first + per_program, tl.cdiv(tokens, BLOCK))):
         rows = block_tokens(None, block, tokens, BLOCK)
         x = load_rows(x_ptr, rows, x_row, D, DP)
-        found = x.to(tl.float32) + tl.dot(x, matrix) * size
+        found = x.to(tl.float32) + tl.dot(x, matrix)
         store_rows(out_ptr, rows, out_row, found, D, DP)

@@ -180,6 +180,10 @@ def test_bytes_that_the_default_method_moves():
         lambda: backend.block_pool_state(k, v, layout_of(blocks, blocks), None), q, k, v
     )
     assert read == expected["block_pool_state"]
+    matrix = torch.zeros(1, heads, 64, 64)
+    mapped, read, seen = rows(lambda: backend.add_mapped(v, matrix), q, k, v)
+    assert read == expected["add_mapped"]
+    assert seen.stored(mapped) == mapped.numel()
     # K, v once per query block that keeps them.
     times_kept = mask.kv_num_blocks.float().mean().item()
     mixed = (q, k, v, mask, background, 0.125)

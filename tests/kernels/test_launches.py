@@ -90,12 +90,12 @@ def call(monkeypatch, turns=8, **plan):
     ids=str,
 )
 def test_a_call_between_two_calibrations(plan, monkeypatch):
-    """Never waits for the GPU, and starts few things beside its three or four kernels."""
+    """Never waits for the GPU, and starts few things beside its three to five kernels."""
     seen = call(monkeypatch, **plan)
     assert not ASKING & set(seen.torch), seen.torch
     launched = {name: n for name, n in seen.torch.items() if name not in FREE}
     kernels, others = sum(seen.triton.values()), sum(launched.values())
-    limits = {"ropeslr": (4, 27), "top-k": (5, 14), "top-k plain": (4, 8)}
+    limits = {"ropeslr": (5, 27), "top-k": (5, 14), "top-k plain": (4, 8)}
     most = limits[plan.get("method", "ropeslr")]
     eight_bit = 16 if plan.get("precision") == "8-bit" else 0
     assert kernels <= most[0] + (2 if eight_bit else 0), seen.triton
