@@ -100,3 +100,10 @@ def test_a_call_between_two_calibrations(plan, monkeypatch):
     eight_bit = 16 if plan.get("precision") == "8-bit" else 0
     assert kernels <= most[0] + (2 if eight_bit else 0), seen.triton
     assert others <= most[1] + eight_bit, launched
+
+
+@pytest.mark.parametrize("precision", ["16-bit", "8-bit"])
+def test_a_call_that_calibrates_does_not_wait_either(precision, monkeypatch):
+    seen = call(monkeypatch, turns=6, allocation="uniform", precision=precision)
+    assert "linalg_cholesky_ex" in seen.torch
+    assert not ASKING & set(seen.torch), seen.torch

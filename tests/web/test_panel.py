@@ -122,7 +122,9 @@ def in_python(case):
     features = rank if 0 < rank < RELEASED_RANK else RELEASED_RANK
     channels = first_order_channels(head_dim, rank)
     background = {
-        "ropeslr": lambda: accounting.first_order_flops(*place, channels),
+        "ropeslr": lambda: (
+            accounting.first_order_flops(*place, channels) + accounting.mapping_flops(*place)
+        ),
         "ropeslr with weights": lambda: (
             accounting.first_order_flops(*place, channels)
             + accounting.low_rank_flops(*place, features)

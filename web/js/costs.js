@@ -118,7 +118,9 @@ export function backgroundFlops({ method, trained, slaVariant }, rank, tokens, h
   if (method === "top-k") return 4.0 * tokens * keys * headDim * heads;
   if (method === "ropeslr") {
     const firstOrder = 4.0 * tokens * (rank > 0 && rank < headDim ? pairs(rank) : headDim) * headDim * heads;
-    return firstOrder + (trained ? 8.0 * tokens * features * headDim * heads : 0.0);
+    const lowRank = 8.0 * tokens * features * headDim * heads;
+    const corrected = 2.0 * tokens * headDim * headDim * heads; // the values, by what calibrations find
+    return firstOrder + (trained ? lowRank : corrected);
   }
   if (!trained) return 0.0; // without their weights, rola and sla are block-sparse attention alone
   if (method === "rola") return 8.0 * tokens * pairs(features) * headDim * heads;
