@@ -215,7 +215,7 @@ def test_costs_are_those_of_a_real_call(method):
         method=method,
         sparsity=0.5,
         rank=9,
-        calibrate="off",
+        calibrate="first step",
         allocation="uniform",
         backend="pytorch",
     )
