@@ -85,7 +85,7 @@ def correction_flops(
 
 
 def mapping_flops(tokens: int, head_dim: int, heads: int) -> float:
-    """A D x D matrix on every value: 2 L D^2 per head."""
+    """A D x D matrix on L values: 2 L D^2 per head."""
     return 2.0 * tokens * head_dim * head_dim * heads
 
 

@@ -83,6 +83,8 @@ class Calibration(NamedTuple):
         """Those of several conditionings as one batch."""
         if len(parts) == 1:
             return parts[0]
+        if any(each.kept_map is None for each in parts):
+            parts = [each.plain for each in parts]
         columns = zip(*parts)
         return Calibration(*(None if xs[0] is None else torch.cat(xs) for xs in columns))  # type: ignore[arg-type]
 

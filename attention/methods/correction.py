@@ -2,14 +2,15 @@
 
 On the R queries of a calibration, whose exact outputs are known:
 
-    e_i = out_i - mixed_i                             what gate and background leave over
-    F_i = [g_i q_i / |q|, (1 - g_i) O_s,i / |O_s|]    |x|: root mean square of a head
-    W = (F^T F + lambda tau)^-1 F^T e = [N; M]        tau: mean of |F_i|^2
+    e_i = out_i - mixed_i                          what gate and background leave over
+    F_i = [g_i q_i / a, (1 - g_i) O_s,i / b]       a, b: root mean squares of the head's q and O_s
+    W = (F^T F + lambda tau)^-1 F^T e              tau: mean over the queries of the sum of F_i^2
+    [N; M] = [W_q / a; W_s / b]
 
 and F_i W is added to the output of every query, which needs no kernel of its own: it is
 
-    (1 - g_i) O_s,i (1 + M)                           attention over the values v (1 + M)
-    g_i (mean(v) + q_i (beta C + N))                  the background, read by another matrix
+    (1 - g_i) O_s,i (1 + M)                        attention over the values v (1 + M)
+    g_i (mean(v) + q_i (beta C + N))               the background, read by another matrix
 
 lambda is the one of LAMBDAS whose leave-one-out error is the smallest, for each head; and W = 0
 where even that is hardly smaller than the error without. Source: our own.
@@ -31,8 +32,8 @@ TINY = 1e-12
 
 
 class Corrected(NamedTuple):
-    """known: with the correction. left_out `(B, H, R, D)`: the queries' outputs, each as predicted
-    from all the others."""
+    """known: with the correction. left_out `(B, H, R, D)`: the queries' outputs, each corrected by
+    what the others say; gate and background have seen them all."""
 
     known: Calibration
     left_out: Tensor

@@ -11,10 +11,11 @@
 In code: c gate_slope, b gate_bias, w gate_weight, T dropped_lse, beta channel_scale, C cov, eta
 low_rank_scale, A proj, E pe. Without an adapter w = eta = 0, and c, b, beta are solved in closed
 form on a few exactly computed queries (see calibration.py); an adapter brings them all, and
-`calibrate = refine` refines them the same way. Softmax attention IS such a mix of its kept and its
-dropped part, and the first-order term of the dropped part keeps relative position exactly, since q
-and k enter after RoPE. Source: RoPeSLR (arXiv 2605.20659) names the parts, its formulas are not
-public; this form is our reconstruction.
+`calibrate = refine` refines them the same way. Whoever calibrates also corrects: O_s,i (1 + M) and
+(beta_h * q_i) C + q_i N replace O_s,i and (beta_h * q_i) C (see correction.py). Softmax attention
+IS such a mix of its kept and its dropped part, and the first-order term of the dropped part keeps
+relative position exactly, since q and k enter after RoPE. Source: RoPeSLR (arXiv 2605.20659) names
+the parts, its formulas are not public; this form is our reconstruction.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ..accounting import (
     mapping_flops,
 )
 from ..call import AttentionCall
-from ..plan import ResolvedPlan
+from ..plan import CALIBRATE_EVERY, ResolvedPlan
 from .adapter_terms import LearnedPositions, at_noise, gate_logits, layer_weights, used_rank
 from .base import QKV, Method, MethodOutput, Probe, Routing
 from .calibration import (
@@ -77,10 +78,10 @@ class Parts(NamedTuple):
         own_logits = None if self.trained is None else self.trained.gate_logits
         low_rank = None if self.trained is None else self.trained.low_rank
         gate = Gate(self.routing.dropped_lse, known.gate_slope, known.gate_bias, own_logits)
-        first = FirstOrder(state.v_mean, state.cov, known.channel_scale, known.channel_ids)
+        cov, scale = state.cov, known.channel_scale
         if known.query_map is not None:
-            ones = torch.ones_like(known.channel_scale)
-            first = FirstOrder(state.v_mean, known.read(state), ones, known.channel_ids)
+            cov, scale = known.read(state), torch.ones_like(scale)
+        first = FirstOrder(state.v_mean, cov, scale, known.channel_ids)
         return Background(gate, first, low_rank)
 
 
@@ -89,11 +90,18 @@ Kept = int | tuple[tuple[int, ...], ...]
 
 
 class Remembered(NamedTuple):
-    """A calibration, the step it was made at, and how many blocks the heads kept then."""
+    """A calibration, the step and the window of a longer video that it was made at, and how many
+    blocks the heads kept then."""
 
     step: int
+    window: Hashable
     values: Calibration
     kept: Kept
+
+    def at(self, call: AttentionCall) -> Calibration:
+        """What holds for a call. A correction knows its own frames, as they were a while ago."""
+        fits = self.window == call.window and abs(call.step - self.step) < CALIBRATE_EVERY
+        return self.values if fits else self.values.plain
 
 
 class RoPeSLR(Method):
@@ -139,27 +147,27 @@ class RoPeSLR(Method):
         for probe in self.probes(qkv, call, routing):
             cost += self._learn_calibrating(call, parts, probe)
         mass = None
+        if known is None and not due:
+            self._remember(q, call, parts.known)
         if due:
             found, mass, more = self._calibrating(qkv, call, parts, out)
             cost += more
         elif call.layout.weighted:
-            self._remember(q, call, parts.known)
-            qkv = qkv._replace(v=self._mapped(v, parts.known))
-            sparse = self._kept_blocks(qkv, call, parts, out)
-            found, mass = self._mix(q, sparse, call, parts, out)
+            found, mass = self._mix(q, self._kept_blocks(qkv, call, parts, out), call, parts, out)
         else:
-            self._remember(q, call, parts.known)
-            v = self._mapped(v, parts.known)
+            values = v
+            if parts.known.kept_map is not None:
+                values = ops.add_mapped(v, parts.known.kept_map, backend=backend)
             found = ops.block_sparse_mixed(
                 q,
                 k,
-                v,
+                values,
                 routing.mask,
                 parts.background,
                 scale=call.scale,
                 backend=backend,
                 out=out,
-                eight_bit=self.eight_bit(k, v, call, routing.pooled_k),
+                eight_bit=self.eight_bit(k, values, call, routing.pooled_k),
             )
         return MethodOutput(
             found, routing.mask, routing.density, background, cost, heads=routing.heads, mass=mass
@@ -245,10 +253,9 @@ class RoPeSLR(Method):
                 self.judge_precision(qkv, call, (exact.q, exact.out), lost)
         batch, heads, count, head_dim = exact.q.shape
         known = known.stored_as(qkv.q.dtype)
-        self._remember(qkv.q, call, known, made_now=True)
-        kept, lse = sparse
-        kept = self._mapped(kept, known, None if kept.requires_grad else kept)
-        found, mass = self._mix(qkv.q, (kept, lse), call, parts._replace(known=known), out)
+        self._remember(qkv.q, call, known)
+        self._learn(qkv.q, call, known)
+        found, mass = self._mix(qkv.q, sparse, call, parts._replace(known=known), out)
         tokens, features = call.layout.attended_tokens, known.channel_scale.shape[2] + head_dim
         cost = calibration_flops(tokens, head_dim, heads, count)
         cost += correction_flops(head_dim, heads, count, features, len(LAMBDAS))
@@ -267,12 +274,6 @@ class RoPeSLR(Method):
             eight_bit=self.eight_bit(qkv.k, qkv.v, call, parts.routing.pooled_k),
         )
 
-    def _mapped(self, x: Tensor, known: Calibration, out: Tensor | None = None) -> Tensor:
-        """Values, or the kept blocks' output, with the correction's part of it."""
-        if known.kept_map is None:
-            return x
-        return ops.add_mapped(x, known.kept_map, backend=self.plan.backend, out=out)
-
     def _mix(
         self,
         q: Tensor,
@@ -286,12 +287,15 @@ class RoPeSLR(Method):
         The kept part has 1 - g of it, so the whole has LSE - log(1 - g) = LSE + softplus(logit g).
         """
         background, q_blocks = parts.background, parts.routing.mask.q_blocks
-        found = ops.mix_background(
-            q, *sparse, q_blocks, background, backend=self.plan.backend, out=out
-        )
+        kept, lse = sparse
+        backend, kept_map = self.plan.backend, parts.known.kept_map
+        if kept_map is not None:
+            own = None if kept.requires_grad else kept
+            kept = ops.add_mapped(kept, kept_map, backend=backend, out=own)
+        found = ops.mix_background(q, kept, lse, q_blocks, background, backend=backend, out=out)
         if not call.layout.weighted:
             return found, None
-        gate, lse = background.gate, sparse[1]
+        gate = background.gate
         dropped = gate.dropped_lse.index_select(2, q_blocks.block_of_token)
         mass = lse + F.softplus(gate.logit(lse, dropped))
         return found, torch.where(lse == -torch.inf, dropped, mass)  # a head may keep nothing
@@ -389,26 +393,24 @@ class RoPeSLR(Method):
         known = [each for each in found if each is not None]
         if len(known) < len(found) or [x.values.gate_slope.shape[0] for x in known] != counts:
             return None, self.plan.calibrates
-        values = Calibration.joined([each.values for each in known])
+        values = Calibration.joined([each.at(call) for each in known])
         interval = self.plan.calibration_interval(call.num_steps)
         # Steps also run backwards: some samplers go up in noise again, and some graphs only go up.
         old = interval is not None and any(abs(call.step - x.step) >= interval for x in known)
         moved = any(x.kept != kept for x, (_, _, kept) in zip(known, parts))
         return values, self.plan.calibrates and (old or moved)
 
-    def _remember(
-        self, q: Tensor, call: AttentionCall, known: Calibration, made_now: bool = False
-    ) -> None:
+    def _remember(self, q: Tensor, call: AttentionCall, known: Calibration) -> None:
         for key, own, kept in self._by_conditioning(q, call):
-            before, step = self.memory.get((call.layer, key)), call.step
-            if before is not None and not made_now:
-                step, kept = before.step, before.kept
-            self.memory[call.layer, key] = Remembered(step, known.of_batch(own), kept)
-        if made_now:
-            lessons = self.lessons.setdefault(call.layer, [])
-            if len(lessons) == MOST_LESSONS:
-                del lessons[1::2]
-            lessons.append(self._lesson(q, call, known))
+            values = known.of_batch(own)
+            self.memory[call.layer, key] = Remembered(call.step, call.window, values, kept)
+
+    def _learn(self, q: Tensor, call: AttentionCall, known: Calibration) -> None:
+        """Keep a calibration for whoever starts from this run."""
+        lessons = self.lessons.setdefault(call.layer, [])
+        if len(lessons) == MOST_LESSONS:
+            del lessons[1::2]
+        lessons.append(self._lesson(q, call, known))
 
     def _lesson(self, q: Tensor, call: AttentionCall, known: Calibration) -> Lesson:
         kept, blocks = self.kept(q, call), self.blocks(call.layout, q.device).num_ranked

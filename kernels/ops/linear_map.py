@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import dispatch, pytorch
-from .register import operands, wants_gradients
+from .. import dispatch
+from .register import operands, wants_gradients, write
 from .validate import check_backend, check_heads, check_out, check_shape
 
 
@@ -23,5 +23,5 @@ def add_mapped(
     gradients = wants_gradients(x, matrix)
     check_out(out, x, gradients)
     if gradients or is_compiling():
-        return pytorch.add_mapped(x, matrix, out)
+        return write(x + x @ matrix.to(x.dtype), out)
     return dispatch.run("add_mapped", backend, operands(x), x, matrix, out)

@@ -104,18 +104,85 @@ def test_large_parts_fit_into_half_precision():
     assert known.gate_slope.dtype == torch.float32
 
 
+GRID = (6, 12, 12)
+LAYOUT = attention.TokenLayout(GRID)
+
+
+def corrected_run(**plan):
+    return run_of(**(dict(sparsity=0.9, calibrate_rows=256) | plan))
+
+
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_run_is_nearer_to_dense_attention_with_it(rank, gradients, monkeypatch):
-    """At a step that calibrates, and at those after it."""
-    q, k, v = (x.requires_grad_(gradients) for x in smooth_qkv((6, 12, 12), width=32))
-    layout = attention.TokenLayout((6, 12, 12))
+    """At a step that calibrates, and, the same by other ways, at those after it."""
+    q, k, v = (x.requires_grad_(gradients) for x in smooth_qkv(GRID, width=32))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     errors = []
     for penalties in ((), correction.LAMBDAS):
         monkeypatch.setattr(correction, "LAMBDAS", penalties)
-        run = run_of(sparsity=0.9, rank=rank, calibrate_rows=256, allocation="uniform")
-        found = [run.attend(q, k, v, Call(layout, step=step))[0] for step in range(2)]
-        errors.append([float(relative_error(x.detach(), exact.detach())) for x in found])
-    for plain, corrected in zip(*errors):
-        assert corrected < 0.9 * plain
+        run = corrected_run(rank=rank)
+        first, second = (
+            run.attend(q, k, v, Call(LAYOUT, step=step, num_steps=20))[0].detach()
+            for step in range(2)
+        )
+        assert relative_error(second, first) < 1e-5
+        errors.append(float(relative_error(first, exact.detach())))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        dict(step=1, window=(6, 7, 8, 9, 10, 11)),
+        dict(step=5),
+        dict(step=-5),
+    ],
+    ids=str,
+)
+def test_it_holds_for_its_own_frames_and_a_while(later, monkeypatch):
+    """With other content it would do harm."""
+    found = []
+    for penalties in (correction.LAMBDAS, ()):
+        monkeypatch.setattr(correction, "LAMBDAS", penalties)
+        run = corrected_run(calibrate="first step")
+        own = dict(window=(0, 1, 2, 3, 4, 5))
+        outputs = [
+            run.attend(*smooth_qkv(GRID, width=32, seed=seed), Call(LAYOUT, num_steps=20, **how))[0]
+            for seed, how in ((0, dict(step=0) | own), (1, own | later), (0, dict(step=1) | own))
+        ]
+        found.append(outputs)
+    (_, other, again), (_, without, plain) = found
+    assert torch.equal(other, without)
+    assert relative_error(again, plain) > 0.05  # and is there again for those
+
+
+def test_conditionings_of_a_batch_have_their_own():
+    both = [
+        torch.cat(xs) for xs in zip(smooth_qkv(GRID, width=32), smooth_qkv(GRID, width=32, seed=1))
+    ]
+    together, alone = corrected_run(), {key: corrected_run() for key in "ab"}
+    for step in range(2):
+        call = Call(LAYOUT, step=step, num_steps=20, conditioning=(("a", 1), ("b", 1)))
+        found, _ = together.attend(*both, call)
+        for row, key in enumerate("ab"):
+            call = Call(LAYOUT, step=step, num_steps=20, conditioning=((key, 1),))
+            expected, _ = alone[key].attend(*(x[row : row + 1] for x in both), call)
+            assert relative_error(found[row : row + 1], expected) < 1e-5
+
+
+def test_weighted_keys_are_not_changed_by_it(monkeypatch):
+    """Nor does it know them: a calibrating call, and the one after it, agree."""
+    layout = attention.TokenLayout(GRID, after=12, weighted=((864, 876, 0.5),))
+    q, k, v = smooth_qkv(GRID, width=32)
+    k, v = (torch.cat((x, x[:, :, :12]), dim=2) for x in (k, v))
+    found = []
+    for penalties in (correction.LAMBDAS, ()):
+        monkeypatch.setattr(correction, "LAMBDAS", penalties)
+        run = corrected_run()
+        first, second = (
+            run.attend(q, k, v, Call(layout, step=step, num_steps=20))[0] for step in range(2)
+        )
+        assert relative_error(second, first) < 1e-5
+        found.append(first)
+    assert relative_error(*found) > 0.05

@@ -119,7 +119,7 @@ export function backgroundFlops({ method, trained, slaVariant }, rank, tokens, h
   if (method === "ropeslr") {
     const firstOrder = 4.0 * tokens * (rank > 0 && rank < headDim ? pairs(rank) : headDim) * headDim * heads;
     const lowRank = 8.0 * tokens * features * headDim * heads;
-    const corrected = 2.0 * tokens * headDim * headDim * heads; // the values, by what calibrations find
+    const corrected = 2.0 * tokens * headDim * headDim * heads; // the values, where it calibrates, as it does by itself
     return firstOrder + (trained ? lowRank : corrected);
   }
   if (!trained) return 0.0; // without their weights, rola and sla are block-sparse attention alone
