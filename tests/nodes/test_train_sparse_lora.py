@@ -39,6 +39,21 @@ def wan():
     return load_model("tiny_wan21_t2v")
 
 
+def with_much_to_learn(model):
+    """A MODEL whose runs correct little: of the tiny clip 512 queries would be all that there are."""
+    return sparse(model, calibrate_rows=16)
+
+
+def changed(modules) -> list:
+    """Modules that compute otherwise than their class; ComfyUI may leave a method there as a value."""
+    own = [(m, getattr(vars(m).get("forward"), "__func__", None)) for m in modules]
+    return [
+        m
+        for m, left in own
+        if m._forward_pre_hooks or ("forward" in vars(m) and left is not type(m).forward)
+    ]
+
+
 def stop_after(monkeypatch, checks):
     """A person's button, seen at so many checks."""
     import comfy.model_management as management
@@ -58,7 +73,8 @@ def test_what_comes_out_plugs_into_comfyuis_own_nodes(wan, folder, caplog):
     """The LoRA loads without a word, changes sparse and dense, and the files say what it is for."""
     caplog.set_level(logging.INFO)
     before, own = weights(wan), sample(wan)
-    lora, losses, steps, adapter = train(wan, samples=4, steps=4, evaluate_every=2)
+    model = with_much_to_learn(wan)
+    lora, losses, steps, adapter = train(model, samples=4, steps=4, evaluate_every=2)
     assert steps == 4 and len(losses["loss"]) == 4 and min(losses["loss"]) > 0
     assert losses["held_out_steps"] == [0, 2, 4] and losses["held_out"][0] == 1.0
     assert adapter.has("allocation") and len(adapter.info.noise_levels) == 3  # the first is dense
@@ -66,7 +82,7 @@ def test_what_comes_out_plugs_into_comfyuis_own_nodes(wan, folder, caplog):
     assert all(torch.equal(each, before[name]) for name, each in wan.model.state_dict().items())
     assert torch.equal(sample(wan), own)
     modules = list(wan.model.modules())
-    assert not [m for m in modules if "forward" in vars(m) or m._forward_pre_hooks]
+    assert not changed(modules)
     linear = "diffusion_model.blocks.0.self_attn.q"
     assert lora[f"{linear}.lora_up.weight"].shape == (256, 2)
     assert len(lora) == 2 * 4 * 3  # blocks; q, k, v, o; up, down, alpha
@@ -271,18 +287,18 @@ def test_held_out_videos_are_sampled_with_the_lora_and_without(wan, folder, capl
 
     monkeypatch.setattr(comparison, "compare", counted)
     sample(wan)  # another test's LoRA is out of it then
-    before = weights(wan)
-    train(wan, steps=2, samples=8)
+    before, model = weights(wan), with_much_to_learn(wan)
+    train(model, steps=2, samples=8)
     assert [numbers for numbers, _ in asked] == [[6, 7]]
     assert all(torch.equal(each, before[name]) for name, each in weights(wan).items())
     (without, with_it), _ = asked[0][1]
     assert without != with_it and state_of(folder, "sparse_lora").apart == asked[0][1]
     assert any("2 videos that it was not trained on" in each.message for each in caplog.records)
-    train(wan, steps=2, samples=8)
+    train(model, steps=2, samples=8)
     assert len(asked) == 1
     for kept in (folder / "temp").rglob("*.safetensors"):
         kept.unlink()
-    train(wan, steps=3, samples=8)
+    train(model, steps=3, samples=8)
     assert len(asked) == 2 and asked[1][1][0][0] == pytest.approx(without, rel=1e-4)
 
 
@@ -293,7 +309,7 @@ def test_a_lora_whose_videos_are_worse_changes_nothing(wan, folder, caplog, monk
     assert comparison.gain([(2.0, 1.0), (1.0, 1.0)]) == pytest.approx(1.505, abs=1e-3)
     assert comparison.gain([(0.0, 0.0)]) == 0
     monkeypatch.setattr(comparison, "compare", lambda *_: [(1.0, 1.3), (1.0, 1.2)])
-    lora, *_ = train(wan, steps=2, samples=8)
+    lora, *_ = train(with_much_to_learn(wan), steps=2, samples=8)
     assert not any(bool(each.any()) for key, each in lora.items() if "lora_up" in key)
     assert not (folder / "loras" / "sparse_lora.safetensors").exists()
     assert any("1.0 dB further from dense ones" in record.message for record in caplog.records)
