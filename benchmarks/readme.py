@@ -43,7 +43,7 @@ def cpu_table(record: dict) -> str:
         )
     lines.append(
         f"\n{record['date']}, {record['machine']} ({', '.join(record.get('flags', []))}), "
-        f"{record['threads']} threads, torch {record['torch']}; 4 heads of 128; times faster than "
+        f"{_threads(record)}, torch {record['torch']}; 4 heads of 128; times faster than "
         "dense SDPA. Every row keeps the same number of keys, whatever its key blocks."
     )
     return "\n".join(lines) + "\n"
@@ -162,7 +162,7 @@ def routing_table(record: dict) -> str:
             f"| {row['recall']:.3f} |"
         )
     lines.append(
-        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "
+        f"\n{record['date']}, {record['machine']}, {_threads(record)}, torch "
         f"{record['torch']}; {record['tokens']:,} tokens, head_dim {record['head_dim']}, "
         f"{100 * record['density']:.0f} % kept."
     )
@@ -299,7 +299,7 @@ def lora_table(record: dict) -> str:
         lines.append(f"| {name} | {sum(found) / seeds:.1f} | {each} |")
     best_step, best = min(record["held_out"], key=lambda each: each[1])
     lines.append(
-        f"\n{record['date']}, {record['machine']}, {record['threads']} threads, torch "
+        f"\n{record['date']}, {record['machine']}, {_threads(record)}, torch "
         f"{record['torch']}, ComfyUI {record['comfyui']}: {record['steps']} steps of "
         f"{asked['batch_size']} examples, rank {asked['rank']}, learning rate "
         f"{asked['learning_rate']:g}, {asked['samples']} videos of {asked['prompts']} prompts that "
@@ -348,6 +348,10 @@ def lora() -> str:
 
 def gpu() -> str:
     return gpu_table([_read(path.name) for path in sorted(RESULTS.glob("kernels-*.json"))])
+
+
+def _threads(record: dict) -> str:
+    return f"{record['threads']} thread" + "s" * (record["threads"] != 1)
 
 
 def _read(name: str) -> dict:

@@ -182,8 +182,8 @@ class RoPeSLRSparseAttention(io.ComfyNode):
                     max=MAX_CALIBRATE_ROWS,
                     advanced=True,
                     tooltip=(
-                        "Queries per layer that each calibration computes exactly: the more, the "
-                        "better the picture. 512 cost 0.7 % of dense attention at 75,000 tokens."
+                        "Queries per layer that each calibration computes exactly; fewer correct "
+                        "less. 512 cost 0.7 % of dense attention at 75,000 tokens."
                     ),
                 ),
                 io.Combo.Input(

@@ -448,13 +448,11 @@ def ropeslr(
     without gate_w. `rank` 0 keeps everything. query_map, kept_map `(H, D, D)`: see `correct`.
     """
     heads, tokens, width = q.shape
-    kept = kept_blocks(q, k, angles, blocks, keep)
-    out_sparse, lse = sparse(q, k, v, angles, blocks, kept)
+    _, out_sparse, lse, dropped_lse = _kept_part(q, k, v, angles, blocks, keep)
     query_map, kept_map = (
         _weight(weights, name, torch.zeros(heads, width, width))
         for name in ("query_map", "kept_map")
     )
-    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
     c = _weight(weights, "gate_slope", torch.ones(heads))
     b = _weight(weights, "gate_bias", torch.zeros(heads))
     beta = _weight(
@@ -523,9 +521,7 @@ def calibrate(
     is not finite); gate_x `(H, L)`, a known term of the gate's logit, or None; branch `(H, L, D)`,
     a known background, or None.
     """
-    kept = kept_blocks(q, k, angles, blocks, keep)
-    out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
-    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
+    kept, out_sparse, lse_kept, dropped_lse = _kept_part(q, k, v, angles, blocks, keep)
     gate_c, gate_b, beta = (
         start[name].double().clone() for name in ("gate_slope", "gate_bias", "channel_scale")
     )
@@ -575,9 +571,7 @@ def correct(
     values: of `calibrate`. before `(H, L, D)`: the output without a correction. Every query is
     predicted by a fit to all the others, by two strengths of shrinking, and the better one counts.
     """
-    kept = kept_blocks(q, k, angles, blocks, keep)
-    out_sparse, lse_kept = sparse(q, k, v, angles, blocks, kept)
-    dropped_lse = _dropped_lse(q, k, angles, blocks, kept)
+    _, out_sparse, lse_kept, dropped_lse = _kept_part(q, k, v, angles, blocks, keep)
     turned_q, (exact, _) = rotate(q, angles), dense(q, k, v, angles)
     heads, tokens, width = q.shape
     gate_x = values.get("gate_logits")
@@ -631,6 +625,15 @@ def interpolate_noise(values: Tensor, levels: list[float], noise: float) -> Tens
 
 def _weight(weights: dict[str, Tensor], name: str, initial: Tensor) -> Tensor:
     return weights.get(name, initial).double()
+
+
+def _kept_part(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, blocks: Blocks, keep: float
+) -> tuple[Kept, Tensor, Tensor, Tensor]:
+    """Which blocks are kept, what attention over them gives, its LSE, and that of the others."""
+    kept = kept_blocks(q, k, angles, blocks, keep)
+    out_sparse, lse = sparse(q, k, v, angles, blocks, kept)
+    return kept, out_sparse, lse, _dropped_lse(q, k, angles, blocks, kept)
 
 
 def _dropped_lse(q: Tensor, k: Tensor, angles: Tensor | None, blocks: Blocks, kept: Kept) -> Tensor:
