@@ -20,7 +20,7 @@ import torch
 import triton
 
 from . import commit, load_pack
-from .loops import hottest_loop
+from .loops import hottest_loop, innermost_loops
 from .static import TARGETS, capture, report
 from .traffic import bytes_per_token
 
@@ -59,6 +59,7 @@ ALL = (
     "state",
     "low_rank_state",
     "linear_state",
+    "mapped",
     "rms",
     "select",
     "mass",
@@ -66,7 +67,8 @@ ALL = (
     "backward",
 )
 FEW = (
-    *("plain", "mixed", "pool", "state", "select", "backward", "fine mixed", "wide mixed"),
+    *("plain", "mixed", "pool", "state", "mapped", "select", "backward"),
+    *("fine mixed", "wide mixed"),
     *("8-bit fine mixed", "8-bit wide mixed", "fine quantize"),
 )
 # sm_86 compiles as sm_89 does, and AMD's targets have not been run on by anyone yet: the cases of
@@ -237,6 +239,8 @@ def compile_case(target: str, name: str, call: Callable, head_dim: int = 128) ->
             needed = 2 * queries * keys * head_dim * products
             found["useful_mma"] = round(needed / loop.flops, 3) if loop and needed else None
             found["loop"] = loop.record() if loop and plain in FORWARD else None
+            if plain == "select" and target.startswith("cuda"):
+                found["passes"] = innermost_loops(kernel)
             rows.append({"target": target, "case": name, "kernel": kernel_name, **found})
     return rows
 

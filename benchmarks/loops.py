@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,9 +56,7 @@ def hottest_loop(kernel: Any) -> Loop | None:
     """The loop with the most tensor-core work a turn; None where no loop has any."""
     instructions, labels = disassemble(kernel)
     best: tuple[float, int, int] | None = None
-    for end, text in enumerate(instructions):
-        jump = re.search(r"\bBRA\S*\s.*?`\((\.L_[^)]+)\)", text)
-        start = labels.get(jump[1], end + 1) if jump else end + 1
+    for start, end in _loops(instructions, labels):
         flops = sum(map(mma_flops, instructions[start : end + 1]))
         # Of loops within each other the inner one; of equal ones the first, which is pipelined.
         if flops and (best is None or flops > best[0]):
@@ -84,6 +83,26 @@ def hottest_loop(kernel: Any) -> Loop | None:
         waits=tuple(int(n) for n in re.findall(r"ttg\.async_wait [^\n]*num = (\d+)", _loop(code))),
         warps_per_dot=_warps(code),
     )
+
+
+def innermost_loops(kernel: Any) -> list[int]:
+    """Instructions of one turn of every loop that has no other one inside, in the code's order."""
+    loops = list(_loops(*disassemble(kernel)))
+    return [
+        end - start + 1
+        for start, end in loops
+        if end > start  # the program's end, a jump to itself
+        and not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+
+
+def _loops(instructions: list[str], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """First and last instruction of all loops: jumps backwards."""
+    for end, text in enumerate(instructions):
+        jump = re.search(r"\bBRA\S*\s.*?`\((\.L_[^)]+)\)", text)
+        start = labels.get(jump[1], end + 1) if jump else end + 1
+        if start <= end:
+            yield start, end
 
 
 def _kind(text: str) -> str:

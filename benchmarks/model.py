@@ -328,6 +328,36 @@ def estimates(record: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+LAYER = {"tokens": 75_600, "heads": 40, "kept": 0.10}  # of Wan 14B at 720p
+COUNTINGS = 7  # of a row, until its threshold is found: 5 to 9, simulated on all kinds of scores
+TURN = 115  # instructions between two countings
+
+
+def selection(record: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What choosing units of 16 takes, and its share of what the kept blocks take, per row size.
+
+    Every scheduler is taken to issue an instruction a clock: rows are many and know no barrier.
+    """
+    rows = []
+    for name in SHOWN:
+        chip = CHIPS[name]
+        rates = {row["case"]: row["tflops"] for row in found if row["chip"] == name}
+        for row in record["rows"]:
+            if (row["target"], row["case"]) != (chip.target, "select") or "passes" not in row:
+                continue
+            first, counting, *_, last, _ = row["passes"]
+            chunks = -(-LAYER["tokens"] // (16 * 512))
+            for size, case in ((64, "fine mixed"), (128, "wide mixed")):
+                number = LAYER["heads"] * -(-LAYER["tokens"] // size)
+                each = chunks * (first + COUNTINGS * counting + last) + COUNTINGS * TURN
+                ms = number * each / (4 * chip.multiprocessors * chip.clock * 1e6)
+                flops = 4.0 * LAYER["tokens"] ** 2 * 128 * LAYER["heads"] * LAYER["kept"]
+                share = ms / (flops / rates[case] * 1e-9)
+                found_here = {"chip": name, "rows": size, "ms": round(ms, 2)}
+                rows.append(found_here | {"share_percent": round(100 * share, 1)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -340,9 +370,13 @@ def main() -> None:
         record = json.load(file)
     found = {"anchors": anchors(), "estimates": estimates(record)}
     found["field"] = beside_the_field(found["estimates"])
+    found["selection"] = selection(record, found["estimates"])
     print("Estimates, TFLOPS on kept blocks at 118 tiles of 64 keys a row. Nothing was run.")
     for row in found["estimates"]:
         print(f"{row['chip']:>12} {row['case']:>18} {row['tflops']:>6}")
+    print("Choosing units of 16 in a layer of Wan 14B at 720p, beside its kept blocks.")
+    for row in found["selection"]:
+        print(f"{row['chip']:>12} {row['rows']:>4} rows {row['ms']} ms {row['share_percent']} %")
     print("Anchors: what others measured, beside what this says of such kernels.")
     for row in found["anchors"]:
         off = row["off_percent"]

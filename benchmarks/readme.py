@@ -244,6 +244,17 @@ def model_table(record: dict) -> str:
     for case in cases:
         cells = " | ".join(str(known.get((chip, case), "")) for chip in chips)
         lines.append(f"| {SHOWN[case]} | {cells} |")
+    for size in dict.fromkeys(row["rows"] for row in record["selection"]):
+        shares = {
+            row["chip"]: f"{row['ms']} ms, {row['share_percent']} %"
+            for row in record["selection"]
+            if row["rows"] == size
+        }
+        cells = " | ".join(shares.get(chip, "") for chip in chips)
+        lines.append(f"| choosing key blocks of 16 for query blocks of {size} * | {cells} |")
+    lines.append(
+        "\n\\* A layer of Wan 14B at 720p, all heads; and as a share of what its kept blocks take."
+    )
     lines += ["", "| anchor | estimate | measured by others | off |", "|---|---|---|---|"]
     for row in record["anchors"]:
         off = f"{row['off_percent']:+} %"

@@ -6,14 +6,20 @@ these rows of D numbers per token and head (D = 128, half precision: 256 bytes a
 
     block_pool           read q                      1 row
     block_pool_state     read k, v                   2 rows
+    add_mapped           read v; write it            2 rows   where a calibration corrects itself
     this kernel          read q, k, v; write out     4 rows   a low-rank branch reads q once more
     floor                read q, k, v; write out     4 rows
 
-With the small tensors 2,042 bytes at 75,600 tokens and key blocks of 64, against a floor of 1,024
+With the small tensors 2,554 bytes at 75,600 tokens and key blocks of 64, against a floor of 1,024
 (benchmarks/traffic.py; a test counts the rows load by load): routing needs every key before the
 first query block can start, so q, k and v are read twice. k and v are counted once here; each query
 block that keeps them reads them again, from the cache as far as it holds. Sparse output and
 background never travel to memory.
+
+Tiles of k and v are gathered through a table of tokens. In block order they would need none: of 445
+instructions a turn (sm_90, key blocks of 16) 403 are left. But to put them there moves four rows
+more, and the estimate (benchmarks/model.py) says that the turn takes no less time: it waits for the
+cache and the tensor cores.
 """
 
 from __future__ import annotations
@@ -34,7 +40,14 @@ from ..types import (
     PooledKV,
     TokenBlocks,
 )
-from .eight_bit import load_keys, load_values, plain_values, quantized_queries, weighted
+from .eight_bit import (
+    load_keys,
+    load_values,
+    plain_values,
+    quantized_queries,
+    score_of_mean,
+    weighted,
+)
 from .features import ACT_NUMBERS, add_linear, feature_tile, linear_weights
 from .launch import (
     aligned,
@@ -396,11 +409,11 @@ def _forward(
         k8_ptr += head * n_k * (BLOCK_K * D)
         v8_ptr += head * n_k * (BLOCK_K * D)
         k_scale_ptr += head * n_k
+        k_mean_ptr += head * D
         q8, q_scale = quantized_queries(q)
         row_scale = q_scale * log2_scale
-        columns = tl.arange(0, DP)
-        mean = tl.load(k_mean_ptr + head * D + columns, mask=columns < D, other=0.0)
-        without_mean = tl.sum(q.to(tl.float32) * mean[None, :], 1) * log2_scale
+        if VP == DP:
+            of_mean = score_of_mean(q, k_mean_ptr, D, 0)
         inside = tl.arange(0, TILE_K) % BLOCK_K
         for i in tl.range(0, full, EACH):
             block = kept_blocks(lists_ptr, i, count, BLOCK_K, TILE_K, True)
@@ -433,8 +446,14 @@ def _forward(
             if VP < DP:
                 v = load_values(v8_ptr, block, D, VP, VP, BLOCK_K, TILE_K)
                 acc_1 = acc_1 * fade[:, None] + weighted(weights, v)
+        if VP < DP:  # q is read anew: there are no registers for a row's number during the loop
+            q_rows = block_tokens(q_table_ptr, q_block, q_tokens, BLOCK_Q, RELOAD=True)
+            of_mean = tl.zeros((BLOCK_Q,), tl.float32)
+            for first in tl.static_range(0, DP, 32):
+                part = load_rows(q_ptr, q_rows, q_row, D, 32, first)
+                of_mean += score_of_mean(part, k_mean_ptr, D, first)
         # Back to plain units: what follows continues the same softmax in 16 bits.
-        m = m * row_scale + without_mean
+        m = m * row_scale + of_mean * log2_scale
         # Rounding to integers swallows what is not finite; it has to show in the result.
         l = tl.where(m < float("inf"), l, float("nan"))  # noqa: E741
         SMALL: tl.constexpr = 2.0**-GAIN

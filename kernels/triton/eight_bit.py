@@ -128,6 +128,14 @@ def quantized_queries(q):
 
 
 @triton.jit
+def score_of_mean(q, k_mean_ptr, D: tl.constexpr, FIRST: tl.constexpr):
+    """Products `(BLOCK,)` of queries' channels from FIRST on and the mean that keys are without."""
+    columns = FIRST + tl.arange(0, q.shape[1])
+    mean = tl.load(k_mean_ptr + columns, mask=columns < D, other=0.0)
+    return tl.sum(q.to(tl.float32) * mean[None, :], 1)
+
+
+@triton.jit
 def load_keys(k8_ptr, slots, D: tl.constexpr, DP: tl.constexpr):
     """int8 keys `(TILE, DP)` of slots in block order."""
     channels = tl.arange(0, DP)

@@ -2,7 +2,8 @@
 
 A kernel's pointers end in `_ptr`, its constexprs are written in capitals; every other argument is a
 run-time number that Triton is told not to specialise on, so a new length, sparsity or rank never
-compiles anything.
+compiles anything. A pointer that ends in `_single` isn't known to be aligned either: each lane
+reads one number there, its neighbours the next ones, instead of four.
 """
 
 from __future__ import annotations

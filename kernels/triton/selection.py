@@ -24,6 +24,8 @@ from .tiles import LN_2, LOG2_E, block_tokens, head_ptr, list_of, load_rows
 
 SELECT_CHUNK = 512
 HALVING = tl.constexpr(8)  # every so many turns bounds are halved, whatever their counts promise
+LEAST = tl.constexpr(-3.4028234663852886e38)
+ABSENT, REQUIRED = tl.constexpr(0), tl.constexpr(0xFFFFFFFF)  # ranks below and above all others
 
 
 def block_select(
@@ -61,6 +63,7 @@ def block_select(
         scores = q.new_empty(some.stop - some.start, n_q, width)
         torch.bmm(q[some] * scale, k[some].mT, out=scores[..., :n_k])
         _select_lists[(scores.shape[0] * n_q,)](
+            scores,
             scores,
             required,
             log_sizes,
@@ -174,62 +177,82 @@ def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @triton.jit
 def _rank(scores):
-    """The order of scores as uint32, from 1 to one below the largest.
-
-    Those ends are ranks of what is no number, and would be taken for required, or overflow.
-    """
+    """The order of scores as uint32; ABSENT and REQUIRED are those of what is no number."""
     bits = scores.to(tl.int32, bitcast=True)
     below_zero = (bits >> 31).to(tl.uint32, bitcast=True)  # all bits or none
-    ranks = bits.to(tl.uint32, bitcast=True) ^ (below_zero | 0x80000000)
-    return tl.minimum(tl.maximum(ranks, 1), 0xFFFFFFFE)
+    return bits.to(tl.uint32, bitcast=True) ^ (below_zero | 0x80000000)
 
 
 @triton.jit
 def _score(rank):
-    """The score of a rank; nothing sensible where the rank is 0."""
-    bits = tl.where(rank >= 0x80000000, rank ^ 0x80000000, rank ^ 0xFFFFFFFF)
+    """The score of a rank; nothing sensible for ABSENT and REQUIRED."""
+    above_zero = (rank.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
+    bits = rank ^ ((above_zero ^ 0xFFFFFFFF) | 0x80000000)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _ranks(scores_ptr, required_ptr, columns, n_k, READY: tl.constexpr):
-    """The ranks of a row's scores; 0, below every score, where required or beyond n_k.
+def _first_look(scores_ptr, required_ptr, columns, n_k):
+    """A row's scores, their ranks, and which are free to be chosen.
 
-    READY: they are there already, in the place of the scores.
+    The others' ranks are REQUIRED, or ABSENT beyond n_k. What is no number is the least one, so
+    that its rank is neither; -0 is 0.
     """
-    found = tl.load(scores_ptr + columns)
+    scores = tl.load(scores_ptr + columns) + 0.0
+    scores = tl.where(scores > LEAST, scores, LEAST)
+    there = columns < n_k
+    free, ranks = there, _rank(scores)
+    if required_ptr is not None:
+        required = tl.load(required_ptr + columns, mask=there, other=0) != 0
+        free = there & (required == 0)
+        ranks = tl.where(required, REQUIRED, ranks)
+    return scores, tl.where(there, ranks, ABSENT), free
+
+
+@triton.jit
+def _ranks(scores_ptr, required_ptr, columns, n_k, READY: tl.constexpr):
+    """The ranks of a row's scores. READY: they are there already, in the place of the scores."""
     if READY:
-        ranks = found.to(tl.uint32, bitcast=True)
+        ranks = tl.load(scores_ptr + columns).to(tl.uint32, bitcast=True)
     else:
-        free = columns < n_k
-        if required_ptr is not None:
-            free = free & (tl.load(required_ptr + columns, mask=free, other=0) == 0)
-        ranks = tl.where(free, _rank(found + 0.0), 0)  # -0 is 0
+        _, ranks, _ = _first_look(scores_ptr, required_ptr, columns, n_k)
     return ranks
 
 
 @triton.jit
+def _by_lane(x, CHUNK: tl.constexpr):
+    """A chunk as `(CHUNK // 128, 32, 4)`: a lane, which reads four, sums over 2 and 0 by itself."""
+    return x.reshape(CHUNK // 128, 32, 4)
+
+
+@triton.jit
 def _bounds(scores_ptr, required_ptr, n_k, CHUNK: tl.constexpr, REPLACE: tl.constexpr):
-    """Least and largest rank of a row, how many there are, the sums of their scores and squares.
+    """Least and largest rank of a row, how many are free, the sums of their scores and squares.
 
     REPLACE: the scores by ranks.
     """
     lanes = tl.arange(0, CHUNK)
-    least, largest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
-    count, total, squares = 0, 0.0, 0.0
+    least, largest = tl.full((32,), REQUIRED, tl.uint32), tl.full((32,), ABSENT, tl.uint32)
+    total, squares = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    count = tl.zeros((32,), tl.int32)
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
-        ranks = _ranks(scores_ptr, required_ptr, columns, n_k, False)
-        free = ranks > 0
-        scores = tl.where(free, _score(ranks), 0.0)
+        scores, ranks, free = _first_look(scores_ptr, required_ptr, columns, n_k)
         if REPLACE:
             tl.store(scores_ptr + columns, ranks.to(tl.float32, bitcast=True))
-        count += tl.sum(free.to(tl.int32), 0)
-        largest = tl.maximum(largest, tl.max(ranks, 0))
-        least = tl.minimum(least, tl.min(tl.where(free, ranks, 0xFFFFFFFF), 0))
-        total += tl.sum(scores, 0)
-        squares += tl.sum(scores * scores, 0)
-    return least, largest, count, total, squares
+        low = _by_lane(tl.where(free, ranks, REQUIRED), CHUNK)
+        high = _by_lane(tl.where(free, ranks, ABSENT), CHUNK)
+        scores = _by_lane(tl.where(free, scores, 0.0), CHUNK)
+        least = tl.minimum(least, tl.min(tl.min(low, 2), 0))
+        largest = tl.maximum(largest, tl.max(tl.max(high, 2), 0))
+        total += tl.sum(tl.sum(scores, 2), 0)
+        squares += tl.sum(tl.sum(scores * scores, 2), 0)
+        if required_ptr is not None:
+            count += tl.sum(tl.sum(_by_lane(free.to(tl.int32), CHUNK), 2), 0)
+    found = tl.sum(count, 0)
+    if required_ptr is None:
+        found = n_k
+    return tl.min(least, 0), tl.max(largest, 0), found, tl.sum(total, 0), tl.sum(squares, 0)
 
 
 @triton.jit
@@ -251,12 +274,15 @@ def _threshold(
 ):  # fmt: skip
     """A rank that a row's topk best reach, and how many of that very rank are not to be kept.
 
+    Above it lie those that are required, which are no part of the topk.
+
     Between bounds whose counts are known, until a count is topk. The first guess takes scores for
     normally distributed; then the counts' logarithms are interpolated over scores, and where one
     bound stands still its weight is halved (the Illinois rule); now and then ranks are halved,
     which ends on whatever scores there are. Some six passes, where going bit by bit takes 32.
     """
     least, largest, count, total, squares = bounds
+    required = n_k - count
     lanes = tl.arange(0, CHUNK)
     low, high = least.to(tl.int64), largest.to(tl.int64) + 1
     n_low = count
@@ -277,7 +303,7 @@ def _threshold(
         halve = (turn % HALVING == HALVING - 1) | (found - found != 0)  # or where it is infinite
         middle = tl.where(halve, (low + high) // 2, _rank(found).to(tl.int64))
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        reached = 0
+        reached = -required
         for start in range(0, n_k, CHUNK):
             ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
             reached += tl.sum((ranks >= middle.to(tl.uint32)).to(tl.int32), 0)
@@ -295,40 +321,58 @@ def _threshold(
 
 
 @triton.jit
-def _kept(
-    scores_ptr, required_ptr, columns, n_k, threshold, too_many, equals_left,
-    READY: tl.constexpr,
-):  # fmt: skip
-    """Which of some columns are kept, their ranks, and how many of the threshold's may still be."""
-    ranks = _ranks(scores_ptr, required_ptr, columns, n_k, READY)
-    chosen = ranks >= threshold
-    if too_many > 0:  # more than wanted have the very rank of the threshold
-        equal = ranks == threshold
-        place = tl.cumsum(equal.to(tl.int32), 0)
-        chosen = chosen & ((equal == 0) | (place <= equals_left))
-        equals_left -= tl.minimum(tl.sum(equal.to(tl.int32), 0), equals_left)
-    return chosen | ((ranks == 0) & (columns < n_k)), ranks, equals_left
-
-
-@triton.jit
-def _equals(
+def _end_of_equals(
     scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK: tl.constexpr, READY: tl.constexpr
 ):
-    """How many of the threshold's rank are to be kept, where not all of them are."""
-    left = 0
+    """From which column on the threshold's rank is one too many; n_k where it never is."""
+    end = n_k
     if too_many > 0:
         lanes = tl.arange(0, CHUNK)
+        left = -too_many
         for start in range(0, n_k, CHUNK):
             ranks = _ranks(scores_ptr, required_ptr, start + lanes, n_k, READY)
             left += tl.sum((ranks == threshold).to(tl.int32), 0)
-        left -= too_many
-    return left
+        for start in range(0, n_k, CHUNK):
+            columns = start + lanes
+            ranks = _ranks(scores_ptr, required_ptr, columns, n_k, READY)
+            equal = (ranks == threshold).to(tl.int32)
+            beyond = (equal > 0) & (tl.cumsum(equal, 0) > left)
+            end = tl.minimum(end, tl.min(tl.where(beyond, columns, n_k), 0))
+            left -= tl.sum(equal, 0)
+    return end
+
+
+@triton.jit
+def _kept(ranks, columns, threshold, end):
+    """Which are kept: those that reach the threshold, and only before `end` those that equal it."""
+    return (ranks >= threshold) & ((ranks != threshold) | (columns < end))
+
+
+@triton.jit
+def _counted(kept, CHUNK: tl.constexpr):
+    """How many of a chunk `(CHUNK // 32, 32)` are kept before each, and altogether.
+
+    Each row is counted in eight bits of a number of 32, so that one scan serves four rows.
+    """
+    WORDS: tl.constexpr = CHUNK // 128
+    bits = 8 * tl.arange(0, 4).to(tl.uint32)[None, :, None]
+    flags = kept.to(tl.uint32).reshape(WORDS, 4, 32)
+    words = tl.sum(flags << bits, 1)
+    totals = tl.sum(words, 1)
+    rows_before = (totals << 8) + (totals << 16) + (totals << 24)  # 96 at most in each byte
+    packed = tl.cumsum(words, 1) - words + rows_before[:, None]
+    totals = (rows_before + totals) >> 24
+    word, earlier = tl.arange(0, WORDS), tl.zeros_like(totals)
+    for each in tl.static_range(WORDS - 1):
+        earlier += tl.where(word > each, tl.sum(tl.where(word == each, totals, 0), 0), 0)
+    before = ((packed[:, None, :] >> bits) & 255) + earlier[:, None, None]
+    return before.reshape(CHUNK // 32, 32).to(tl.int32), tl.sum(totals, 0).to(tl.int32)
 
 
 @kernel
 def _select_lists(
-    scores_ptr, required_ptr, log_sizes_ptr, lists_ptr, counts_ptr, dropped_lse_ptr,
-    starts_ptr, topks_ptr,
+    scores_ptr, ranks_single, required_ptr, log_sizes_single,
+    lists_ptr, counts_ptr, dropped_lse_ptr, starts_ptr, topks_ptr,
     first_line, n_q, n_k, chunks, topk, list_width,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -336,10 +380,12 @@ def _select_lists(
     ranks; a row takes so many chunks.
 
     Scores hold some heads at a time; their first row is row first_line of the outputs. topks, where
-    given, has a number for each head, and its lists lie packed from starts on.
+    given, has a number for each head, and its lists lie packed from starts on. ranks: the same
+    memory as scores, read by neighbouring lanes one by one, as lists are written.
     """
     line = tl.program_id(0).to(tl.int64)
     scores_ptr += line * chunks * CHUNK
+    ranks_single += line * chunks * CHUNK
     if required_ptr is not None:
         required_ptr += (line % n_q) * n_k
     line += first_line
@@ -348,37 +394,48 @@ def _select_lists(
         first = tl.load(starts_ptr + line // n_q)
         list_width = ((tl.load(starts_ptr + line // n_q + 1) - first) // n_q).to(tl.int32)
     lists_ptr = list_of(lists_ptr, starts_ptr, line, n_q, list_width)
-    lanes = tl.arange(0, CHUNK)
     bounds = _bounds(scores_ptr, required_ptr, n_k, CHUNK, True)
     tl.debug_barrier()  # the ranks that replace the scores are read back
     threshold, too_many = _threshold(scores_ptr, required_ptr, n_k, topk, bounds, CHUNK, True)
-    left = _equals(scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK, True)
+    if too_many > 0:  # of equals those that go become a little smaller
+        end = _end_of_equals(scores_ptr, required_ptr, n_k, threshold, too_many, CHUNK, True)
+        lanes = tl.arange(0, CHUNK)
+        for start in range(end // CHUNK * CHUNK, n_k, CHUNK):
+            columns = start + lanes
+            ranks = _ranks(scores_ptr, required_ptr, columns, n_k, True)
+            ranks -= ((ranks == threshold) & (columns >= end)).to(tl.uint32)
+            tl.store(scores_ptr + columns, ranks.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
 
     written = 0
-    running_max = tl.full((), -float("inf"), tl.float32)
-    running_sum = 0.0
+    running_max = tl.full((32,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((32,), tl.float32)
+    lanes = tl.arange(0, CHUNK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
-        kept, ranks, left = _kept(
-            scores_ptr, required_ptr, columns, n_k, threshold, too_many, left, True
-        )
-        place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
+        ranks = tl.load(ranks_single + columns).to(tl.uint32, bitcast=True)
+        kept = ranks >= threshold
+        before, of_chunk = _counted(kept, CHUNK)
         # Of numbers no more are kept than there is room for. (A mask of places costs a second sum.)
-        place = tl.minimum(place, list_width - 1)
-        tl.store(lists_ptr + place, columns, mask=kept & (list_width > 0))
-        written += tl.sum(kept.to(tl.int32), 0)
+        place = tl.minimum(written + before, list_width - 1).reshape(CHUNK)
+        tl.store(lists_ptr + place, columns.reshape(CHUNK), mask=kept.reshape(CHUNK))
+        written += of_chunk
+        dropped = (ranks != ABSENT) & (kept == 0)
         scores = _score(ranks) * LOG2_E
-        scores += tl.load(log_sizes_ptr + columns, mask=columns < n_k, other=0.0)
-        dropped = tl.where((ranks > 0) & (kept == 0), scores, -float("inf"))
-        new_max = tl.maximum(running_max, tl.max(dropped, 0))
+        scores += tl.load(log_sizes_single + columns, mask=dropped, other=0.0)
+        scores = tl.where(dropped, scores, -float("inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 0))
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         running_sum *= tl.exp2(running_max - shift)
-        running_sum += tl.sum(tl.exp2(dropped - shift), 0)
+        running_sum += tl.sum(tl.exp2(scores - shift[None, :]), 0)
         running_max = new_max
+    largest = tl.max(running_max, 0)
+    largest = tl.where(largest == -float("inf"), 0.0, largest)
+    total = tl.sum(running_sum * tl.exp2(running_max - largest), 0)
+    lse = (largest + tl.log2(total)) * LN_2
+    tl.store(dropped_lse_ptr + line, tl.where(total > 0, lse, -float("inf")))
     _fill(lists_ptr, written, list_width, n_k, CHUNK)
     tl.store(counts_ptr + line, tl.minimum(written, list_width))
-    lse = (running_max + tl.log2(running_sum)) * LN_2
-    tl.store(dropped_lse_ptr + line, tl.where(running_sum > 0, lse, -float("inf")))
 
 
 @kernel
@@ -398,14 +455,13 @@ def _select_bits(
     topk = tl.load(topks_ptr + choice)
     bounds = _bounds(mass_ptr, required_ptr, n_k, CHUNK, False)
     threshold, too_many = _threshold(mass_ptr, required_ptr, n_k, topk, bounds, CHUNK, False)
-    left = _equals(mass_ptr, required_ptr, n_k, threshold, too_many, CHUNK, False)
+    end = _end_of_equals(mass_ptr, required_ptr, n_k, threshold, too_many, CHUNK, False)
 
     kept_mass = 0.0
     for start in range(0, n_k, CHUNK):
         columns = start + lanes
-        kept, _, left = _kept(
-            mass_ptr, required_ptr, columns, n_k, threshold, too_many, left, False
-        )
+        ranks = _ranks(mass_ptr, required_ptr, columns, n_k, False)
+        kept = _kept(ranks, columns, threshold, end)
         mass = tl.load(mass_ptr + columns, mask=columns < n_k, other=0.0)
         kept_mass += tl.sum(tl.where(kept, mass, 0.0), 0)
         word = kept.reshape(CHUNK // 32, 32).to(tl.int32) << tl.arange(0, 32)[None, :]

@@ -78,9 +78,12 @@ def test_every_form_of_the_forward(architecture, head_dim, key_block, query_bloc
     found = backend.block_sparse_mixed(*case, scale)
     assert relative_error(found, reference.block_sparse_mixed(*wide(case))) < 1e-2
     plain = background._replace(low_rank=None)
-    found = backend.block_sparse_mixed(q, k, v, mask, plain, scale)
-    expected = reference.block_sparse_mixed(*wide((q, k, v, mask, plain)))
-    assert relative_error(found, expected) < 1e-2
+    means = (x.float().mean(dim=2) for x in (k, v))
+    small = backend.quantize_kv(k, v, mask.kv_blocks, *means, torch.int8)
+    for eight_bit, bound in ((None, 1e-2), (small, 6e-2)):
+        found = backend.block_sparse_mixed(q, k, v, mask, plain, scale, eight_bit=eight_bit)
+        expected = reference.block_sparse_mixed(*wide((q, k, v, mask, plain)))
+        assert relative_error(found, expected) < bound
     far = types.PooledKV(*(reference.block_pool(x.double(), mask.kv_blocks) for x in (k, v)))
     for pooled in (None, far):
         found, lse = backend.block_sparse_attention(q, k, v, mask, pooled, scale)
