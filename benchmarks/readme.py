@@ -330,7 +330,11 @@ def study() -> str:
 
 
 def cpu() -> str:
-    return cpu_table(_read("cpu.json"))
+    """A CPU with AVX2 alone; and, from before `ropeslr` corrected itself, one with AVX-512."""
+    older = (
+        "\nA CPU with AVX-512, before `ropeslr` corrected itself (`calibrate_rows` was 128):\n\n"
+    )
+    return cpu_table(_read("cpu.json")) + older + cpu_table(_read("cpu_avx512.json"))
 
 
 def quality() -> str:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pack_loader import load
@@ -332,3 +333,28 @@ def test_wrong_input_is_refused_by_name():
     with pytest.raises(ValueError, match="does not add up to a batch of 1"):
         call = Call(attention.TokenLayout((2, 8, 8)), conditioning=(("a", 2),))
         run_of().attend(q, k, v, call)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.partition(".")[0] in ("mm", "bmm", "addmm", "baddbmm"):
+            self.seen.add(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["ropeslr", "top-k", "top-k plain"])
+def test_plain_pytorch_multiplies_in_float32(method):
+    """Without a matrix unit a CPU multiplies half precision some 20 times slower."""
+    run = attention.AttentionRun(attention.SparsePlan(method=method, backend="pytorch").resolve())
+    layout = attention.TokenLayout((8, 8, 8))
+    q, k, v = (x.bfloat16() for x in smooth_qkv((8, 8, 8), width=16))
+    with torch.inference_mode(), Products() as products:
+        for step in range(4):
+            run.attend(q, k, v, attention.AttentionCall(layout, 0, step, 50))
+    assert products.seen == {torch.float32}
