@@ -353,8 +353,8 @@ def selection(record: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[
                 ms = number * each / (4 * chip.multiprocessors * chip.clock * 1e6)
                 flops = 4.0 * LAYER["tokens"] ** 2 * 128 * LAYER["heads"] * LAYER["kept"]
                 share = ms / (flops / rates[case] * 1e-9)
-                found_here = {"chip": name, "rows": size, "ms": round(ms, 2)}
-                rows.append(found_here | {"share_percent": round(100 * share, 1)})
+                own = {"ms": round(ms, 2), "share_percent": round(100 * share, 1)}
+                rows.append({"chip": name, "rows": size} | own)
     return rows
 
 
