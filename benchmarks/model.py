@@ -305,11 +305,16 @@ FIELD = {
 }
 
 
+def milliseconds(layer: dict[str, Any], tflops: float) -> float:
+    """Of the kept blocks of a layer with heads of 128, at that rate."""
+    flops = 4.0 * layer["tokens"] ** 2 * 128 * layer["heads"] * layer["kept"]
+    return flops / tflops * 1e-9
+
+
 def beside_the_field(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What our kept blocks alone should take there, in 16 and in 8 bits."""
-    flops = 4.0 * FIELD["tokens"] ** 2 * 128 * FIELD["heads"] * FIELD["kept"]
     return [
-        FIELD | {"case": row["case"], "ours_ms": round(flops / row["tflops"] * 1e-9)}
+        FIELD | {"case": row["case"], "ours_ms": round(milliseconds(FIELD, row["tflops"]))}
         for row in found
         if row["chip"] == FIELD["chip"] and row["case"] in ("wide mixed", "8-bit wide mixed")
     ]
@@ -338,7 +343,7 @@ def selection(record: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[
 
     Every scheduler is taken to issue an instruction a clock: rows are many and know no barrier.
     """
-    rows = []
+    rows, chunks = [], -(-LAYER["tokens"] // (16 * 512))
     for name in SHOWN:
         chip = CHIPS[name]
         rates = {row["case"]: row["tflops"] for row in found if row["chip"] == name}
@@ -346,13 +351,11 @@ def selection(record: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[
             if (row["target"], row["case"]) != (chip.target, "select") or "passes" not in row:
                 continue
             first, counting, *_, last, _ = row["passes"]
-            chunks = -(-LAYER["tokens"] // (16 * 512))
+            each = chunks * (first + COUNTINGS * counting + last) + COUNTINGS * TURN
             for size, case in ((64, "fine mixed"), (128, "wide mixed")):
                 number = LAYER["heads"] * -(-LAYER["tokens"] // size)
-                each = chunks * (first + COUNTINGS * counting + last) + COUNTINGS * TURN
                 ms = number * each / (4 * chip.multiprocessors * chip.clock * 1e6)
-                flops = 4.0 * LAYER["tokens"] ** 2 * 128 * LAYER["heads"] * LAYER["kept"]
-                share = ms / (flops / rates[case] * 1e-9)
+                share = ms / milliseconds(LAYER, rates[case])
                 own = {"ms": round(ms, 2), "share_percent": round(100 * share, 1)}
                 rows.append({"chip": name, "rows": size} | own)
     return rows
